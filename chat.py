@@ -1,0 +1,144 @@
+"""Ask about a picture: python chat.py runs/tiny/phase3 --image FILE --question TEXT
+
+The answer appears as it is made; then which experts the picture's patches, the question and each
+token of the answer visited. Without --question it asks you for questions until an empty line.
+--image phantom:SEED draws one of the embedded pictures. Not a medical device.
+"""
+
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint import load_model
+from config import (
+    IGNORE,
+    IMAGE_ID,
+    MODALITIES,
+    Common,
+    UserError,
+    argument,
+    flag,
+    parse,
+    user_errors,
+)
+from data import Images, Sample, Text, collate, encode_prompt
+from model import Batch, MedMoE, Step, choose_device, generate, precision
+
+
+@dataclass(frozen=True)
+class ChatConfig(Common):
+    """Ask a checkpoint about a picture."""
+
+    checkpoint: str = argument("DIR of a finished phase")
+    image: str | None = flag(None, "a picture FILE, or phantom:SEED; none: text only")
+    question: str | None = flag(None, "what to ask (default: ask me)")
+    max_new: int = flag(64, "longest answer, in tokens")
+    temperature: float = flag(0.0, "0: always the likeliest token")
+    top_p: float = flag(1.0, "draw from the likeliest tokens that make up this probability")
+
+
+def as_sample(image: str | None, question: str) -> Sample:
+    """Raises UserError for a phantom without a number; a file is opened later."""
+    where: Path | int | None = None
+    if image is not None and image.startswith("phantom:"):
+        seed = image.removeprefix("phantom:")
+        if not seed.isdecimal():
+            raise UserError(f"--image {image}: must be phantom:SEED, a whole number")
+        where = int(seed)
+    elif image is not None:
+        where = Path(image)
+    return Sample("question", "you", "chat", where, ((question, ""),))
+
+
+class Stream:
+    """Tokens -> text, printed as soon as it is sure: a character may take several tokens."""
+
+    def __init__(self, text: Text):
+        self.text, self.ids, self.shown = text, [], 0
+
+    def add(self, token: int) -> None:
+        self.ids.append(token)
+        whole = self.text.decode(self.ids)
+        if not whole.endswith("\ufffd"):
+            fresh = whole[self.shown :] if self.shown else whole.lstrip()
+            self.shown = len(whole)
+            print(fresh, end="", flush=True)
+
+
+def shares(gates: Tensor, which: Tensor) -> str:
+    """gates (T, E), which (T,) bool -> each expert's share of the visits of those positions."""
+    visits = (gates[which] != 0).float().sum(dim=0)  # (E,)
+    return "  ".join(f"{v:7.1%}" for v in (visits / visits.sum().clamp(min=1)).tolist())
+
+
+def show_routes(steps: list[Step], batch: Batch, text: Text, names: list[str]) -> None:
+    """Which experts the patches, the question and each answer token visited, layer by layer."""
+    is_patch = batch.ids[0] == IMAGE_ID  # (T,)
+    print("\nvisits              " + "  ".join(f"{name:>7.7}" for name in names))
+    for layer, routing in enumerate(steps[0].routings):
+        if is_patch.any():
+            print(f"  layer {layer}, picture  {shares(routing.gates[0], is_patch)}")
+        print(f"  layer {layer}, question {shares(routing.gates[0], ~is_patch)}")
+    for before, step in pairwise(steps):
+        token = text.decode([int(before.tokens[0])])
+        visited = [
+            "+".join(names[e] for e in r.gates[0, 0].nonzero().flatten().tolist())
+            for r in step.routings
+        ]
+        print(
+            f"  answer {token!r:<14} " + "  ".join(f"layer {i}: {v}" for i, v in enumerate(visited))
+        )
+
+
+def ask(model: MedMoE, text: Text, images: Images, flags: ChatConfig, question: str) -> None:
+    config = model.config
+    device, dtype = choose_device(flags.device, flags.dtype)
+    sample = as_sample(flags.image, question)
+    ids = encode_prompt(
+        question, sample.image is not None, text, config.vision.n_patches, config.system
+    )
+    encoded = [(ids, [IGNORE] * len(ids))]
+    batch = Batch(*collate([sample], encoded, images, text.eos_id, side="left")).to(device)
+    dice = torch.Generator(device).manual_seed(flags.seed)
+    stream, steps = Stream(text), []
+    with precision(device, dtype):
+        for step in generate(
+            model, batch, text.eos_id, flags.max_new, flags.temperature, flags.top_p, dice
+        ):
+            steps.append(step)
+            if (token := int(step.tokens[0])) != text.eos_id:
+                stream.add(token)
+    print()
+    if config.moe is not None:
+        n = config.moe.n_experts
+        is_named = config.moe.router in ("modality", "oracle")
+        names = [MODALITIES[e] if is_named and e < len(MODALITIES) else f"e{e}" for e in range(n)]
+        show_routes(steps, batch, text, names)
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    flags = parse(ChatConfig, argv, "chat.py")
+    device, _ = choose_device(flags.device, flags.dtype)
+    model, text, _ = load_model(Path(flags.checkpoint), device)
+    images = Images(model.config.vision.image_size, pad=True)
+    if flags.question is not None:
+        ask(model, text, images, flags, flags.question)
+        return
+    print("Ask about the picture; an empty line ends. Not a medical device.", file=sys.stderr)
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not question:
+            return
+        ask(model, text, images, flags, question)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Checkpoints of our own: a directory, written whole or not at all, that needs nothing beside it.
+
+    config.json          the model's dimensions, the flags it was trained with, what was measured
+    model.safetensors    every parameter, under our names
+    tokenizer.json       as it came with the decoder
+    router.safetensors   phase 2 only: the router it trained
+    trainer.safetensors  unfinished runs only: optimizer and random generators
+
+A run's folder holds phase1, phase2, phase3 (finished) and phaseN-stepS (to go on from), log.jsonl.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from config import ModelConfig, TrainConfig, UserError, model_config, to_dict
+from data import Text
+from model import MedMoE, choose_device
+from weights import fill, open_tensors, read_json
+
+
+def save_checkpoint(
+    directory: Path, model: nn.Module, config: ModelConfig, meta: dict, tokenizer: Path,
+    extra: dict[str, dict[str, Tensor]],
+) -> None:  # fmt: skip
+    """Write a whole checkpoint or none: a temporary sibling, flushed to disk, then renamed.
+
+    extra: {"router": {...}, "trainer": {...}} become further safetensors files.
+    """
+    part = directory.with_name(f".{directory.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    tensors = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
+    for name, values in {"model": tensors, **extra}.items():
+        save_file(values, part / f"{name}.safetensors")
+    shutil.copyfile(tokenizer, part / "tokenizer.json")
+    (part / "config.json").write_text(json.dumps({"model": to_dict(config), **meta}, indent=1))
+    for path in [*part.iterdir(), part]:
+        sync(path)
+    if directory.exists():  # a rename cannot replace a full directory: step aside, then go
+        old = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+    part.rename(directory)
+    sync(directory.parent)
+    shutil.rmtree(directory.with_name(f".{directory.name}.old"), ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file or a directory's entries onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_meta(directory: Path) -> tuple[ModelConfig, dict]:
+    """config.json of one of our checkpoints -> the model's config and everything else in it."""
+    if not directory.is_dir():
+        raise UserError(f"checkpoint {directory}: no such directory")
+    meta = read_json(directory / "config.json")
+    try:
+        return model_config(meta.pop("model")), meta
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{directory / 'config.json'}: not a checkpoint of ours: {error}"
+        ) from error
+
+
+def load_checkpoint(model: nn.Module, directory: Path) -> None:
+    """Fill every parameter from our model.safetensors, each exactly once."""
+    try:
+        fill(model, "", open_tensors(directory / "model.safetensors"), table=None)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{directory / 'model.safetensors'}: {error.args[0]}") from error
+
+
+def load_model(directory: Path, device: torch.device) -> tuple[MedMoE, Text, dict]:
+    """-> the model, ready to answer, its tokenizer, and what else config.json says."""
+    config, meta = read_meta(directory)
+    model = MedMoE(config)
+    load_checkpoint(model, directory)
+    return model.eval().to(device), Text(directory / "tokenizer.json"), meta
+
+
+class Run:
+    """One phase's place on the disk: its log, its checkpoints, and how to go on from them."""
+
+    def __init__(self, number: int, flags: TrainConfig, tokenizer: Path):
+        self.number, self.flags, self.tokenizer = number, flags, tokenizer
+        self.title = f"phase {number}"
+        self.folder = Path(flags.out)
+        self.device, self.dtype = choose_device(flags.device, flags.dtype)
+
+    def checkpoints(self) -> list[Path]:
+        """Those of an unfinished run of this phase, oldest first."""
+        return sorted(self.folder.glob(f"phase{self.number}-step*"))
+
+    def save(self, path: Path, model: MedMoE, extra: dict, **meta) -> None:
+        meta |= {"phase": self.number, "flags": to_dict(self.flags), "torch": torch.__version__}
+        try:
+            save_checkpoint(path, model, model.config, meta, self.tokenizer, extra)
+        except OSError as error:
+            raise UserError(f"{path}: could not be written: {error.strerror}") from error
+
+    def save_step(self, model: MedMoE, optimizer, named: dict[str, Tensor], step: int) -> None:
+        """A checkpoint to go on from; the one before is removed only after this one is complete."""
+        state = {"rng.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        for name, param in named.items():
+            state |= {f"{key}.{name}": t for key, t in optimizer.state[param].items()}
+        before = self.checkpoints()
+        path = self.folder / f"phase{self.number}-step{step:07}"
+        self.save(path, model, {"trainer": state}, step=step)
+        self.remove(p for p in before if p != path)
+
+    def remove(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            shutil.rmtree(path)
+
+    def resume(self, model: MedMoE, optimizer, named: dict[str, Tensor]) -> int:
+        """Fill model, optimizer and generators from the last checkpoint; returns its step, or 0."""
+        if not (found := self.checkpoints()):
+            return 0
+        load_checkpoint(model, found[-1])
+        state = dict(open_tensors(found[-1] / "trainer.safetensors"))
+        torch.set_rng_state(state.pop("rng.cpu"))
+        if "rng.cuda" in state:
+            torch.cuda.set_rng_state(state.pop("rng.cuda"), self.device)
+        for key, tensor in state.items():
+            kind, _, name = key.partition(".")
+            if name not in named:
+                raise UserError(f"{found[-1]}: trained {name}, which this run freezes")
+            where = "cpu" if kind == "step" and not tensor.is_cuda else self.device
+            optimizer.state[named[name]][kind] = tensor.to(where)
+        step = read_meta(found[-1])[1]["step"]
+        print(f"{self.title}: goes on from step {step}, {found[-1]}")
+        return step
+
+    def begin_log(self, first: int, n_steps: int, per_epoch: int, named: dict) -> None:
+        """Drop what an interrupted run logged after its checkpoint, then say what begins."""
+        self.path = self.folder / "log.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        records = [json.loads(line) for line in lines]
+        kept = [r for r in records if r["phase"] != self.number or 0 <= r.get("step", -1) < first]
+        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        trained = sum(p.numel() for p in named.values())
+        self.log(begins=first, steps=n_steps, steps_per_epoch=per_epoch, trained=trained,
+                 flags=to_dict(self.flags), device=str(self.device), dtype=str(self.dtype),
+                 torch=torch.__version__, names=sorted(named))  # fmt: skip
+
+    def log(self, **values) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"phase": self.number, **values}) + "\n")

@@ -1,0 +1,256 @@
+"""Samples -> chat template -> tokens and labels -> batches.
+
+Labels are built together with the tokens, piece by piece, so that they cover exactly what the
+model has to say: each answer and the token that ends it. Tokenising a dialogue whole and measuring
+where its answers lie, as LLaVA's code does, loses a sample wherever the two do not meet.
+
+Shapes: B batch, T positions (text tokens + patches), P patches an image, S image side.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import phantoms
+from config import IGNORE, IMAGE_ID, MODALITIES, UserError
+from sources import Sample, warn_once
+from sources import load_samples as load_samples  # so that callers need this file alone
+from vision import normalise, open_image, square
+
+EOS = "<|endoftext|>"  # ends every answer, in Phi-2's and StableLM-2's vocabularies alike
+CACHE_BYTES = 1_500_000_000  # of decoded images: 40 000 at 112 px, 4 400 at 336 px
+
+Turns = Sequence[tuple[str, str | None]]  # (question, answer); None: to be answered
+Piece = tuple[str | int, bool]  # a text or a token id, and whether the model has to say it
+Encoded = tuple[list[int], list[int]]  # token ids and labels, equally long
+
+
+class Text:
+    """A tokenizer.json that cannot be talked into special tokens by what users or files say."""
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{path}: not a tokenizer: {error}") from error
+        self.tokenizer.encode_special_tokens = True  # as plain text
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.eos_id = self.tokenizer.token_to_id(EOS)
+        if self.eos_id is None or self.eos_id in self.encode(EOS):
+            raise UserError(f"{path}: {EOS} must be one of its special tokens")
+
+    def encode(self, text: str) -> list[int]:
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no character
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Without special tokens and patches; an answer begins with its space."""
+        return self.tokenizer.decode([i for i in ids if i >= 0], skip_special_tokens=True)
+
+
+def chat(turns: Turns, has_image: bool, system: str, eos_id: int) -> Iterator[Piece]:
+    """The chat template, in pieces: the image is IMAGE_ID before the first question.
+
+    {system} USER: <image>\\n{question} ASSISTANT: {answer}<|endoftext|>USER: {question} ...
+    Source: Med-MoE conversation.py:312-335 @148cbd6, the same for both decoders.
+    """
+    opening = f"{system} USER: " if system else "USER: "
+    for turn, (question, answer) in enumerate(turns):
+        if has_image and turn == 0:
+            yield opening, False
+            yield IMAGE_ID, False
+            opening = "\n"
+        yield f"{opening}{question} ASSISTANT:", False
+        if answer is not None:
+            yield f" {answer}", True
+            yield eos_id, True
+        opening = "USER: "
+
+
+def caption(turns: Turns, has_image: bool) -> Iterator[Piece]:
+    """Phase 1's plain form: the image, then its caption and a newline; no question, no end."""
+    if has_image:
+        yield IMAGE_ID, False
+    yield f"{turns[0][1]}\n", True
+
+
+def encode(pieces: Iterable[Piece], text: Text, n_patches: int) -> Encoded:
+    ids, labels = [], []
+    for piece, is_said in pieces:
+        if isinstance(piece, str):
+            new = text.encode(piece)
+        else:
+            new = [piece] * (n_patches if piece == IMAGE_ID else 1)
+        ids += new
+        labels += new if is_said else [IGNORE] * len(new)
+    return ids, labels
+
+
+def encode_sample(
+    sample: Sample,
+    text: Text,
+    n_patches: int,
+    system: str = "",
+    plain: bool = False,
+    max_len: int | None = None,
+) -> Encoded:
+    """A sample with its answers -> ids, with IMAGE_ID n_patches times, and labels.
+
+    Cut on the right to max_len. Raises UserError, naming the sample, if that leaves nothing that
+    the model has to say.
+    """
+    has_image = sample.image is not None
+    if plain:
+        pieces = caption(sample.turns, has_image)
+    else:
+        pieces = chat(sample.turns, has_image, system, text.eos_id)
+    ids, labels = encode(pieces, text, n_patches)
+    if max_len is not None:
+        ids, labels = ids[:max_len], labels[:max_len]
+        if set(labels[1:]) <= {IGNORE}:  # the first has no position before it to predict it from
+            name = f"{sample.source} {sample.split} sample {sample.id}"
+            raise UserError(f"{name}: nothing to learn in its first {max_len} positions")
+    return ids, labels
+
+
+def encode_prompt(
+    question: str, has_image: bool, text: Text, n_patches: int, system: str = ""
+) -> list[int]:
+    """The same up to "ASSISTANT:", for the model to go on from."""
+    return encode(chat([(question, None)], has_image, system, text.eos_id), text, n_patches)[0]
+
+
+def encode_all(
+    samples: Sequence[Sample],
+    text: Text,
+    n_patches: int,
+    system: str = "",
+    plain: bool = False,
+    max_len: int | None = None,
+) -> list[Encoded]:
+    """encode_sample for each; how many were cut is told on stderr."""
+    how = (text, n_patches, system, plain)
+    encoded = [encode_sample(s, *how, max_len) for s in samples]
+    full = [i for i, (ids, _) in enumerate(encoded) if len(ids) == max_len]
+    n_cut = sum(len(encode_sample(samples[i], *how)[0]) > max_len for i in full)
+    if n_cut:
+        warn_once(f"{n_cut} of {len(encoded)} samples are cut to {max_len} positions")
+    return encoded
+
+
+class Images:
+    """Pictures at the tower's size, kept in memory as bytes until CACHE_BYTES are full."""
+
+    def __init__(self, size: int, pad: bool = True):
+        self.size, self.pad = size, pad
+        self.room = CACHE_BYTES // (3 * size * size)
+        self.kept: dict[Path | int, Tensor] = {}
+
+    def get(self, sample: Sample) -> Tensor:
+        """(3, S, S) uint8. Raises UserError for a file that cannot be read."""
+        image = sample.image
+        if image in self.kept:
+            return self.kept[image]
+        if isinstance(image, int):
+            drawn = phantoms.draw(image, self.size).image  # (S, S, 3)
+            pixels = torch.from_numpy(drawn).permute(2, 0, 1).contiguous()
+        else:
+            pixels = square(open_image(image), self.size, self.pad)
+        if len(self.kept) < self.room:
+            self.kept[image] = pixels
+        return pixels
+
+
+def collate(
+    samples: Sequence[Sample],
+    encoded: Sequence[Encoded],
+    images: Images,
+    eos_id: int,
+    side: str = "right",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Samples -> ids, mask, labels (B, T), images (n_images, 3, S, S), modality (B,): model.Batch.
+
+    side   where the shorter ones are padded: "right" to train, "left" to generate
+    Raises UserError for a batch that teaches nothing; on the left, where prompts have no labels,
+    it may.
+    """
+    n_rows, longest = len(samples), max(len(ids) for ids, _ in encoded)
+    ids = torch.full((n_rows, longest), eos_id)  # (B, T)
+    labels = torch.full((n_rows, longest), IGNORE)  # (B, T)
+    mask = torch.zeros(n_rows, longest, dtype=torch.bool)  # (B, T) True = real
+    for row, (row_ids, row_labels) in enumerate(encoded):
+        n = len(row_ids)
+        place = slice(longest - n, None) if side == "left" else slice(n)
+        ids[row, place] = torch.tensor(row_ids)
+        labels[row, place] = torch.tensor(row_labels)
+        mask[row, place] = True
+    if side == "right" and bool((labels[:, 1:] == IGNORE).all()):
+        named = ", ".join(f"{s.source} {s.id}" for s in samples)
+        raise UserError(f"no answer to learn in the batch of samples {named}")
+    pixels = [images.get(s) for s in samples if s.image is not None]
+    empty = torch.zeros(0, 3, images.size, images.size, dtype=torch.uint8)
+    stacked = torch.stack(pixels) if pixels else empty  # (n_images, 3, S, S)
+    known = [MODALITIES.index(s.modality) if s.modality else -1 for s in samples]
+    return ids, mask, labels, normalise(stacked), torch.tensor(known)
+
+
+def epoch_batches(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """Every index once, in batches of similar lengths; the same for the same seed and epoch.
+
+    Lengths are sorted within windows of 50 batches only, so that epochs still differ.
+    """
+    rng = random.Random(f"{seed} {epoch}")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    batches = []
+    for start in range(0, len(order), 50 * batch_size):
+        near = sorted(order[start : start + 50 * batch_size], key=lengths.__getitem__)
+        batches += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def by_modality(samples: Iterable[Sample], rng: random.Random) -> dict[str | None, list]:
+    """Modality -> the samples of each image together, the images shuffled."""
+    images: dict[object, list[Sample]] = {}
+    for sample in samples:
+        key = (sample.source, sample.id) if sample.image is None else sample.image
+        images.setdefault(key, []).append(sample)
+    strata: dict[str | None, list[list[Sample]]] = {}
+    for group in images.values():
+        strata.setdefault(group[0].modality, []).append(group)
+    for groups in strata.values():
+        rng.shuffle(groups)
+    return strata
+
+
+def hold_out(
+    samples: Iterable[Sample], share: float, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """Split by image into (kept, held out), the same share of each modality, at least one image."""
+    kept, held = [], []
+    for groups in by_modality(samples, random.Random(seed)).values():
+        n = min(max(round(share * len(groups)), 1), len(groups) - 1)
+        held += chain.from_iterable(groups[:n])
+        kept += chain.from_iterable(groups[n:])
+    return kept, held
+
+
+def one_per_image(samples: Iterable[Sample], n: int, seed: int) -> list[Sample]:
+    """Up to n images of known modality, in turn from each modality, with one sample each."""
+    rng = random.Random(seed)
+    strata = by_modality((s for s in samples if s.modality and s.image is not None), rng)
+    in_turn = chain.from_iterable(zip_longest(*strata.values()))  # None where one has run out
+    return [rng.choice(group) for group in in_turn if group][:n]

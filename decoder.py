@@ -1,0 +1,172 @@
+"""The language models by hand: Phi-2 (parallel blocks) and StableLM-2 (sequential blocks).
+
+Shapes: B batch, T new positions, C all positions a query can look at (cached + new), D d_model,
+H heads, K head width, E experts, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from config import DecoderConfig
+from moe import MLP, GatedMLP, Hints, Routing
+from ops import attend
+
+
+class Cache:
+    """Keys, values and last routings of every block, so that a new token costs one position."""
+
+    def __init__(self, n_layers: int):
+        self.keys: list[Tensor | None] = [None] * n_layers  # (B, H, C, K)
+        self.values: list[Tensor | None] = [None] * n_layers
+        self.held: list[Routing | None] = [None] * n_layers  # (B, 1, E)
+        self.mask: Tensor | None = None  # (B, C) bool
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, H, T, K) of a layer; returns all of them, (B, H, C, K)."""
+        if self.keys[layer] is not None:
+            k = torch.cat([self.keys[layer], k], dim=2)
+            v = torch.cat([self.values[layer], v], dim=2)
+        self.keys[layer], self.values[layer] = k, v
+        return k, v
+
+
+def rotary_angles(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """positions (B, T) -> cos, sin (B, 1, T, rotary_dim) in fp32 (Su et al. 2021)."""
+    channel = torch.arange(0, rotary_dim, 2, device=positions.device)
+    frequency = theta ** (-channel.float() / rotary_dim)  # (rotary_dim / 2,)
+    angle = positions[:, None, :, None].float() * frequency  # (B, 1, T, rotary_dim / 2)
+    angle = torch.cat([angle, angle], dim=-1)  # halves, as GPT-NeoX pairs channels
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first rotary_dim channels of x (B, H, T, K); the others pass through."""
+    n = cos.shape[-1]
+    turned, passed = x[..., :n].float(), x[..., n:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned.to(x.dtype), passed], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with partial rotary embedding."""
+
+    def __init__(self, config: DecoderConfig, o_bias: bool):
+        super().__init__()
+        width = config.d_model
+        self.n_heads = config.n_heads
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.o = nn.Linear(width, width, bias=o_bias)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, T, K)
+
+    def forward(
+        self,
+        x: Tensor,
+        visible: Tensor,
+        turn: tuple[Tensor, Tensor],
+        cache: Cache | None,
+        layer: int,
+    ) -> Tensor:
+        """x (B, T, D), visible (B, 1, T, C) bool, turn = rotary cos and sin -> (B, T, D)."""
+        q, k, v = (self.heads(f(x)) for f in (self.q, self.k, self.v))
+        q, k = rotate(q, *turn), rotate(k, *turn)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, H, C, K)
+        y = attend(q, k, v, visible)  # (B, H, T, K)
+        return self.o(y.transpose(1, 2).flatten(-2))
+
+
+class Block(nn.Module):
+    """What both families share: a feed-forward that is dense, or sparse after upcycling."""
+
+    def feed_forward(self, x: Tensor, mask: Tensor, hints: Hints) -> tuple[Tensor, Routing | None]:
+        if self.is_sparse:
+            return self.mlp(x, mask, hints)
+        return self.mlp(x), None
+
+
+class PhiBlock(Block):
+    """x + attn(ln(x)) + mlp(ln(x)): one LayerNorm, branches side by side, biases everywhere."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.ln = nn.LayerNorm(config.d_model)
+        self.attn = Attention(config, o_bias=True)
+        self.mlp = MLP(config.d_model, config.d_ff)
+        self.drop = nn.Dropout(config.dropout)
+        self.is_sparse = False
+
+    def forward(self, x, mask, visible, turn, cache, layer, hints) -> tuple[Tensor, Routing | None]:
+        h = self.ln(x)  # (B, T, D)
+        y, routing = self.feed_forward(h, mask, hints)
+        return x + self.drop(self.attn(h, visible, turn, cache, layer)) + self.drop(y), routing
+
+
+class StableLMBlock(Block):
+    """x = x + attn(ln_1(x)); x + mlp(ln_2(x)): biases in q, k, v and the LayerNorms only."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.d_model)
+        self.attn = Attention(config, o_bias=False)
+        self.ln_2 = nn.LayerNorm(config.d_model)
+        self.mlp = GatedMLP(config.d_model, config.d_ff)
+        self.drop = nn.Dropout(config.dropout)
+        self.is_sparse = False
+
+    def forward(self, x, mask, visible, turn, cache, layer, hints) -> tuple[Tensor, Routing | None]:
+        x = x + self.drop(self.attn(self.ln_1(x), visible, turn, cache, layer))  # (B, T, D)
+        y, routing = self.feed_forward(self.ln_2(x), mask, hints)
+        return x + self.drop(y), routing
+
+
+BLOCKS = {"phi": PhiBlock, "stablelm": StableLMBlock}
+
+
+class Decoder(nn.Module):
+    """Token embedding, blocks, final LayerNorm and the head that scores the vocabulary."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(BLOCKS[config.family](config) for _ in range(config.n_layers))
+        self.ln_f = nn.LayerNorm(config.d_model)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.family == "phi")
+
+    def forward(
+        self, x: Tensor, mask: Tensor, hints: Hints, cache: Cache | None = None
+    ) -> tuple[Tensor, list[Routing]]:
+        """x (B, T, D) embeddings, mask (B, T) True = real -> hidden (B, T, D), routings.
+
+        Positions count real tokens only, so padding on either side changes nothing. The routings
+        are those of the sparse blocks, in order. With a cache, x continues what it holds.
+        """
+        seen = mask if cache is None or cache.mask is None else torch.cat([cache.mask, mask], dim=1)
+        positions = (seen.cumsum(dim=1) - 1).clamp(min=0)[:, -x.shape[1] :]  # (B, T)
+        turn = rotary_angles(positions, self.config.rotary_dim, self.config.rope_theta)
+        visible = visible_positions(seen, x.shape[1])
+        routings = []
+        for layer, block in enumerate(self.blocks):
+            held = cache.held[layer] if cache is not None else None
+            x, routing = block(x, mask, visible, turn, cache, layer, hints._replace(held=held))
+            if routing is not None:
+                routings.append(routing)
+                if cache is not None:
+                    cache.held[layer] = Routing(*(t[:, -1:] for t in routing))
+        if cache is not None:
+            cache.mask = seen
+        return self.ln_f(x), routings
+
+
+def visible_positions(seen: Tensor, n_new: int) -> Tensor:
+    """seen (B, C) bool, True = real -> (B, 1, T, C) bool: real positions up to the query's own.
+
+    Each position may see itself, so that padding has something to attend to and stays finite.
+    """
+    n_all = seen.shape[1]
+    row = torch.arange(n_all - n_new, n_all, device=seen.device)[:, None]  # (T, 1)
+    column = torch.arange(n_all, device=seen.device)  # (C,)
+    return (seen[:, None, None] & (column <= row)) | (column == row)

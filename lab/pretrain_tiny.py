@@ -1,0 +1,278 @@
+"""Make assets/tiny: a small CLIP tower, two small decoders and their tokenizer, from drawn data.
+
+    python -m lab.pretrain_tiny                       the committed assets, from phantoms
+    python -m lab.pretrain_tiny --data slake:DIR --out DIR2    a tower for other pictures
+
+The tokenizer is a byte-level BPE; the tower learns with CLIP's contrastive loss beside a small
+text tower that is then dropped; the decoders learn to continue captions and questions, without
+seeing pictures. All of it is written in the Hugging Face layout of the real weights, in fp16.
+
+Shapes: B batch, S image side, P patches, W tower width, L caption length, V vocabulary.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from config import (
+    ASSETS,
+    CLIP_TINY,
+    IMAGE_ID,
+    PHI_TINY,
+    STABLELM_TINY,
+    DecoderConfig,
+    VisionConfig,
+    flag,
+    parse,
+    user_errors,
+)
+from data import EOS, Images, Sample, Text, encode_sample, load_samples
+from decoder import Decoder
+from moe import Hints
+from vision import CLIP_MEAN, CLIP_STD, VisionBlock, VisionTower, normalise
+from weights import CLIP, PHI, STABLELM, publish
+
+# Words that the drawn data lacks, so that the tokenizer does not spell out real reports.
+RADIOLOGY = """
+which what where how many much does do are there is the image picture scan shown seen visible
+taken plane axial coronal sagittal transverse contrast weighted T1 T2 flair modality technique
+organ system part body region area tissue lung lungs heart liver spleen kidney kidneys stomach
+bladder pancreas gallbladder colon rectum esophagus trachea aorta vein artery bone bones rib ribs
+spine spinal cord skull brain stem cerebral hemisphere ventricle white gray matter neck chest
+thorax abdomen abdominal pelvis pelvic cavity mandible temporal lobe frontal parietal occipital
+eye eyes parotid larynx lobe pneumonia effusion pleural pneumothorax cardiomegaly nodule mass
+cancer tumor edema hemorrhage infarct infarction stroke fracture atrophy lesion enhancing ring
+glioma abnormal abnormality normal healthy disease function effect treat treatment cause symptom
+prevent breathing digestion metabolism yes no not both none left right upper lower top bottom
+center central side middle front back largest smallest bigger smaller than color black white gray
+dark bright irregular circular oval shape density high low hyperdense hypodense opacity opacities
+consolidation infiltrate silhouette diaphragm used use take to belong belongs contain contains
+main most often main can be by with without from have has had was were been being it its that
+these those their they he she his her not any some all more less least very when why who whom if
+or and as at for into on out over under between near same different other about after before
+during through along across patient located location position side present absent exist exists
+appear appears show shows found based following likely kind type name given please describe choose
+between options whether size diagnosis sign Which What Where How Does Do Are There Can Is In On
+The This Was Were Please Who Why Name Describe one two three four five six seven eight nine ten
+number several male female patient old surgery radiation chemotherapy
+""".split()  # noqa: SIM905
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    data: tuple[str, ...] = flag((), "sources, as in train.py (default: phantoms:16000)")
+    out: str = flag(str(ASSETS), "output DIR")
+    clip_steps: int = flag(2000, "contrastive steps for the tower")
+    lm_steps: int = flag(700, "steps for each decoder")
+    batch_size: int = flag(192, "images a contrastive step")
+    seed: int = flag(0, "seeds weights and order")
+
+
+class TinyCLIP(nn.Module):
+    """Both towers and the temperature (Radford et al. 2021, figure 3); text is mean-pooled."""
+
+    def __init__(self, config: VisionConfig, vocab_size: int, max_len: int):
+        super().__init__()
+        width = config.width
+        # One more layer than LLaVA reads: the published tower has it, and CLS is read after it.
+        self.vision = VisionTower(replace(config, n_layers=config.n_layers + 1))
+        self.ln_post = nn.LayerNorm(width)
+        self.project = nn.Linear(width, width, bias=False)
+        self.embed = nn.Embedding(vocab_size, width)
+        self.positions = nn.Parameter(torch.zeros(max_len, width))
+        self.text = nn.ModuleList(VisionBlock(width, config.n_heads, 2 * width) for _ in range(2))
+        self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
+        """images (B, 3, S, S), ids (B, L) padded with -1 -> (B, B) logits, images by captions."""
+        cls = self.vision.hidden(images)[:, 0]  # (B, W)
+        image = F.normalize(self.project(self.ln_post(cls)).float(), dim=-1)
+        real = (ids >= 0)[..., None]  # (B, L, 1)
+        x = self.embed(ids.clamp(min=0)) * real + self.positions[: ids.shape[1]]  # (B, L, W)
+        for block in self.text:
+            x = block(x)
+        text = F.normalize(((x * real).sum(1) / real.sum(1)).float(), dim=-1)  # (B, W)
+        return self.scale.exp().clamp(max=100) * image @ text.T
+
+
+def contrastive_loss(logits: Tensor, captions: list[str]) -> Tensor:
+    """CLIP's symmetric loss; pictures with the same caption share the target."""
+    number = {caption: i for i, caption in enumerate(captions)}
+    which = torch.tensor([number[caption] for caption in captions])
+    target = (which[:, None] == which).float()
+    target = target / target.sum(dim=1, keepdim=True)  # (B, B)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE as GPT-2's: any text can be written, the frequent words in one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def initialise(module: nn.Module) -> None:
+    """GPT-2's normal(0, 0.02) for matrices and embeddings, zero biases."""
+    for name, param in module.named_parameters():
+        if param.dim() >= 2 or name.endswith(("cls", "positions")):
+            nn.init.normal_(param, std=0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(param)
+
+
+def steps(params: Iterator[nn.Parameter], n: int, lr: float, title: str, log: list) -> Iterator:
+    """n optimizer steps: yields a function to call with each step's loss."""
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    bar = tqdm(range(n), desc=title, file=sys.stderr, mininterval=2)
+    start = time.time()
+    for step in bar:
+        rate = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / n))
+
+        def update(loss: Tensor, step: int = step, rate: float = rate) -> None:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+            optimizer.param_groups[0]["lr"] = lr * rate
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+            if step % 50 == 0 or step == n - 1:
+                seconds = round(time.time() - start)
+                log.append({"what": title, "step": step, "loss": loss.item(), "s": seconds})
+
+        yield update
+
+
+def pretrain_tower(flags: PretrainConfig, samples: list[Sample], text: Text, log: list) -> TinyCLIP:
+    images = Images(CLIP_TINY.image_size, pad=True)
+    captions = [sample.turns[0][1] for sample in samples]
+    encoded = [torch.tensor(text.encode(caption)) for caption in captions]
+    model = TinyCLIP(CLIP_TINY, PHI_TINY.vocab_size, max_len=max(map(len, encoded)))
+    initialise(model)
+    order = torch.Generator().manual_seed(flags.seed)
+    for update in steps(model.parameters(), flags.clip_steps, 1e-3, "tower", log):
+        rows = torch.randint(len(samples), (flags.batch_size,), generator=order).tolist()
+        batch = normalise(torch.stack([images.get(samples[r]) for r in rows]))  # (B, 3, S, S)
+        ids = nn.utils.rnn.pad_sequence([encoded[r] for r in rows], True, padding_value=-1)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(batch, ids)
+        update(contrastive_loss(logits, [captions[r] for r in rows]))
+        if log[-1]["what"] == "tower" and "right" not in log[-1]:
+            hit = logits.argmax(1)
+            log[-1]["right"] = sum(
+                captions[rows[h]] == captions[r] for h, r in zip(hit, rows, strict=True)
+            )
+            tqdm.write(json.dumps(log[-1]), file=sys.stderr)
+    return model
+
+
+def pretrain_decoder(
+    flags: PretrainConfig, config: DecoderConfig, texts: list[list[int]], log: list
+) -> Decoder:
+    """Language modelling: every token of every text is predicted from those before it."""
+    decoder = Decoder(config)
+    initialise(decoder)
+    order = torch.Generator().manual_seed(flags.seed)
+    for update in steps(decoder.parameters(), flags.lm_steps, 2e-3, config.family, log):
+        rows = torch.randint(len(texts), (64,), generator=order).tolist()
+        batch = [torch.tensor(texts[r][: config.max_len]) for r in rows]
+        ids = nn.utils.rnn.pad_sequence(batch, True, padding_value=-1)  # (B, T)
+        mask = ids >= 0
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden, _ = decoder(decoder.embed(ids.clamp(min=0)), mask, Hints())
+            logits = decoder.lm_head(hidden[:, :-1][mask[:, 1:]])  # (tokens, V)
+        update(F.cross_entropy(logits.float(), ids[:, 1:][mask[:, 1:]]))
+    return decoder
+
+
+def write(directory: Path, config: dict, tensors: dict[str, Tensor]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_tower(directory: Path, model: TinyCLIP, sources: list[str]) -> None:
+    c = CLIP_TINY
+    config = {
+        "model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+        "image_size": c.image_size, "patch_size": c.patch_size, "hidden_size": c.width,
+        "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads,
+        "intermediate_size": c.d_ff, "projection_dim": c.width, "torch_dtype": "float16",
+        "pretrained_on": sources,
+    }  # fmt: skip
+    tower = {f"vision.{name}": p for name, p in model.vision.named_parameters()}
+    tensors = publish(tower, CLIP)
+    for name, param in model.ln_post.named_parameters():
+        tensors[f"vision_model.post_layernorm.{name}"] = param.detach().half()
+    write(directory, config, tensors)
+    side = c.image_size
+    (directory / "preprocessor_config.json").write_text(json.dumps({
+        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True,
+        "do_normalize": True, "do_rescale": True, "do_convert_rgb": True, "resample": 3,
+        "size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side},
+        "rescale_factor": 1 / 255, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
+    }, indent=1) + "\n")  # fmt: skip
+
+
+def write_decoder(directory: Path, decoder: Decoder, text: Text) -> None:
+    c = decoder.config
+    config = {
+        "model_type": c.family, "vocab_size": c.vocab_size, "hidden_size": c.d_model,
+        "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_heads, "intermediate_size": c.d_ff,
+        "partial_rotary_factor": c.rotary_dim / (c.d_model // c.n_heads),
+        "rope_theta": c.rope_theta, "max_position_embeddings": c.max_len, "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu_new" if c.family == "phi" else "silu", "tie_word_embeddings": False,
+        "bos_token_id": text.eos_id, "eos_token_id": text.eos_id, "torch_dtype": "float16",
+    }  # fmt: skip
+    config |= {"resid_pdrop": c.dropout} if c.family == "phi" else {"use_qkv_bias": True}
+    tensors = {f"decoder.{name}": p for name, p in decoder.named_parameters()}
+    write(directory, config, publish(tensors, PHI if c.family == "phi" else STABLELM))
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    flags = parse(PretrainConfig, argv, "python -m lab.pretrain_tiny")
+    torch.manual_seed(flags.seed)
+    out, specs, log = Path(flags.out), flags.data or ("phantoms:16000",), []
+    captions = load_samples(specs, "captions", "train")
+    dialogues = load_samples(specs, "instructions", "train")
+    raw = [f"{q} {a}" for sample in captions + dialogues for q, a in sample.turns]
+    tokenizer = train_tokenizer([*raw, "USER: \n ASSISTANT:"], PHI_TINY.vocab_size)
+    for family in ("phi", "stablelm"):
+        (out / family).mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(out / family / "tokenizer.json"))
+    text = Text(out / "phi" / "tokenizer.json")
+    texts = []
+    for sample in captions + dialogues:
+        ids, _ = encode_sample(sample, text, 0, system="", plain=sample.turns[0][0] == "")
+        texts.append([i for i in ids if i != IMAGE_ID])
+    print(f"{len(captions)} captions, {len(dialogues)} dialogues, {asdict(flags)}")
+    for config in (PHI_TINY, STABLELM_TINY):
+        write_decoder(out / config.family, pretrain_decoder(flags, config, texts, log), text)
+    write_tower(out / "clip", pretrain_tower(flags, captions, text, log), list(specs))
+    lines = [
+        json.dumps({"flags": asdict(flags), "torch": torch.__version__}),
+        *map(json.dumps, log),
+    ]
+    (out / "pretrain.jsonl").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

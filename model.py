@@ -1,0 +1,232 @@
+"""The whole system: CLIP tower -> projector -> spliced into the text -> decoder -> next token.
+
+    patches = projector(vision(image))                    (n_images, P, D)
+    x       = splice(embed(ids), patches)                 (B, T, D)
+    h, routings = decoder(x)                              (B, T, D), one routing a sparse block
+    loss    = cross_entropy(lm_head(h[t]), ids[t + 1])    where labels say so
+
+Shapes: B batch, T positions, P patches, W tower width, D d_model, V vocabulary, E experts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import IGNORE, IMAGE_ID, ModelConfig, MoEConfig, UserError
+from decoder import Cache, Decoder
+from moe import Hints, Router, Routing, get_router, upcycle
+from vision import VisionTower
+
+
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """--device, --dtype -> where to compute, and in what precision matmuls run.
+
+    "auto" takes bf16 where it is fast: on a GPU, and on CPUs that multiply it in hardware.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here")
+    if dtype == "auto":
+        able = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = device == "cuda" or able.get("avx512_bf16") or able.get("amx_bf16")
+        dtype = "bfloat16" if fast else "float32"
+    return torch.device(device), getattr(torch, dtype)
+
+
+def precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """A context in which matmuls run in dtype; weights, norms and routers stay in fp32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+class Batch(NamedTuple):
+    """What the model takes; data.collate makes it."""
+
+    ids: Tensor  # (B, T) int64; IMAGE_ID at the P positions of each image
+    mask: Tensor  # (B, T) bool, True = real token or patch
+    labels: Tensor  # (B, T) int64, the id where the model must say it, else IGNORE; not shifted
+    images: Tensor  # (n_images, 3, S, S) CLIP-normalised, in the order of their placeholders
+    modality: Tensor  # (B,) int64 index into MODALITIES, -1 unknown
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
+
+    def prompt(self) -> Tensor:
+        """(B, T) bool: real positions before the first answer token."""
+        return self.mask & ((self.labels != IGNORE).cumsum(dim=1) == 0)
+
+
+class Loss(NamedTuple):
+    total: Tensor  # () sum of the cross-entropies; divide by n_tokens for the mean
+    n_tokens: int  # supervised tokens
+    routings: list[Routing]
+
+
+class Projector(nn.Module):
+    """Tower width -> decoder width: Linear, exact GELU, Linear (LLaVA's mlp2x_gelu)."""
+
+    def __init__(self, width: int, d_model: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, d_model)
+        self.fc2 = nn.Linear(d_model, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))  # (n_images, P, D)
+
+
+def splice(x: Tensor, patches: Tensor, is_patch: Tensor) -> Tensor:
+    """Put patch features, in order, where their places are in the text.
+
+    x (B, T, D) embeddings, patches (n_images, P, D), is_patch (B, T) bool -> (B, T, D).
+    Raises ValueError if the places and the patches are not equally many.
+    Source: Med-MoE llava_arch.py:256-368 @148cbd6; there one placeholder stands for all P places.
+    """
+    places, given = int(is_patch.sum()), patches.shape[0] * patches.shape[1]
+    if places != given:
+        raise ValueError(f"{places} places for {given} patches")
+    return x.masked_scatter(is_patch[..., None], patches.to(x.dtype))
+
+
+class MedMoE(nn.Module):
+    """Dense (phases 1 and 2) when config.moe is None, else sparse (phase 3)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.vision = VisionTower(config.vision)
+        self.projector = Projector(config.vision.width, config.decoder.d_model)
+        self.decoder = Decoder(config.decoder)
+        if config.moe is not None:
+            make_sparse(self, config.moe)
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        images: Tensor,
+        hints: Hints = Hints(),
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, list[Routing]]:
+        """-> hidden states (B, T, D) after the final norm, routings. lm_head scores them."""
+        x = self.decoder.embed(ids.clamp(min=0))  # (B, T, D)
+        if images.shape[0]:
+            x = splice(x, self.projector(self.vision(images)), ids == IMAGE_ID)
+        return self.decoder(x, mask, hints, cache)
+
+    def loss(self, batch: Batch) -> Loss:
+        """Next-token cross-entropy, summed over the supervised tokens (paper, equation 5)."""
+        hints = Hints(prompt=batch.prompt(), modality=batch.modality)
+        hidden, routings = self(batch.ids, batch.mask, batch.images, hints)
+        target = batch.labels[:, 1:]  # (B, T - 1): position t is scored on token t + 1
+        supervised = target != IGNORE
+        logits = self.decoder.lm_head(hidden[:, :-1][supervised])  # (n_tokens, V)
+        total = F.cross_entropy(logits.float(), target[supervised], reduction="sum")
+        return Loss(total, logits.shape[0], routings)
+
+
+def sparse_layers(config: ModelConfig, moe: MoEConfig) -> range:
+    return range(0, config.decoder.n_layers, moe.every)
+
+
+def make_router(config: ModelConfig, moe: MoEConfig) -> Router:
+    """Raises UserError for a router that cannot be found or built."""
+    try:
+        cls = get_router(moe.router)
+        return cls(config.decoder.d_model, moe.n_experts, top_k=moe.top_k, level=moe.level)
+    except (ValueError, OSError, SyntaxError, ImportError) as error:
+        raise UserError(f"--router {moe.router}: {error}") from error
+
+
+def make_sparse(
+    model: MedMoE, moe: MoEConfig, router_weights: dict[str, Tensor] | None = None
+) -> None:
+    """Upcycle every `moe.every`-th FFN in place; each gets its own copy of the router's weights.
+
+    router_weights: {"weight": (E, D), "bias": (E,)} as phase 2 trained them, or None to leave a
+    router as it was drawn.
+    """
+    if not 1 <= moe.top_k <= moe.n_experts:
+        raise UserError(f"--top-k {moe.top_k}: must be from 1 to --experts, {moe.n_experts}")
+    for layer in sparse_layers(model.config, moe):
+        block = model.decoder.blocks[layer]
+        router = make_router(model.config, moe).to(block.attn.q.weight.device)
+        if router_weights is not None:
+            router.proj.load_state_dict(router_weights)
+        block.mlp = upcycle(block.mlp, router, moe.n_experts, moe.start)
+        block.is_sparse = True
+    model.config = replace(model.config, moe=moe)
+
+
+class Step(NamedTuple):
+    """One round of generation."""
+
+    tokens: Tensor  # (B,) int64, eos_id for samples that have ended
+    routings: list[Routing]  # of the positions just computed: the prompt first, then one each
+
+
+@torch.no_grad()
+def generate(
+    model: MedMoE,
+    batch: Batch,
+    eos_id: int,
+    max_new: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[Step]:
+    """Continue each prompt, one token a Step, until all have said eos_id or max_new is reached.
+
+    batch is padded on the left. temperature 0 is greedy; else tokens are drawn from the smallest
+    set whose probability reaches top_p. Raises UserError for a router that looks ahead.
+    """
+    for block in model.decoder.blocks:
+        if block.is_sparse and not block.mlp.router.causal:
+            name = type(block.mlp.router).__name__
+            raise UserError(
+                f"router {name} looks at later tokens (causal = False): cannot generate"
+            )
+    hints = Hints(prompt=batch.mask, modality=batch.modality)
+    cache = Cache(len(model.decoder.blocks))
+    ids, mask, images = batch.ids, batch.mask, batch.images
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    for _ in range(max_new):
+        hidden, routings = model(ids, mask, images, hints, cache)
+        logits = model.decoder.lm_head(hidden[:, -1]).float()  # (B, V)
+        tokens = pick(logits, temperature, top_p, generator)  # (B,)
+        tokens = tokens.masked_fill(ended, eos_id)
+        ended = ended | (tokens == eos_id)
+        yield Step(tokens, routings)
+        if ended.all():
+            return
+        ids, mask, images = tokens[:, None], torch.ones_like(mask[:, :1]), images[:0]
+        hints = hints._replace(prompt=None)
+
+
+def pick(logits: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:
+    """logits (B, V) -> the next token of each sample, (B,) int64."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    before = probs.cumsum(dim=-1) - probs  # mass of the likelier tokens
+    probs = probs.masked_fill(before >= top_p, 0.0)
+    chosen = torch.multinomial(probs, 1, generator=generator)  # (B, 1) rank
+    return order.gather(-1, chosen).squeeze(-1)
+
+
+def count_parameters(model: MedMoE) -> dict[str, int]:
+    """Parameters: all of the model, those one token activates, and the dense model it came from.
+
+    Activated: everything but the experts, plus top_k experts of each sparse block.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    moe = model.config.moe
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".mlp.experts." in n)
+    routers = sum(p.numel() for n, p in model.named_parameters() if ".mlp.router." in n)
+    if moe is None:
+        return {"total": total, "activated": total, "dense_base": total}
+    activated = total - experts + experts * moe.top_k // moe.n_experts
+    return {"total": total, "activated": activated, "dense_base": total - experts - routers}

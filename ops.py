@@ -1,0 +1,87 @@
+"""Attention, and moving rows to experts and back: permute, grouped_mm, unpermute, in plain torch.
+
+A router gives a gate for every (row, expert) pair; a pair whose gate is not zero is a visit.
+`permute` lays the visits out expert by expert, `grouped_mm` multiplies each expert's stretch with
+that expert's matrix, `unpermute` weighs the results by their gates and adds them up per row. No
+row is ever dropped or padded, whatever the router decides.
+
+Shapes: N rows, E experts, R visits, D, F widths; B batch, H heads, T queries, C keys, K head width.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """softmax(q k' / sqrt(K)) v; q (B, H, T, K), k and v (B, H, C, K) -> (B, H, T, K).
+
+    visible (B, 1, T, C) bool, True where a query may look; None: everywhere. By definition on a
+    CPU, where torch's fused kernel takes 4 times as long backward in bf16.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, C)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    return scores.float().softmax(dim=-1).to(v.dtype) @ v
+
+
+class Plan(NamedTuple):
+    """Who visits whom, visits sorted by expert, and by row within an expert."""
+
+    row: Tensor  # (R,) int64, the row of each visit
+    expert: Tensor  # (R,) int64, ascending
+    offs: Tensor  # (E,) int32, where each expert's stretch ends
+
+
+def plan_visits(gates: Tensor) -> Plan:
+    """gates (N, E), 0 = no visit -> the visits. One host sync on a GPU: R must be known."""
+    visits = gates.t() != 0  # (E, N) bool
+    expert, row = visits.nonzero(as_tuple=True)  # both (R,)
+    return Plan(row, expert, visits.sum(dim=1).cumsum(dim=0).int())
+
+
+def permute(x: Tensor, plan: Plan) -> Tensor:
+    """x (N, D) -> (R, D): a copy of its row for every visit."""
+    return x.index_select(0, plan.row)
+
+
+def unpermute(y: Tensor, gates: Tensor, plan: Plan) -> Tensor:
+    """y (R, D) results of the visits, gates (N, E) -> (N, D): per row, the gated sum."""
+    weight = gates[plan.row, plan.expert].to(y.dtype)  # (R,)
+    out = y.new_zeros(gates.shape[0], y.shape[1])
+    return out.index_add(0, plan.row, y * weight[:, None])
+
+
+def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """x (R, D) sorted by expert, weight (E, F, D), offs (E,) -> (R, F): x_r @ weight[e].T.
+
+    torch.nn.functional.grouped_mm where its conditions hold (2 or 4 byte floats, rows that are
+    multiples of 16 bytes, at least one row), else one matmul per expert, which is the definition.
+    """
+    aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
+    if x.dtype != torch.float64 and aligned and x.shape[0] > 0 and _has_grouped_mm(x.device):
+        return _DenseGrad.apply(F.grouped_mm(x, weight.transpose(1, 2), offs=offs))
+    ends = offs.tolist()
+    parts = zip([0, *ends], ends, weight, strict=False)
+    return torch.cat([x[start:end] @ w.t() for start, end, w in parts])
+
+
+def _has_grouped_mm(device: torch.device) -> bool:
+    # Below sm_90 torch loops over the experts itself and wants bf16; the loop here is as good.
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+class _DenseGrad(torch.autograd.Function):
+    """Identity whose gradient is contiguous: grouped_mm's backward refuses an expanded one."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad.contiguous()

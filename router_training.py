@@ -1,0 +1,113 @@
+"""The second half of phase 2: teach one linear layer to name an image's modality.
+
+The dense model is frozen. What the router will see in phase 3 is collected from every FFN that
+will become sparse: the normalised hidden states, pooled over the prompt (a decision a sample) and
+at a few single positions from the image on (a decision a token). One Linear(d_model, E) learns to
+name the modality from all of them (paper, equation 3); phase 3 copies it into every MoE layer.
+The released notebook trains on a mean over all layers and positions, before normalisation, which
+no router ever sees; that is the one difference.
+
+Shapes: B batch, T positions, D d_model, E experts, L sparse layers, M sampled positions.
+"""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from config import IMAGE_ID, MODALITIES
+from metrics import router_report
+from model import Batch, MedMoE, precision
+from moe import Hints, pool
+
+N_POSITIONS = 4  # M: single positions taken from each sample and layer
+
+
+@torch.no_grad()
+def ffn_inputs(model: MedMoE, batch: Batch, layers: range) -> Tensor:
+    """What the FFNs of these blocks are given, (L, B, T, D) in fp32."""
+    seen: list[Tensor] = []
+    hooks = [
+        model.decoder.blocks[i].mlp.register_forward_pre_hook(
+            lambda _, x: seen.append(x[0].float())
+        )
+        for i in layers
+    ]
+    try:
+        model(batch.ids, batch.mask, batch.images, Hints())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(seen)
+
+
+def router_inputs(
+    model: MedMoE, batch: Batch, layers: range, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """-> pooled prompts (B, L, D) and single positions (B, L, M, D)."""
+    x = ffn_inputs(model, batch, layers)  # (L, B, T, D)
+    prompt = batch.prompt()
+    pooled = torch.stack([pool(layer, prompt)[:, 0] for layer in x], dim=1)  # (B, L, D)
+    informed = prompt & ((batch.ids == IMAGE_ID).cumsum(dim=1) > 0)  # text before cannot know
+    chance = informed.float().cpu()
+    picks = torch.multinomial(chance, N_POSITIONS, generator=generator).to(x.device)  # (B, M)
+    sample = torch.arange(len(picks), device=x.device)[:, None]  # (B, 1)
+    return pooled, x[:, sample, picks].transpose(0, 1)
+
+
+def collect(model: MedMoE, batches, layers: range, seed: int, device, dtype):
+    """All batches' router inputs and labels: (n, L, D), (n, L, M, D), (n,)."""
+    generator = torch.Generator().manual_seed(seed)
+    pooled, single, truth = [], [], []
+    for batch in tqdm(batches, desc="router features", file=sys.stderr, mininterval=1):
+        batch = batch.to(device)
+        with precision(device, dtype):
+            both = router_inputs(model, batch, layers, generator)
+        pooled.append(both[0])
+        single.append(both[1])
+        truth.append(batch.modality)
+    return torch.cat(pooled), torch.cat(single), torch.cat(truth)
+
+
+def train_router(
+    train: tuple[Tensor, Tensor, Tensor],
+    held_out: tuple[Tensor, Tensor, Tensor],
+    n_experts: int,
+    seed: int,
+    epochs: int = 60,
+) -> tuple[dict[str, Tensor], dict]:
+    """Adam on the cross-entropy of single decisions -> the weights, and a report on held_out.
+
+    train, held_out: pooled (n, L, D), single (n, L, M, D), truth (n,) indices of MODALITIES.
+    """
+    pooled, single, truth = train
+    x = torch.cat([pooled[:, :, None], single], dim=2)  # (n, L, 1 + M, D)
+    y = (truth % n_experts)[:, None, None].expand(x.shape[:3]).flatten()
+    x = x.flatten(0, 2)  # (n * L * (1 + M), D)
+    torch.manual_seed(seed)
+    linear = nn.Linear(pooled.shape[-1], n_experts).to(x.device)
+    optimizer = torch.optim.Adam(linear.parameters(), lr=3e-3)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), device="cpu").to(x.device).split(512):
+            F.cross_entropy(linear(x[rows]), y[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    weights = {name: p.detach() for name, p in linear.named_parameters()}
+    return weights, evaluate_router(linear, held_out, n_experts)
+
+
+@torch.no_grad()
+def evaluate_router(
+    linear: nn.Linear, held_out: tuple[Tensor, Tensor, Tensor], n_experts: int
+) -> dict:
+    """Sample level: mean logits over the layers; token level: each single position by itself."""
+    pooled, single, truth = held_out
+    truth = truth % n_experts
+    said = linear(pooled).mean(dim=1).argmax(dim=-1)  # (n,)
+    names = [*MODALITIES, *(f"expert {e}" for e in range(len(MODALITIES), n_experts))][:n_experts]
+    report = router_report(truth.tolist(), said.tolist(), names)
+    right = linear(single).argmax(dim=-1) == truth[:, None, None]  # (n, L, M)
+    report["token_accuracy"] = right.float().mean().item() if len(truth) else 0.0
+    return report
