@@ -25,8 +25,9 @@ from config import (
     parse,
     user_errors,
 )
-from data import Images, Sample, Text, collate, encode_prompt
-from model import Batch, MedMoE, Step, choose_device, generate, precision
+from data import Batch, Images, Text, collate, encode_prompt
+from model import MedMoE, Step, choose_device, generate, precision
+from sources import Sample
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def ask(model: MedMoE, text: Text, images: Images, flags: ChatConfig, question: 
         question, sample.image is not None, text, config.vision.n_patches, config.system
     )
     encoded = [(ids, [IGNORE] * len(ids))]
-    batch = Batch(*collate([sample], encoded, images, text.eos_id, side="left")).to(device)
+    batch = collate([sample], encoded, images, text.eos_id, side="left").to(device)
     dice = torch.Generator(device).manual_seed(flags.seed)
     stream, steps = Stream(text), []
     with precision(device, dtype):

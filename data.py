@@ -9,17 +9,16 @@ Shapes: B batch, T positions (text tokens + patches), P patches an image, S imag
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 import phantoms
-from config import IGNORE, IMAGE_ID, MODALITIES, UserError
+from config import IGNORE, IMAGE_ID, MODALITIES, ModelConfig, UserError
 from sources import Sample, warn_once
-from sources import load_samples as load_samples  # so that callers need this file alone
 from vision import normalise, open_image, square
 
 EOS = "<|endoftext|>"  # ends every answer, in Phi-2's and StableLM-2's vocabularies alike
@@ -171,14 +170,31 @@ class Images:
         return pixels
 
 
+class Batch(NamedTuple):
+    """What the model takes."""
+
+    ids: Tensor  # (B, T) int64; IMAGE_ID at the P positions of each image
+    mask: Tensor  # (B, T) bool, True = real token or patch
+    labels: Tensor  # (B, T) int64, the id where the model must say it, else IGNORE; not shifted
+    images: Tensor  # (n_images, 3, S, S) CLIP-normalised, in the order of their placeholders
+    modality: Tensor  # (B,) int64 index into MODALITIES, -1 unknown
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
+
+    def prompt(self) -> Tensor:
+        """(B, T) bool: real positions before the first answer token."""
+        return self.mask & ((self.labels != IGNORE).cumsum(dim=1) == 0)
+
+
 def collate(
     samples: Sequence[Sample],
     encoded: Sequence[Encoded],
     images: Images,
     eos_id: int,
     side: str = "right",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Samples -> ids, mask, labels (B, T), images (n_images, 3, S, S), modality (B,): model.Batch.
+) -> Batch:
+    """Samples with their token ids and labels -> a batch.
 
     side   where the shorter ones are padded: "right" to train, "left" to generate
     Raises UserError for a batch that teaches nothing; on the left, where prompts have no labels,
@@ -201,7 +217,7 @@ def collate(
     empty = torch.zeros(0, 3, images.size, images.size, dtype=torch.uint8)
     stacked = torch.stack(pixels) if pixels else empty  # (n_images, 3, S, S)
     known = [MODALITIES.index(s.modality) if s.modality else -1 for s in samples]
-    return ids, mask, labels, normalise(stacked), torch.tensor(known)
+    return Batch(ids, mask, labels, normalise(stacked), torch.tensor(known))
 
 
 def epoch_batches(
@@ -222,35 +238,18 @@ def epoch_batches(
     return batches
 
 
-def by_modality(samples: Iterable[Sample], rng: random.Random) -> dict[str | None, list]:
-    """Modality -> the samples of each image together, the images shuffled."""
-    images: dict[object, list[Sample]] = {}
-    for sample in samples:
-        key = (sample.source, sample.id) if sample.image is None else sample.image
-        images.setdefault(key, []).append(sample)
-    strata: dict[str | None, list[list[Sample]]] = {}
-    for group in images.values():
-        strata.setdefault(group[0].modality, []).append(group)
-    for groups in strata.values():
-        rng.shuffle(groups)
-    return strata
+class Dataset:
+    """Samples as a model of these dimensions reads them: token ids, labels and pictures."""
 
+    def __init__(self, samples: Sequence[Sample], text: Text, config: ModelConfig, plain: bool):
+        n_patches, max_len = config.vision.n_patches, config.decoder.max_len
+        self.samples = samples
+        self.encoded = encode_all(samples, text, n_patches, config.system, plain, max_len)
+        self.lengths = [len(ids) for ids, _ in self.encoded]
+        # As released: captions are learnt on cropped pictures, everything else on padded ones.
+        self.images = Images(config.vision.image_size, pad=not plain)
+        self.eos_id = text.eos_id
 
-def hold_out(
-    samples: Iterable[Sample], share: float, seed: int
-) -> tuple[list[Sample], list[Sample]]:
-    """Split by image into (kept, held out), the same share of each modality, at least one image."""
-    kept, held = [], []
-    for groups in by_modality(samples, random.Random(seed)).values():
-        n = min(max(round(share * len(groups)), 1), len(groups) - 1)
-        held += chain.from_iterable(groups[:n])
-        kept += chain.from_iterable(groups[n:])
-    return kept, held
-
-
-def one_per_image(samples: Iterable[Sample], n: int, seed: int) -> list[Sample]:
-    """Up to n images of known modality, in turn from each modality, with one sample each."""
-    rng = random.Random(seed)
-    strata = by_modality((s for s in samples if s.modality and s.image is not None), rng)
-    in_turn = chain.from_iterable(zip_longest(*strata.values()))  # None where one has run out
-    return [rng.choice(group) for group in in_turn if group][:n]
+    def batch(self, rows: Sequence[int]) -> Batch:
+        samples, encoded = ([part[r] for r in rows] for part in (self.samples, self.encoded))
+        return collate(samples, encoded, self.images, self.eos_id)

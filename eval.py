@@ -31,9 +31,10 @@ from config import (
     user_errors,
     write_json,
 )
-from data import Images, Sample, Text, collate, encode_prompt, load_samples
+from data import Images, Text, collate, encode_prompt
 from metrics import bootstrap, format_confusion, is_exact, is_right, recall, router_report, wilson
-from model import Batch, MedMoE, Step, choose_device, count_parameters, generate, precision
+from model import MedMoE, Step, choose_device, count_parameters, generate, precision
+from sources import Sample, load_samples
 from vision import normalise
 
 SEVEN_B = 7_000_000_000  # the model whose cost the paper compares with, LLaVA-Med
@@ -101,7 +102,7 @@ class Asker:
             rows = order[start : start + self.batch_size]
             encoded = [(prompts[r], [IGNORE] * len(prompts[r])) for r in rows]
             chosen = [samples[r] for r in rows]
-            batch = Batch(*collate(chosen, encoded, self.images, text.eos_id, side="left"))
+            batch = collate(chosen, encoded, self.images, text.eos_id, side="left")
             if picture is not None:
                 batch = batch._replace(images=picture.expand_as(batch.images))
             batch = batch.to(self.device)
@@ -238,8 +239,7 @@ def load_questions(flags: EvalConfig, meta: dict) -> tuple[EvalConfig, list[Samp
     if not flags.data:
         flags = replace(flags, data=tuple(trained["data"]), lang=trained["lang"])
     samples = load_samples(flags.data, "vqa", flags.split, flags.lang)
-    if flags.limit is not None:
-        samples = samples[: flags.limit]
+    samples = samples[: flags.limit]
     if not samples:
         raise UserError(f"--data {' '.join(flags.data)}: no questions in its {flags.split} split")
     return flags, samples, load_samples(flags.data, "vqa", "train", flags.lang)

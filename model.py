@@ -8,8 +8,10 @@
 Shapes: B batch, T positions, P patches, W tower width, D d_model, V vocabulary, E experts.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import IGNORE, IMAGE_ID, ModelConfig, MoEConfig, UserError
+from data import Batch
 from decoder import Cache, Decoder
 from moe import Hints, Router, Routing, get_router, upcycle
 from vision import VisionTower
@@ -41,23 +44,6 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 def precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """A context in which matmuls run in dtype; weights, norms and routers stay in fp32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-class Batch(NamedTuple):
-    """What the model takes; data.collate makes it."""
-
-    ids: Tensor  # (B, T) int64; IMAGE_ID at the P positions of each image
-    mask: Tensor  # (B, T) bool, True = real token or patch
-    labels: Tensor  # (B, T) int64, the id where the model must say it, else IGNORE; not shifted
-    images: Tensor  # (n_images, 3, S, S) CLIP-normalised, in the order of their placeholders
-    modality: Tensor  # (B,) int64 index into MODALITIES, -1 unknown
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in self))
-
-    def prompt(self) -> Tensor:
-        """(B, T) bool: real positions before the first answer token."""
-        return self.mask & ((self.labels != IGNORE).cumsum(dim=1) == 0)
 
 
 class Loss(NamedTuple):
@@ -133,7 +119,9 @@ def sparse_layers(config: ModelConfig, moe: MoEConfig) -> range:
 
 
 def make_router(config: ModelConfig, moe: MoEConfig) -> Router:
-    """Raises UserError for a router that cannot be found or built."""
+    """Raises UserError for a router that cannot be found or built, or for too large a k."""
+    if not 1 <= moe.top_k <= moe.n_experts:
+        raise UserError(f"--top-k {moe.top_k}: must be from 1 to --experts, {moe.n_experts}")
     try:
         cls = get_router(moe.router)
         return cls(config.decoder.d_model, moe.n_experts, top_k=moe.top_k, level=moe.level)
@@ -149,8 +137,6 @@ def make_sparse(
     router_weights: {"weight": (E, D), "bias": (E,)} as phase 2 trained them, or None to leave a
     router as it was drawn.
     """
-    if not 1 <= moe.top_k <= moe.n_experts:
-        raise UserError(f"--top-k {moe.top_k}: must be from 1 to --experts, {moe.n_experts}")
     for layer in sparse_layers(model.config, moe):
         block = model.decoder.blocks[layer]
         router = make_router(model.config, moe).to(block.attn.q.weight.device)
@@ -215,6 +201,30 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator=None) -> Te
     probs = probs.masked_fill(before >= top_p, 0.0)
     chosen = torch.multinomial(probs, 1, generator=generator)  # (B, 1) rank
     return order.gather(-1, chosen).squeeze(-1)
+
+
+def freeze_all_but(model: MedMoE, trains: tuple[str, ...]) -> list[str]:
+    """Set requires_grad by pattern; returns the trained names. A pattern without a match raises."""
+    names = [name for name, _ in model.named_parameters()]
+    if dead := [p for p in trains if not any(fnmatchcase(n, p) for n in names)]:
+        raise ValueError(f"no parameter matches {dead}")
+    for name, param in model.named_parameters():
+        param.requires_grad_(any(fnmatchcase(name, p) for p in trains))
+    return [name for name, param in model.named_parameters() if param.requires_grad]
+
+
+def describe(model: MedMoE) -> list[str]:
+    """One line for each family of parameters: trained or frozen, and how many."""
+    families: dict[tuple[bool, str], int] = {}
+    for name, param in model.named_parameters():
+        family = re.sub(r"\.\d+\.", ".*.", name)
+        family = re.sub(r"\.[^.]+\.(weight|bias)$|\.(weight|bias)$", "", family)
+        if family.startswith("vision"):
+            family = "vision"
+        key = (param.requires_grad, family)
+        families[key] = families.get(key, 0) + param.numel()
+    rows = sorted(families.items(), key=lambda item: (not item[0][0], item[0][1]))
+    return [f"  {'trains' if on else 'frozen'}  {name:<32}{n:>14,}" for (on, name), n in rows]
 
 
 def count_parameters(model: MedMoE) -> dict[str, int]:

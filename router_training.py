@@ -11,16 +11,19 @@ Shapes: B batch, T positions, D d_model, E experts, L sparse layers, M sampled p
 """
 
 import sys
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import IMAGE_ID, MODALITIES
-from metrics import router_report
-from model import Batch, MedMoE, precision
+from config import IMAGE_ID, MODALITIES, MoEConfig, TrainConfig
+from data import Batch, Dataset, Text
+from metrics import format_confusion, router_report
+from model import MedMoE, precision, sparse_layers
 from moe import Hints, pool
+from sources import Sample, hold_out, one_per_image
 
 N_POSITIONS = 4  # M: single positions taken from each sample and layer
 
@@ -57,7 +60,10 @@ def router_inputs(
     return pooled, x[:, sample, picks].transpose(0, 1)
 
 
-def collect(model: MedMoE, batches, layers: range, seed: int, device, dtype):
+def collect(
+    model: MedMoE, batches: Sequence[Batch], layers: range, seed: int,
+    device: torch.device, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """All batches' router inputs and labels: (n, L, D), (n, L, M, D), (n,)."""
     generator = torch.Generator().manual_seed(seed)
     pooled, single, truth = [], [], []
@@ -111,3 +117,30 @@ def evaluate_router(
     right = linear(single).argmax(dim=-1) == truth[:, None, None]  # (n, L, M)
     report["token_accuracy"] = right.float().mean().item() if len(truth) else 0.0
     return report
+
+
+def learn_router(
+    model: MedMoE, samples: Sequence[Sample], text: Text, flags: TrainConfig,
+    device: torch.device, dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], dict]:  # fmt: skip
+    """Train on one question an image, a fifth of the images held out -> weights and a report.
+
+    Both are empty if no sample has a modality.
+    """
+    labelled = one_per_image(samples, flags.router_labels, flags.seed)
+    train_samples, held_out = hold_out(labelled, 0.2, flags.seed)
+    if not train_samples:
+        print("phase 2: no sample has a modality, so there is no router to train")
+        return {}, {}
+    layers = sparse_layers(model.config, MoEConfig())
+    parts = []
+    for part in (train_samples, held_out):
+        data = Dataset(part, text, model.config, plain=False)
+        rows = torch.arange(len(part)).split(64)
+        batches = [data.batch(r.tolist()) for r in rows]
+        parts.append(collect(model, batches, layers, flags.seed, device, dtype))
+    weights, report = train_router(*parts, n_experts=flags.experts, seed=flags.seed)
+    print(f"router: {len(train_samples)} labels; on {report['n']} held-out images "
+          f"{report['accuracy']:.1%}, single positions {report['token_accuracy']:.1%}")  # fmt: skip
+    print(format_confusion(report))
+    return weights, report

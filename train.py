@@ -8,12 +8,10 @@ A phase starts from the checkpoint of the phase before; one that is missing is m
 """
 
 import math
-import re
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -27,7 +25,6 @@ from config import (
     RELEASED_EXTRA,
     ModelConfig,
     MoEConfig,
-    Phase,
     Recipe,
     TrainConfig,
     UserError,
@@ -36,46 +33,12 @@ from config import (
     to_dict,
     user_errors,
 )
-from data import (
-    Images,
-    Sample,
-    Text,
-    collate,
-    encode_all,
-    epoch_batches,
-    hold_out,
-    load_samples,
-    one_per_image,
-)
-from metrics import format_confusion
-from model import Batch, MedMoE, make_sparse, precision, sparse_layers
+from data import Dataset, Text, epoch_batches
+from model import MedMoE, describe, freeze_all_but, make_router, make_sparse, precision
 from moe import get_router, load_balancing_loss, router_z_loss
-from router_training import collect, train_router
+from router_training import learn_router
+from sources import load_samples
 from weights import load_published, open_tensors, read_json
-
-
-class Data:
-    """The samples of one phase, as token ids and pictures."""
-
-    def __init__(self, samples: list[Sample], phase: Phase, config: ModelConfig, text: Text):
-        self.samples = samples
-        self.encoded = encode_all(
-            samples,
-            text,
-            config.vision.n_patches,
-            config.system,
-            phase.plain,
-            config.decoder.max_len,
-        )
-        self.lengths = [len(ids) for ids, _ in self.encoded]
-        # As released, captions are learnt on cropped pictures and everything else on padded ones.
-        self.images = Images(config.vision.image_size, pad=not phase.plain)
-        self.eos_id = text.eos_id
-
-    def batch(self, rows: list[int]) -> Batch:
-        samples = [self.samples[r] for r in rows]
-        encoded = [self.encoded[r] for r in rows]
-        return Batch(*collate(samples, encoded, self.images, self.eos_id))
 
 
 def lr_scale(step: int, n_steps: int) -> float:
@@ -98,31 +61,7 @@ def trained_patterns(flags: TrainConfig, number: int, config: ModelConfig) -> tu
     return trains
 
 
-def freeze_all_but(model: MedMoE, trains: tuple[str, ...]) -> list[str]:
-    """Set requires_grad by pattern; returns the trained names. A pattern without a match raises."""
-    names = [name for name, _ in model.named_parameters()]
-    if dead := [p for p in trains if not any(fnmatchcase(n, p) for n in names)]:
-        raise ValueError(f"no parameter matches {dead}")
-    for name, param in model.named_parameters():
-        param.requires_grad_(any(fnmatchcase(name, p) for p in trains))
-    return [name for name, param in model.named_parameters() if param.requires_grad]
-
-
-def describe(model: MedMoE) -> list[str]:
-    """One line for each family of parameters: trained or frozen, and how many."""
-    families: dict[tuple[bool, str], int] = {}
-    for name, param in model.named_parameters():
-        family = re.sub(r"\.\d+\.", ".*.", name)
-        family = re.sub(r"\.[^.]+\.(weight|bias)$|\.(weight|bias)$", "", family)
-        if family.startswith("vision"):
-            family = "vision"
-        key = (param.requires_grad, family)
-        families[key] = families.get(key, 0) + param.numel()
-    rows = sorted(families.items(), key=lambda item: (not item[0][0], item[0][1]))
-    return [f"  {'trains' if on else 'frozen'}  {name:<32}{n:>14,}" for (on, name), n in rows]
-
-
-def train(model: MedMoE, data: Data, flags: TrainConfig, recipe: Recipe, run: Run) -> None:
+def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run: Run) -> None:
     """The loop of every phase: batch, forward, backward, clip, step, log; checkpoints between."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(named.values(), lr=recipe.lr, weight_decay=0.0, fused=True)
@@ -158,7 +97,7 @@ def train(model: MedMoE, data: Data, flags: TrainConfig, recipe: Recipe, run: Ru
 
 
 def forward_backward(
-    model: MedMoE, data: Data, rows: list[int], flags: TrainConfig, run: Run
+    model: MedMoE, data: Dataset, rows: list[int], flags: TrainConfig, run: Run
 ) -> tuple[float, int]:
     """Gradients of one step, over flags.accumulate micro-batches -> mean loss, positions seen.
 
@@ -191,8 +130,9 @@ def start_model(number: int, flags: TrainConfig, source: Path | None) -> tuple[M
     chosen = preset(flags.preset)
     model = MedMoE(chosen.model)
     if source is None:
-        load_published(model, chosen.model, Path(flags.clip), Path(flags.llm))
-        return model, Path(flags.llm) / "tokenizer.json", {}
+        clip, llm = pretrained(flags)
+        load_published(model, chosen.model, clip, llm)
+        return model, llm / "tokenizer.json", {}
     config, meta = read_meta(source)
     if replace(config, moe=None) != chosen.model:
         theirs = meta.get("flags", {}).get("preset", "another preset")
@@ -205,36 +145,20 @@ def start_model(number: int, flags: TrainConfig, source: Path | None) -> tuple[M
     return model, source / "tokenizer.json", router
 
 
+def sparse_config(flags: TrainConfig) -> MoEConfig:
+    return MoEConfig(
+        flags.experts, flags.top_k, flags.router, flags.router_level, start=flags.start
+    )
+
+
 def go_sparse(model: MedMoE, flags: TrainConfig, router: dict[str, Tensor]) -> None:
     """The dense model of phase 2 -> experts and meta expert, phase 2's router in every layer."""
-    moe = MoEConfig(flags.experts, flags.top_k, flags.router, flags.router_level, start=flags.start)
-    if flags.router == "modality" and not router:
-        raise UserError("--router modality needs phase 2's router, which learns from samples with a"
-                        " modality; --data has none: choose --router topk")  # fmt: skip
-    if flags.router == "modality" and len(router["bias"]) != flags.experts:
+    learnt = flags.router == "modality"
+    if learnt and not router:
+        raise UserError("--router modality: the checkpoint has no router.safetensors of phase 2")
+    if learnt and len(router["bias"]) != flags.experts:
         raise UserError(f"--experts {flags.experts}: phase 2's router knows {len(router['bias'])}")
-    make_sparse(model, moe, router if flags.router == "modality" else None)
-
-
-def learn_router(model: MedMoE, flags: TrainConfig, text: Text, run: Run) -> tuple[dict, dict]:
-    """Train the router on one question an image, a fifth held out -> its weights, a report."""
-    samples = load_samples(flags.data, "vqa", "train", flags.lang)
-    labelled = one_per_image(samples, flags.router_labels, flags.seed)
-    train_samples, held_out = hold_out(labelled, 0.2, flags.seed)
-    if not train_samples:
-        print("phase 2: no sample has a modality, so there is no router to train")
-        return {}, {}
-    layers = sparse_layers(model.config, MoEConfig())
-    parts = []
-    for samples in (train_samples, held_out):
-        data = Data(samples, PHASES[3], model.config, text)
-        batches = (data.batch(list(rows)) for rows in torch.arange(len(samples)).split(64))
-        parts.append(collect(model, batches, layers, flags.seed, run.device, run.dtype))
-    weights, report = train_router(*parts, n_experts=flags.experts, seed=flags.seed)
-    print(f"router: {len(train_samples)} labels; on {report['n']} held-out images "
-          f"{report['accuracy']:.1%}, single positions {report['token_accuracy']:.1%}")  # fmt: skip
-    print(format_confusion(report))
-    return weights, report
+    make_sparse(model, sparse_config(flags), router if learnt else None)
 
 
 def run_phase(number: int, flags: TrainConfig, source: Path | None) -> Path:
@@ -244,22 +168,22 @@ def run_phase(number: int, flags: TrainConfig, source: Path | None) -> Path:
     model, tokenizer, router = start_model(number, flags, source)
     if number == 3 and model.config.moe is None:
         go_sparse(model, flags, router)
-    text = Text(tokenizer)
-    run = Run(number, flags, tokenizer)
+    text, run = Text(tokenizer), Run(number, flags, tokenizer)
     model.to(run.device)
     freeze_all_but(model, trained_patterns(flags, number, model.config))
     recipe = (chosen.long if flags.tune_vision else chosen.recipes)[number]
     given = {k: getattr(flags, k) for k in ("lr", "epochs", "batch_size")}
     recipe = replace(recipe, **{k: v for k, v in given.items() if v is not None})
     samples = load_samples(flags.data, phase.data, "train", flags.lang)
-    data = Data(samples, phase, model.config, text)
+    data = Dataset(samples, text, model.config, phase.plain)
     print(f"\nphase {number}, {phase.title}: {len(data.samples)} samples, {recipe}")
     print(f"  on {run.device}, matmuls in {run.dtype}; starts from {source or 'pretrained parts'}")
     print("\n".join(describe(model)))
     train(model, data, flags, recipe, run)
     extra, meta = {}, {}
     if number == 2:
-        weights, report = learn_router(model, flags, text, run)
+        questions = load_samples(flags.data, "vqa", "train", flags.lang)
+        weights, report = learn_router(model, questions, text, flags, run.device, run.dtype)
         extra, meta = ({"router": weights} if weights else {}), {"router": report}
     path = run.folder / f"phase{number}"
     run.save(path, model, extra, **meta)
@@ -268,29 +192,40 @@ def run_phase(number: int, flags: TrainConfig, source: Path | None) -> Path:
     return path
 
 
+def pretrained(flags: TrainConfig) -> tuple[Path, Path]:
+    """Where the tower and the decoder to start from lie: as the user says, or the preset's."""
+    chosen, found = preset(flags.preset), []
+    for name in ("clip", "llm"):
+        if (where := getattr(flags, name) or getattr(chosen, name)) is None:
+            raise UserError(f"--preset {flags.preset} comes without weights: give --{name} DIR")
+        found.append(Path(where))
+    return found[0], found[1]
+
+
 def resolve(flags: TrainConfig) -> TrainConfig:
-    """Fill in every default that depends on another flag."""
-    chosen = preset(flags.preset)
-    parts = {"clip": flags.clip or chosen.clip, "llm": flags.llm or chosen.llm}
-    if flags.init is None:
-        for name, where in parts.items():
-            if where is None:
-                raise UserError(f"--preset {flags.preset} has no weights here: give --{name} DIR")
-    flags = replace(flags, **{k: v and str(v) for k, v in parts.items()})
-    flags = replace(flags, data=flags.data or ("phantoms",))
-    flags = replace(flags, out=flags.out or f"runs/{flags.preset}")
+    """Fill in the defaults that depend on other flags; find mistakes before training starts."""
+    model = preset(flags.preset).model
+    out = flags.out or f"runs/{flags.preset}"
+    flags = replace(flags, data=flags.data or ("phantoms",), out=out)
+    for name, least in (("accumulate", 1), ("experts", 1), ("save_every", 1), ("batch_size", 1),
+                        ("steps", 1), ("epochs", 1), ("router_labels", 1)):  # fmt: skip
+        if (value := getattr(flags, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if flags.tune_vision is None:
-        known = (
-            read_json(Path(flags.clip) / "config.json").get("pretrained_on") if flags.clip else None
-        )
-        kinds = {spec.partition(":")[0] for spec in known or ()}
-        new = {spec.partition(":")[0] for spec in flags.data} - kinds
-        flags = replace(flags, tune_vision=bool(known and new))
-    for name in ("accumulate", "experts", "save_every"):
-        if getattr(flags, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1"
-            )
+        # A tower that says what it was pretrained on has not seen anything else.
+        known = None if flags.init else read_json(pretrained(flags)[0] / "config.json")
+        seen = {spec.partition(":")[0] for spec in (known or {}).get("pretrained_on", ())}
+        new = {spec.partition(":")[0] for spec in flags.data} - seen
+        flags = replace(flags, tune_vision=bool(seen and new))
+    if flags.phase == 3:
+        make_router(model, sparse_config(flags))
+        if flags.router == "modality" and flags.init is None:
+            questions = load_samples(flags.data, "vqa", "train", flags.lang)
+            if not any(s.modality for s in questions):
+                sources = " ".join(flags.data)
+                raise UserError(
+                    f"--router modality: {sources} has no modalities: use --router topk"
+                )
     return flags
 
 
@@ -315,7 +250,10 @@ def earlier_phase(number: int, flags: TrainConfig) -> Path | None:
 def main(argv: list[str] | None = None) -> None:
     flags = resolve(parse(TrainConfig, argv, "train.py"))
     print(" ".join(f"{k}={v}" for k, v in asdict(flags).items()))
-    Path(flags.out).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(flags.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {flags.out}: {error.strerror}") from error
     source = Path(flags.init) if flags.init else None
     first = flags.phase if flags.init else 1
     for number in range(first, flags.phase):

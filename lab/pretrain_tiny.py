@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +38,10 @@ from config import (
     parse,
     user_errors,
 )
-from data import EOS, Images, Sample, Text, encode_sample, load_samples
+from data import EOS, Images, Text, encode_sample
 from decoder import Decoder
 from moe import Hints
+from sources import Sample, load_samples
 from vision import CLIP_MEAN, CLIP_STD, VisionBlock, VisionTower, normalise
 from weights import CLIP, PHI, STABLELM, publish
 
@@ -73,9 +75,10 @@ number several male female patient old surgery radiation chemotherapy
 class PretrainConfig:
     data: tuple[str, ...] = flag((), "sources, as in train.py (default: phantoms:16000)")
     out: str = flag(str(ASSETS), "output DIR")
-    clip_steps: int = flag(2000, "contrastive steps for the tower")
+    part: Literal["all", "decoders", "tower"] = flag("all", "what to make; decoders come first")
+    clip_steps: int = flag(1400, "contrastive steps for the tower")
     lm_steps: int = flag(700, "steps for each decoder")
-    batch_size: int = flag(192, "images a contrastive step")
+    batch_size: int = flag(128, "images a contrastive step")
     seed: int = flag(0, "seeds weights and order")
 
 
@@ -139,7 +142,7 @@ def initialise(module: nn.Module) -> None:
 
 def steps(params: Iterator[nn.Parameter], n: int, lr: float, title: str, log: list) -> Iterator:
     """n optimizer steps: yields a function to call with each step's loss."""
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     bar = tqdm(range(n), desc=title, file=sys.stderr, mininterval=2)
     start = time.time()
     for step in bar:
@@ -246,32 +249,38 @@ def write_decoder(directory: Path, decoder: Decoder, text: Text) -> None:
     write(directory, config, publish(tensors, PHI if c.family == "phi" else STABLELM))
 
 
+def make_decoders(flags: PretrainConfig, out: Path, samples: list[Sample], log: list) -> None:
+    """The tokenizer, then both decoders on the captions and dialogues."""
+    raw = [f"{q} {a}" for sample in samples for q, a in sample.turns]
+    words = [f"{before}{word}" for word in RADIOLOGY for before in (" ", "")]
+    tokenizer = train_tokenizer([*raw, *4 * words, "USER: \n ASSISTANT:"], PHI_TINY.vocab_size)
+    for family in ("phi", "stablelm"):
+        (out / family).mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(out / family / "tokenizer.json"))
+    text = Text(out / "phi")
+    texts = []
+    for sample in samples:
+        ids, _ = encode_sample(sample, text, 0, plain=sample.turns[0][0] == "")
+        texts.append([i for i in ids if i != IMAGE_ID])
+    for config in (PHI_TINY, STABLELM_TINY):
+        write_decoder(out / config.family, pretrain_decoder(flags, config, texts, log), text)
+
+
 @user_errors
 def main(argv: list[str] | None = None) -> None:
     flags = parse(PretrainConfig, argv, "python -m lab.pretrain_tiny")
     torch.manual_seed(flags.seed)
     out, specs, log = Path(flags.out), flags.data or ("phantoms:16000",), []
     captions = load_samples(specs, "captions", "train")
-    dialogues = load_samples(specs, "instructions", "train")
-    raw = [f"{q} {a}" for sample in captions + dialogues for q, a in sample.turns]
-    tokenizer = train_tokenizer([*raw, "USER: \n ASSISTANT:"], PHI_TINY.vocab_size)
-    for family in ("phi", "stablelm"):
-        (out / family).mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(out / family / "tokenizer.json"))
-    text = Text(out / "phi" / "tokenizer.json")
-    texts = []
-    for sample in captions + dialogues:
-        ids, _ = encode_sample(sample, text, 0, system="", plain=sample.turns[0][0] == "")
-        texts.append([i for i in ids if i != IMAGE_ID])
-    print(f"{len(captions)} captions, {len(dialogues)} dialogues, {asdict(flags)}")
-    for config in (PHI_TINY, STABLELM_TINY):
-        write_decoder(out / config.family, pretrain_decoder(flags, config, texts, log), text)
-    write_tower(out / "clip", pretrain_tower(flags, captions, text, log), list(specs))
-    lines = [
-        json.dumps({"flags": asdict(flags), "torch": torch.__version__}),
-        *map(json.dumps, log),
-    ]
-    (out / "pretrain.jsonl").write_text("\n".join(lines) + "\n")
+    print(f"{len(captions)} captions, {asdict(flags)}")
+    if flags.part != "tower":
+        make_decoders(flags, out, captions + load_samples(specs, "instructions", "train"), log)
+    if flags.part != "decoders":
+        tower = pretrain_tower(flags, captions, Text(out / "phi"), log)
+        write_tower(out / "clip", tower, list(specs))
+    head = {"flags": asdict(flags), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    with (out / "pretrain.jsonl").open("a" if flags.part == "tower" else "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in [head, *log])
 
 
 if __name__ == "__main__":

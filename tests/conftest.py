@@ -1,0 +1,71 @@
+"""Tiny models and batches for all tests, with weights large enough that choices are not ties."""
+
+import pytest
+import torch
+
+from config import IGNORE, IMAGE_ID, DecoderConfig, ModelConfig, MoEConfig, VisionConfig
+from data import Batch
+from model import MedMoE
+
+VISION = VisionConfig(image_size=32, patch_size=16, width=32, n_layers=3, n_heads=4, d_ff=64)
+DECODERS = {
+    "phi": DecoderConfig("phi", 64, 32, 3, 4, 64, rotary_dim=4, max_len=128),
+    "stablelm": DecoderConfig("stablelm", 64, 32, 3, 4, 48, rotary_dim=2, max_len=128),
+}
+
+
+def shake(module, seed=0):
+    """Draw every parameter, biases and norms too: what begins at 0 or 1 would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, param in module.named_parameters():
+            noise = torch.randn(param.shape, generator=generator, dtype=param.dtype)
+            if ".ln" in f".{name}":
+                param.copy_(1 + 0.3 * noise if name.endswith("weight") else 0.3 * noise)
+            elif param.dim() < 2 or name.endswith("bias"):
+                param.copy_(0.3 * noise)
+            elif name.endswith("embed.weight") and param.dim() == 2:
+                param.copy_(3.0 * noise)  # so that the last token decides what comes next
+            else:
+                param.copy_(noise * 1.5 * param[0].numel() ** -0.5)
+    return module
+
+
+def build(family="phi", moe=None, seed=0):
+    """A tiny model with every parameter drawn; `moe` are MoEConfig's fields, None for a dense."""
+    config = ModelConfig(VISION, DECODERS[family], moe and MoEConfig(**moe))
+    return shake(MedMoE(config), seed).eval()
+
+
+def collate(rows, images=None, side="right", modality=None, seed=0):
+    """Rows of (ids, labels) -> a Batch; `images` are drawn for the placeholders if not given."""
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask, labels = ids.bool(), torch.full_like(ids, IGNORE)
+    for row, (row_ids, row_labels) in enumerate(rows):
+        n = len(row_ids)
+        place = slice(longest - n, None) if side == "left" else slice(n)
+        ids[row, place], labels[row, place] = torch.tensor(row_ids), torch.tensor(row_labels)
+        mask[row, place] = True
+    if images is None:
+        n_images = int((ids == IMAGE_ID).sum()) // VISION.n_patches
+        size = VISION.image_size
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randn(n_images, 3, size, size, generator=generator)
+    modality = torch.full((len(rows),), -1) if modality is None else torch.tensor(modality)
+    return Batch(ids, mask, labels, images, modality)
+
+
+@pytest.fixture(name="shake")
+def _shake():
+    return shake
+
+
+@pytest.fixture(name="build")
+def _build():
+    return build
+
+
+@pytest.fixture(name="collate")
+def _collate():
+    return collate

@@ -1,0 +1,157 @@
+"""Attention and the expert rows equal their definitions, forward and backward.
+
+python -m pytest tests/test_ops.py
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ops
+
+GATES = torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.25, 0.0, 0.75]])
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
+
+
+def looped(x, weight, offs):
+    """The definition of grouped_mm, row by row."""
+    expert = [sum(int(end) <= r for end in offs) for r in range(len(x))]
+    return torch.stack([weight[e] @ row for e, row in zip(expert, x, strict=True)])
+
+
+def test_attention_is_torchs_with_and_without_a_mask():
+    q, k, v = randn(2, 3, 5, 8, seed=1), randn(2, 3, 7, 8, seed=2), randn(2, 3, 7, 8, seed=3)
+    visible = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(4)) < 0.5
+    visible[..., 0] = True
+    for mask in (None, visible):
+        ours = ops.attend(q, k, v, mask)
+        theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        ours = torch.autograd.grad(ours.sin().sum(), (q, k, v))
+        theirs = torch.autograd.grad(theirs.sin().sum(), (q, k, v))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_attention_looks_at_visible_keys_only():
+    q, k, v = randn(1, 1, 2, 4, seed=1), randn(1, 1, 3, 4, seed=2), randn(1, 1, 3, 4, seed=3)
+    visible = torch.tensor([[1, 0, 0], [0, 1, 0]]).bool()[None, None]
+    torch.testing.assert_close(ops.attend(q, k, v, visible), v[:, :, :2])
+
+
+def test_attention_keeps_bf16_but_takes_its_softmax_in_fp32():
+    q, k, v = (randn(1, 2, 4, 64, seed=s).detach().bfloat16() for s in (1, 2, 3))
+    y = ops.attend(q, k, v)
+    assert y.dtype == torch.bfloat16
+    scores = (q * 64**-0.5) @ k.transpose(-1, -2)
+    expected = scores.float().softmax(dim=-1).bfloat16() @ v
+    torch.testing.assert_close(y, expected, atol=0, rtol=0)
+
+
+def test_visits_are_the_gates_that_are_not_zero_sorted_by_expert_then_row():
+    plan = ops.plan_visits(GATES)
+    assert plan.row.tolist() == [0, 3, 0, 2, 3]
+    assert plan.expert.tolist() == [0, 0, 2, 2, 2]
+    assert plan.offs.tolist() == [2, 2, 5]  # expert 1 is idle: its stretch is empty
+    assert plan.offs.dtype == torch.int32
+
+
+def test_a_negative_gate_is_a_visit_too():
+    assert ops.plan_visits(torch.tensor([[-0.5, 0.0]])).row.tolist() == [0]
+
+
+def test_permute_copies_a_row_for_each_of_its_visits():
+    x = randn(4, 6).detach()
+    assert torch.equal(ops.permute(x, ops.plan_visits(GATES)), x[[0, 3, 0, 2, 3]])
+
+
+def test_unpermute_is_the_gated_sum_of_each_rows_visits():
+    y = randn(5, 6).detach()
+    out = ops.unpermute(y, GATES, ops.plan_visits(GATES))
+    expected = [
+        0.5 * y[0] + 0.5 * y[2],
+        torch.zeros(6),
+        y[3],
+        0.25 * y[1] + 0.75 * y[4],
+    ]
+    torch.testing.assert_close(out, torch.stack(expected))
+
+
+def test_unpermute_after_permute_multiplies_each_row_by_the_sum_of_its_gates():
+    x, plan = randn(4, 6).detach(), ops.plan_visits(GATES)
+    back = ops.unpermute(ops.permute(x, plan), GATES, plan)
+    torch.testing.assert_close(back, x * GATES.sum(dim=1, keepdim=True))
+
+
+def test_gradients_of_permute_and_unpermute_are_right_in_fp64():
+    x, plan = randn(4, 3, dtype=torch.float64), ops.plan_visits(GATES)
+    y = randn(5, 3, seed=1, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: ops.permute(x, plan), x)
+    # Gates that are 0 are not visits: their gradient is 0 by design, so they are held fixed.
+    visited = GATES[GATES != 0].double().requires_grad_()
+
+    def unpermute(y, visited):
+        return ops.unpermute(
+            y, torch.zeros(4, 3).double().masked_scatter(GATES != 0, visited), plan
+        )
+
+    assert torch.autograd.gradcheck(unpermute, (y, visited))
+
+
+def test_gradients_of_grouped_mm_are_right_in_fp64():
+    x, weight = randn(5, 3, dtype=torch.float64), randn(3, 2, 3, seed=1, dtype=torch.float64)
+    offs = torch.tensor([2, 2, 5], dtype=torch.int32)
+    assert torch.autograd.gradcheck(lambda x, w: ops.grouped_mm(x, w, offs), (x, weight))
+
+
+@pytest.mark.parametrize(
+    ("widths", "dtype", "path"),
+    [
+        ((16, 8), torch.float32, "_DenseGradBackward"),
+        ((10, 8), torch.float32, "CatBackward0"),  # rows of 40 bytes: not a multiple of 16
+        ((16, 6), torch.float32, "CatBackward0"),
+        ((16, 8), torch.float64, "CatBackward0"),
+    ],
+)
+@pytest.mark.parametrize("offs", [(2, 2, 5), (0, 0, 5), (5, 5, 5), (1, 3, 5)])
+def test_grouped_mm_is_its_definition_on_either_path(widths, dtype, path, offs):
+    d, f = widths
+    x, weight = randn(5, d, dtype=dtype), randn(3, f, d, seed=1, dtype=dtype)
+    y = ops.grouped_mm(x, weight, torch.tensor(offs, dtype=torch.int32))
+    assert y.grad_fn.name() == path
+    expected = looped(x, weight, offs)
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
+    ours = torch.autograd.grad(y.sin().sum(), (x, weight))
+    theirs = torch.autograd.grad(expected.sin().sum(), (x, weight))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    used = [end > start for start, end in zip((0, *offs), offs, strict=False)]
+    assert (ours[1].flatten(1) != 0).any(dim=1).tolist() == used
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_grouped_mm_multiplies_two_byte_floats_to_their_precision(dtype):
+    x, weight = randn(5, 16).detach(), randn(3, 8, 16, seed=1).detach()
+    offs = torch.tensor([2, 2, 5], dtype=torch.int32)
+    y = ops.grouped_mm(x.to(dtype), weight.to(dtype), offs)
+    assert y.dtype == dtype
+    expected = looped(x.to(dtype).float(), weight.to(dtype).float(), offs)
+    torch.testing.assert_close(y.float(), expected, atol=0, rtol=2**-7)
+
+
+def test_grouped_mm_takes_the_gradient_of_a_sum_which_is_expanded():
+    x, weight = randn(4, 8), randn(2, 4, 8, seed=1)
+    ops.grouped_mm(x, weight, torch.tensor([1, 4], dtype=torch.int32)).sum().backward()
+    torch.testing.assert_close(x.grad[0], weight[0].sum(dim=0).detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_grouped_mm_of_no_rows_is_empty_and_gives_zero_gradients(dtype):
+    x, weight = randn(0, 16, dtype=dtype), randn(3, 8, 16, dtype=dtype)
+    y = ops.grouped_mm(x, weight, torch.zeros(3, dtype=torch.int32))
+    assert y.shape == (0, 8)
+    y.sum().backward()
+    assert x.grad.shape == (0, 16)
+    assert torch.equal(weight.grad, torch.zeros_like(weight))

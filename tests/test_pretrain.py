@@ -1,0 +1,60 @@
+"""The maker of assets/tiny, and what it made: python -m pytest tests/test_pretrain.py"""
+
+import json
+import math
+
+import pytest
+import torch
+
+from config import ASSETS, preset
+from data import Text
+from lab import pretrain_tiny
+from model import MedMoE
+from weights import load_published
+
+
+def test_the_contrastive_loss_is_zero_when_each_picture_finds_its_caption():
+    logits = torch.full((3, 3), -50.0).fill_diagonal_(50.0)
+    assert pretrain_tiny.contrastive_loss(logits, ["a", "b", "c"]).item() < 1e-6
+    assert pretrain_tiny.contrastive_loss(torch.zeros(3, 3), ["a", "b", "c"]).item() == (
+        pytest.approx(math.log(3))
+    )
+
+
+def test_pictures_with_the_same_caption_share_the_target():
+    logits = torch.tensor([[50.0, 50.0, -50.0], [50.0, 50.0, -50.0], [-50.0, -50.0, 50.0]])
+    loss = pretrain_tiny.contrastive_loss(logits, ["a", "a", "c"])
+    assert loss.item() == pytest.approx(2 / 3 * math.log(2))  # as low as it can be
+
+
+def test_it_writes_what_the_loader_of_real_weights_reads(tmp_path):
+    pretrain_tiny.main(["--data", "phantoms:24", "--clip-steps", "1", "--lm-steps", "1",
+                        "--batch-size", "8", "--out", str(tmp_path)])  # fmt: skip
+    for name, family in (("tiny", "phi"), ("tiny-stablelm", "stablelm")):
+        config = preset(name).model
+        model = MedMoE(config)
+        for param in model.parameters():
+            param.data.fill_(float("nan"))
+        load_published(model, config, tmp_path / "clip", tmp_path / family)
+        filled = [n for n, p in model.named_parameters() if not p.isnan().any()]
+        assert filled == [n for n, _ in model.named_parameters() if not n.startswith("projector.")]
+    head, *log = map(json.loads, (tmp_path / "pretrain.jsonl").read_text().splitlines())
+    assert head["flags"]["data"] == ["phantoms:24"]
+    assert {line["what"] for line in log} == {"phi", "stablelm", "tower"}
+
+
+def test_the_committed_assets_are_small_and_come_with_their_log():
+    files = [p for p in ASSETS.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 8_000_000
+    lines = [json.loads(line) for line in (ASSETS / "pretrain.jsonl").read_text().splitlines()]
+    assert {line["what"] for line in lines if "what" in line} == {"phi", "stablelm", "tower"}
+    clip = json.loads((ASSETS / "clip" / "config.json").read_text())
+    assert clip["model_type"] == "clip_vision_model" and clip["hidden_act"] == "quick_gelu"
+
+
+def test_the_tokenizer_writes_any_text():
+    text = Text(ASSETS / "phi")
+    for string in ("Is there a nodule?", "naïve 肺 🫁\n\ttab", "", " two  spaces"):
+        assert text.decode(text.encode(string)) == string
+    assert len(text.encode("Is there an abnormality?")) <= 6
+    assert text.tokenizer.get_vocab_size() <= preset("tiny").model.decoder.vocab_size

@@ -1,0 +1,217 @@
+"""The loop, what each phase trains, and the command: python -m pytest tests/test_train.py"""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train
+from checkpoint import read_meta
+from config import PHASES, MoEConfig, Recipe, TrainConfig, UserError, preset
+from data import Dataset, Text
+from model import MedMoE, freeze_all_but, make_sparse
+from sources import load_samples
+from weights import open_tensors
+
+PRESETS = ("tiny", "tiny-stablelm")
+FFN = {"tiny": ("fc1", "fc2"), "tiny-stablelm": ("gate", "up", "down")}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums come out the same every time, so that runs can be compared bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def trained(name: str, number: int, **flags) -> set[str]:
+    flags = TrainConfig(preset=name, **flags)
+    model = MedMoE(preset(name).model)
+    if number == 3:
+        make_sparse(model, MoEConfig(router=flags.router))
+    return set(freeze_all_but(model, train.trained_patterns(flags, number, model.config)))
+
+
+def ffn(name: str, layers, *, prefix="", experts=True) -> set[str]:
+    """FFN parameter names as this test spells them out, for these blocks."""
+    keys = ("weight", "bias") if name == "tiny" else ("weight",)
+    places = [f"decoder.blocks.{i}.mlp.{prefix}" for i in layers]
+    return {f"{place}{part}.{key}" for place in places for part in FFN[name] for key in keys}
+
+
+PROJECTOR = {f"projector.{fc}.{key}" for fc in ("fc1", "fc2") for key in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_phase_1_trains_the_projector_and_nothing_else(name):
+    assert trained(name, 1) == PROJECTOR
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_phase_2_trains_all_but_the_tower(name):
+    every = {n for n, _ in MedMoE(preset(name).model).named_parameters()}
+    tower = {n for n in every if n.startswith("vision.")}
+    assert tower and trained(name, 2) == every - tower
+    assert trained(name, 2, tune_vision=True) == every
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_phase_3_trains_experts_and_meta_of_every_second_block(name):
+    sparse, dense = (0, 2), (1, 3)
+    paper = ffn(name, sparse, prefix="meta.") | ffn(name, sparse, prefix="experts.")
+    assert trained(name, 3) == paper
+    assert trained(name, 3, tune_vision=True) == paper  # the tower is settled by then
+    released = paper | PROJECTOR | ffn(name, dense)
+    assert trained(name, 3, trains="released") == released
+    routers = {
+        f"decoder.blocks.{i}.mlp.router.proj.{k}" for i in sparse for k in ("weight", "bias")
+    }
+    assert trained(name, 3, router="topk") == paper | routers
+    assert trained(name, 3, router="random") == trained(name, 3, router="oracle") == paper
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    with pytest.raises(ValueError, match=r"projectr\.\*"):
+        freeze_all_but(MedMoE(preset("tiny").model), ("projectr.*",))
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    scale = [train.lr_scale(step, 100) for step in range(100)]
+    assert scale[:3] == [1 / 3, 2 / 3, 1.0]
+    assert scale[3] == 1.0 and scale[-1] < 0.001
+    assert scale[3:] == sorted(scale[3:], reverse=True)
+    assert train.lr_scale(0, 1) == 1.0
+
+
+def run(out, *argv: str) -> None:
+    train.main(["--data", "phantoms:48", "--out", str(out), "--batch-size", "8", "--no-eval",
+                "--router-labels", "40", "--dtype", "float32", *argv])  # fmt: skip
+
+
+def weights_of(path) -> dict:
+    return dict(open_tensors(path / "model.safetensors"))
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_one_command_runs_the_missing_phases_and_each_changes_only_its_own(name, tmp_path, capsys):
+    run(tmp_path, "--preset", name, "--steps", "2", "--save-every", "1")
+    said = capsys.readouterr().out
+    assert [f"phase {n}: saved" in said for n in (1, 2, 3)] == [True] * 3
+    assert not list(tmp_path.glob("*step*")) and not list(tmp_path.glob(".*"))
+    one, two, three = (weights_of(tmp_path / f"phase{n}") for n in (1, 2, 3))
+    assert {k for k in one if not torch.equal(one[k], two[k])} == trained(name, 2)
+    kept = set(two) & set(three)
+    assert all(torch.equal(two[k], three[k]) for k in kept)  # attention, norms, dense FFNs
+    config, meta = read_meta(tmp_path / "phase3")
+    assert config.moe == MoEConfig() and meta["phase"] == 3
+    router = dict(open_tensors(tmp_path / "phase2" / "router.safetensors"))
+    for layer in (0, 2):
+        for key in ("weight", "bias"):
+            assert torch.equal(three[f"decoder.blocks.{layer}.mlp.router.proj.{key}"], router[key])
+    report = read_meta(tmp_path / "phase2")[1]["router"]
+    assert report["n"] == 8 and sum(map(sum, report["confusion"])) == 8
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(r["phase"], r["step"]) for r in records if "loss" in r] == [
+        (n, step) for n in (1, 2, 3) for step in (0, 1)
+    ]
+    run(tmp_path, "--preset", name, "--steps", "1")
+    assert "phase 2: done before" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    steps = ("--phase", "2", "--steps", "7", "--save-every", "3")
+    run(tmp_path / "whole", *steps)
+    forward, calls = train.forward_backward, []
+
+    def stop_at_the_17th(*args):
+        calls.append(1)
+        if len(calls) == 7 + 5:  # all of phase 1, then four steps of phase 2
+            raise KeyboardInterrupt
+        return forward(*args)
+
+    monkeypatch.setattr(train, "forward_backward", stop_at_the_17th)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "halves", *steps)
+    assert [p.name for p in (tmp_path / "halves").glob("*step*")] == ["phase2-step0000003"]
+    monkeypatch.setattr(train, "forward_backward", forward)
+    run(tmp_path / "halves", *steps, "--resume")
+    whole, halves = (tmp_path / name / "phase2" for name in ("whole", "halves"))
+    assert same(weights_of(whole), weights_of(halves))
+    logs = [(tmp_path / n / "log.jsonl").read_text().splitlines() for n in ("whole", "halves")]
+    lines = [[(r["phase"], r["step"], r["loss"]) for r in map(json.loads, log) if "loss" in r]
+             for log in logs]  # fmt: skip
+    assert lines[0] == lines[1]
+
+
+def prepared(**flags) -> tuple:
+    flags = train.resolve(TrainConfig(data=("phantoms:24",), dtype="float32", **flags))
+    torch.manual_seed(3)
+    model, tokenizer, _ = train.start_model(1, flags, None)
+    freeze_all_but(model, PHASES[2].trains)
+    samples = load_samples(flags.data, "instructions", "train")
+    return flags, model, Dataset(samples, Text(tokenizer), model.config, plain=False)
+
+
+class Where:
+    """What forward_backward asks a Run for."""
+
+    title, device, dtype = "phase 2", torch.device("cpu"), torch.float32
+
+
+def test_accumulation_changes_nothing():
+    found = []
+    for accumulate in (1, 2, 5):
+        flags, model, data = prepared(accumulate=accumulate)
+        model.double()
+        data.batch = lambda rows, plain=data.batch: plain(rows)._replace(
+            images=plain(rows).images.double()
+        )
+        loss, _ = train.forward_backward(model, data, list(range(10)), flags, Where)
+        found.append((loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    for loss, grads in found[1:]:
+        assert loss == pytest.approx(found[0][0], abs=1e-9)
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, found[0][1][name], atol=1e-6, rtol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("where", ["weight", "gradient"])
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_batch(
+    where, tmp_path, monkeypatch
+):
+    flags, model, data = prepared(out=str(tmp_path))
+    if where == "weight":
+        model.projector.fc1.weight.data[0, 0] = float("nan")
+    else:
+        model.projector.fc1.weight.register_hook(lambda grad: grad * float("inf"))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    place = train.Run(2, flags, tmp_path / "tokenizer.json")
+    with pytest.raises(
+        UserError, match=r"phase 2, step 0: loss .* nothing was updated.*batch: \d+"
+    ):
+        train.train(model, data, replace(flags, steps=2), Recipe(1e-3, 1, 8), place)
+    for name, param in model.named_parameters():
+        assert torch.equal(param.isnan(), before[name].isnan()), name
+        assert torch.equal(param.nan_to_num(), before[name].nan_to_num()), name
+
+
+def test_the_loss_falls(tmp_path):
+    flags, model, data = prepared(out=str(tmp_path))
+    place = train.Run(2, flags, tmp_path / "tokenizer.json")
+    train.train(model, data, replace(flags, steps=30), Recipe(2e-3, 1, 24), place)
+    records = [json.loads(line) for line in place.path.read_text().splitlines()]
+    losses = [r["loss"] for r in records if "loss" in r]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_run_does_not_mix_phases_of_different_data(tmp_path):
+    run(tmp_path, "--phase", "1", "--steps", "1")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--data", "phantoms:49", "--out", str(tmp_path), "--no-eval"])
+    assert stop.value.code == 2
