@@ -91,7 +91,7 @@ class Recipe:
     """How long and how fast one phase trains at one preset's size."""
 
     lr: float  # peak, after warm-up
-    epochs: int
+    epochs: float
     batch_size: int
 
 
@@ -128,7 +128,7 @@ PHI_TINY      = DecoderConfig("phi",      1024, 128, 4, 4, 512, rotary_dim=12, m
 STABLELM_TINY = DecoderConfig("stablelm", 1024, 128, 4, 4, 344, rotary_dim=8,  max_len=512)
 
 PAPER = {1: Recipe(1e-3, 1, 64), 2: Recipe(2e-5, 3, 64), 3: Recipe(2e-5, 9, 64)}  # Table 11
-SMALL = {1: Recipe(3e-3, 1, 64), 2: Recipe(1e-3, 2, 64), 3: Recipe(1e-3, 1, 64)}
+SMALL = {1: Recipe(3e-3, 1, 64), 2: Recipe(1e-3, 3, 64), 3: Recipe(1e-3, 0.5, 64)}
 LONG  = {1: Recipe(1e-3, 20, 64), 2: Recipe(1e-3, 30, 64), 3: Recipe(5e-4, 10, 64)}
 
 PRESETS = {
@@ -200,8 +200,9 @@ class TrainConfig(Common):
     tune_vision: bool | None = flag(
         None, "train the tower in phases 1, 2 (default: only if it was pretrained on other data)"
     )
+    jitter: bool | None = flag(None, "vary the pictures a little (default: as --tune-vision)")
     lr: float | None = flag(None, "peak learning rate (default: the phase's)")
-    epochs: int | None = flag(None, "passes over the data (default: the phase's)")
+    epochs: float | None = flag(None, "passes over the data (default: the phase's)")
     steps: int | None = flag(None, "optimizer steps; overrides --epochs")
     accumulate: int = flag(1, "micro-batches a step; each holds batch_size / accumulate samples")
     clip_grad: float = flag(1.0, "largest gradient norm; 0: no clipping")

@@ -38,6 +38,7 @@ from model import MedMoE, describe, freeze_all_but, make_router, make_sparse, pr
 from moe import get_router, load_balancing_loss, router_z_loss
 from router_training import learn_router
 from sources import load_samples
+from vision import jitter
 from weights import load_published, open_tensors, read_json
 
 
@@ -66,7 +67,7 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(named.values(), lr=recipe.lr, weight_decay=0.0, fused=True)
     per_epoch = len(epoch_batches(data.lengths, recipe.batch_size, flags.seed, 0))
-    n_steps = flags.steps or recipe.epochs * per_epoch
+    n_steps = flags.steps or max(1, round(recipe.epochs * per_epoch))
     first = run.resume(model, optimizer, named) if flags.resume else 0
     run.begin_log(first, n_steps, per_epoch, named)
     model.train()
@@ -109,6 +110,8 @@ def forward_backward(
     total = 0.0
     for batch in batches:
         batch = batch.to(run.device)
+        if flags.jitter:
+            batch = batch._replace(images=jitter(batch.images))
         with precision(run.device, run.dtype):
             out = model.loss(batch)
         loss = out.total / n_tokens
@@ -208,15 +211,19 @@ def resolve(flags: TrainConfig) -> TrainConfig:
     out = flags.out or f"runs/{flags.preset}"
     flags = replace(flags, data=flags.data or ("phantoms",), out=out)
     for name, least in (("accumulate", 1), ("experts", 1), ("save_every", 1), ("batch_size", 1),
-                        ("steps", 1), ("epochs", 1), ("router_labels", 1)):  # fmt: skip
+                        ("steps", 1), ("router_labels", 1)):  # fmt: skip
         if (value := getattr(flags, name)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    if flags.tune_vision is None:
+    if flags.tune_vision is None and flags.init:
+        flags = replace(flags, tune_vision=read_meta(Path(flags.init))[1]["flags"]["tune_vision"])
+    elif flags.tune_vision is None:
         # A tower that says what it was pretrained on has not seen anything else.
-        known = None if flags.init else read_json(pretrained(flags)[0] / "config.json")
-        seen = {spec.partition(":")[0] for spec in (known or {}).get("pretrained_on", ())}
+        known = read_json(pretrained(flags)[0] / "config.json").get("pretrained_on", ())
+        seen = {spec.partition(":")[0] for spec in known}
         new = {spec.partition(":")[0] for spec in flags.data} - seen
         flags = replace(flags, tune_vision=bool(seen and new))
+    if flags.jitter is None:
+        flags = replace(flags, jitter=flags.tune_vision)
     if flags.phase == 3:
         make_router(model, sparse_config(flags))
         if flags.router == "modality" and flags.init is None:

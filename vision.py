@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
 
@@ -184,3 +185,17 @@ def normalise(images: Tensor) -> Tensor:
         torch.tensor(x, device=images.device)[:, None, None] for x in (CLIP_MEAN, CLIP_STD)
     )
     return (images.float() / 255 - mean) / std
+
+
+def jitter(images: Tensor) -> Tensor:
+    """(B, 3, S, S) turned, zoomed, shifted and re-lit a little, each picture by its own chance.
+
+    For a tower that learns from few images. Never mirrored: left has to stay left.
+    """
+    turn, zoom, dx, dy, gain, lift = torch.rand(6, len(images), 1, device=images.device) * 2 - 1
+    turn, zoom = 0.15 * turn, 1 + 0.12 * zoom  # radians; grid_sample's units are half sides
+    cos, sin = turn.cos() * zoom, turn.sin() * zoom
+    rows = torch.cat([cos, -sin, 0.12 * dx, sin, cos, 0.12 * dy], dim=1)  # (B, 6)
+    grid = F.affine_grid(rows.unflatten(1, (2, 3)), list(images.shape), align_corners=False)
+    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return moved * (1 + 0.15 * gain[..., None, None]) + 0.15 * lift[..., None, None]

@@ -27,13 +27,14 @@ def shake(module, seed=0):
             elif name.endswith("embed.weight") and param.dim() == 2:
                 param.copy_(3.0 * noise)  # so that the last token decides what comes next
             else:
-                param.copy_(noise * 1.5 * param[0].numel() ** -0.5)
+                fan_in = param[0].numel() if param.dim() == 4 else param.shape[-1]
+                param.copy_(1.5 * fan_in**-0.5 * noise)
     return module
 
 
 def build(family="phi", moe=None, seed=0):
     """A tiny model with every parameter drawn; `moe` are MoEConfig's fields, None for a dense."""
-    config = ModelConfig(VISION, DECODERS[family], moe and MoEConfig(**moe))
+    config = ModelConfig(VISION, DECODERS[family], None if moe is None else MoEConfig(**moe))
     return shake(MedMoE(config), seed).eval()
 
 
