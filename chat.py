@@ -124,6 +124,10 @@ def ask(model: MedMoE, text: Text, images: Images, flags: ChatConfig, question: 
 @user_errors
 def main(argv: list[str] | None = None) -> None:
     flags = parse(ChatConfig, argv, "chat.py")
+    if not (flags.temperature == 0 or flags.temperature >= 0.01):  # less overflows; nan is neither
+        raise UserError(f"--temperature {flags.temperature}: must be 0 or from 0.01 up")
+    if not 0 < flags.top_p <= 1:
+        raise UserError(f"--top-p {flags.top_p}: must be above 0 and at most 1")
     device, _ = choose_device(flags.device, flags.dtype)
     model, text, _ = load_model(Path(flags.checkpoint), device)
     images = Images(model.config.vision.image_size, pad=True)

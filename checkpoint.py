@@ -64,7 +64,9 @@ def sync(path: Path) -> None:
 def read_meta(directory: Path) -> tuple[ModelConfig, dict]:
     """config.json of one of our checkpoints -> the model's config and everything else in it."""
     if not directory.is_dir():
-        raise UserError(f"checkpoint {directory}: no such directory")
+        old = directory.with_name(f".{directory.name}.old")
+        hint = f" (but {old}, left by an interrupted save)" if old.is_dir() else ""
+        raise UserError(f"checkpoint {directory}: no such directory{hint}")
     meta = read_json(directory / "config.json")
     try:
         return model_config(meta.pop("model")), meta
@@ -85,7 +87,10 @@ def load_checkpoint(model: nn.Module, directory: Path) -> None:
 def load_model(directory: Path, device: torch.device) -> tuple[MedMoE, Text, dict]:
     """-> the model, ready to answer, its tokenizer, and what else config.json says."""
     config, meta = read_meta(directory)
-    model = MedMoE(config)
+    try:
+        model = MedMoE(config)
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{directory / 'config.json'}: not a possible model: {error}") from error
     load_checkpoint(model, directory)
     return model.eval().to(device), Text(directory / "tokenizer.json"), meta
 

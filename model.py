@@ -68,12 +68,13 @@ def splice(x: Tensor, patches: Tensor, is_patch: Tensor) -> Tensor:
     """Put patch features, in order, where their places are in the text.
 
     x (B, T, D) embeddings, patches (n_images, P, D), is_patch (B, T) bool -> (B, T, D).
-    Raises ValueError if the places and the patches are not equally many.
+    Raises ValueError if the places are not as many as the patches, or a row holds half an image.
     Source: Med-MoE llava_arch.py:256-368 @148cbd6; there one placeholder stands for all P places.
     """
-    places, given = int(is_patch.sum()), patches.shape[0] * patches.shape[1]
-    if places != given:
-        raise ValueError(f"{places} places for {given} patches")
+    places = is_patch.sum(dim=1)  # (B,)
+    n_images, n_patches, _ = patches.shape
+    if places.sum() != n_images * n_patches or (places % n_patches).any():
+        raise ValueError(f"{places.tolist()} places for {n_images} images of {n_patches} patches")
     return x.masked_scatter(is_patch[..., None], patches.to(x.dtype))
 
 
@@ -98,9 +99,11 @@ class MedMoE(nn.Module):
         cache: Cache | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """-> hidden states (B, T, D) after the final norm, routings. lm_head scores them."""
-        x = self.decoder.embed(ids.clamp(min=0))  # (B, T, D)
-        if images.shape[0]:
-            x = splice(x, self.projector(self.vision(images)), ids == IMAGE_ID)
+        is_patch = ids == IMAGE_ID  # (B, T)
+        x = self.decoder.embed(ids.masked_fill(is_patch, 0))  # (B, T, D)
+        # A cached step is one token, never a patch: no need to look, which would wait for a GPU.
+        if ids.shape[1] > 1 and (len(images) or is_patch.any()):
+            x = splice(x, self.projector(self.vision(images)), is_patch)
         return self.decoder(x, mask, hints, cache)
 
     def loss(self, batch: Batch) -> Loss:
@@ -125,7 +128,7 @@ def make_router(config: ModelConfig, moe: MoEConfig) -> Router:
     try:
         cls = get_router(moe.router)
         return cls(config.decoder.d_model, moe.n_experts, top_k=moe.top_k, level=moe.level)
-    except (ValueError, OSError, SyntaxError, ImportError) as error:
+    except (ValueError, TypeError, OSError, SyntaxError, ImportError) as error:
         raise UserError(f"--router {moe.router}: {error}") from error
 
 
@@ -169,6 +172,7 @@ def generate(
     batch is padded on the left. temperature 0 is greedy; else tokens are drawn from the smallest
     set whose probability reaches top_p. Raises UserError for a router that looks ahead.
     """
+    assert batch.mask[:, -1].all(), "prompts are padded on the left"
     for block in model.decoder.blocks:
         if block.is_sparse and not block.mlp.router.causal:
             name = type(block.mlp.router).__name__

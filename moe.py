@@ -7,6 +7,7 @@ R visits, that is pairs of a token and an expert.
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -68,7 +69,9 @@ class Router(nn.Module):
             extra = {name: getattr(hints, name) for name in self.needs}
             gates = self.gate(logits, mask, x, **extra)
         wide = (-1, real.shape[1], -1)  # one decision a sample serves all its positions
-        return Routing(gates.expand(wide) * real[..., None], logits.expand(wide))
+        # Not a product: whatever a gate is on padding, even NaN, padding visits nobody.
+        gates = gates.expand(wide).masked_fill(~real[..., None], 0.0)
+        return Routing(gates, logits.expand(wide))
 
 
 def pool(x: Tensor, mask: Tensor) -> Tensor:
@@ -143,13 +146,13 @@ def get_router(spec: str) -> type[Router]:
         return ROUTERS[spec]
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
-        raise ValueError(f"router {spec!r}: neither one of {', '.join(ROUTERS)} nor FILE.py:Class")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
+        raise ValueError(f"{spec!r} is neither one of {', '.join(ROUTERS)} nor FILE.py:Class")
+    module_spec = importlib.util.spec_from_file_location(f"router_{Path(path).stem}", path)
+    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     router = getattr(module, name, None)
-    if not (isinstance(router, type) and issubclass(router, Router)):
-        raise ValueError(f"router {spec!r}: {path} has no subclass of moe.Router named {name!r}")
+    if not (isinstance(router, type) and issubclass(router, Router) and router is not Router):
+        raise ValueError(f"{spec!r}: the file has no subclass of moe.Router named {name!r}")
     return router
 
 

@@ -109,12 +109,16 @@ def fill(
 
 
 def read_json(path: Path) -> dict:
+    """Raises UserError for what cannot be read or is not a JSON object."""
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return values
 
 
 def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
@@ -122,7 +126,7 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
     index = directory / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        files = sorted(set(_field(directory, read_json(index), "weight_map").values()))
     for file in files:
         yield from open_tensors(directory / file)
 
@@ -130,7 +134,9 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 def open_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of one safetensors file. Raises UserError if it is missing or damaged."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        has_bin = path.with_name("pytorch_model.bin").is_file()
+        hint = " (pytorch_model.bin is not read: save it as safetensors)" if has_bin else ""
+        raise UserError(f"{path}: no such file{hint}")
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
@@ -151,10 +157,11 @@ def published_vision(directory: Path) -> VisionConfig:
 def published_decoder(directory: Path, like: DecoderConfig) -> DecoderConfig:
     """config.json of a Phi-2 or StableLM-2 directory -> our dimensions; the rest as in `like`."""
     values = read_json(directory / "config.json")
-    heads, width = (
-        _field(directory, values, f"{n}") for n in ("num_attention_heads", "hidden_size")
+    values |= values.get("rope_parameters") or {}  # where transformers 5 puts them
+    heads, width, partial = (
+        _field(directory, values, name)
+        for name in ("num_attention_heads", "hidden_size", "partial_rotary_factor")
     )
-    partial = values.get("partial_rotary_factor", 0.0)
     return DecoderConfig(
         family=_field(directory, values, "model_type"),
         vocab_size=_field(directory, values, "vocab_size"),
@@ -171,7 +178,7 @@ def published_decoder(directory: Path, like: DecoderConfig) -> DecoderConfig:
 
 def _field(directory: Path, values: dict, name: str):
     if name not in values:
-        raise UserError(f"{directory / 'config.json'}: lacks {name!r}")
+        raise UserError(f"{directory}: its JSON lacks {name!r}")
     return values[name]
 
 

@@ -141,6 +141,13 @@ def test_chat_names_a_picture_it_cannot_show(image, capsys, tmp_path):
     assert image in fails(capsys, chat.main, *argv)
 
 
+@pytest.mark.parametrize(
+    "argv", [("--temperature", "-1"), ("--temperature", "nan"), ("--top-p", "0"), ("--top-p", "2")]
+)
+def test_chat_names_a_setting_that_cannot_be(argv, capsys):
+    assert " ".join(argv[:1]) in fails(capsys, chat.main, "x", *argv)
+
+
 def test_a_place_that_cannot_be_written_is_named(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     out = str(tmp_path / "file" / "out")

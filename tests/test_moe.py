@@ -378,7 +378,7 @@ def test_a_router_of_your_own_is_loaded_from_its_file_and_used(tmp_path, build, 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("best", "router 'best': neither one of modality, topk, random, oracle nor FILE.py:Class"),
+        ("best", "'best' is neither one of modality, topk, random, oracle nor FILE.py:Class"),
         ("", "neither one of"),
         ("missing.py:First", "neither one of"),
         ("{file}", "neither one of"),

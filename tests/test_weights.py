@@ -313,7 +313,7 @@ def test_published_directories_that_lack_something_are_user_errors(build, publis
 
     whole = (llm / "config.json").read_text()
     (llm / "config.json").write_text(whole.replace("hidden_size", "n_embd"))
-    with pytest.raises(UserError, match=r"config.json: lacks 'hidden_size'"):
+    with pytest.raises(UserError, match="its JSON lacks 'hidden_size'"):
         load()
     (llm / "config.json").write_text(whole[:-9])
     with pytest.raises(UserError, match=r"config.json: not JSON"):
@@ -461,8 +461,8 @@ def broken(change):
     [
         (lambda text: text[:-20], "not JSON"),
         (lambda text: "", "not JSON"),
-        (lambda text: "[]", "not a checkpoint of ours"),
-        (lambda text: "3", "not a checkpoint of ours"),
+        (lambda text: "[]", "not a JSON object"),
+        (lambda text: "3", "not a JSON object"),
         (lambda text: "{}", "not a checkpoint of ours: 'model'"),
         (lambda text: '{"model": 3}', "not a checkpoint of ours"),
         (broken(lambda m: m.pop("vision")), "not a checkpoint of ours: 'vision'"),
