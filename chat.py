@@ -6,6 +6,7 @@ token of the answer visited. Without --question it asks you for questions until 
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ from config import (
     user_errors,
 )
 from data import Batch, Images, Text, collate, encode_prompt
-from model import MedMoE, Step, choose_device, generate, precision
+from model import MedMoE, Step, choose_device, generate, precision, sparse_layers
 from sources import Sample
 
 
@@ -76,23 +77,23 @@ def shares(gates: Tensor, which: Tensor) -> str:
     return "  ".join(f"{v:7.1%}" for v in (visits / visits.sum().clamp(min=1)).tolist())
 
 
-def show_routes(steps: list[Step], batch: Batch, text: Text, names: list[str]) -> None:
-    """Which experts the patches, the question and each answer token visited, layer by layer."""
+def show_routes(
+    steps: list[Step], batch: Batch, text: Text, names: list[str], blocks: Sequence[int]
+) -> None:
+    """Which experts the patches, the question and each answer token visited, block by block."""
     is_patch = batch.ids[0] == IMAGE_ID  # (T,)
     print("\nvisits              " + "  ".join(f"{name:>7.7}" for name in names))
-    for layer, routing in enumerate(steps[0].routings):
+    for block, routing in zip(blocks, steps[0].routings, strict=True):
         if is_patch.any():
-            print(f"  layer {layer}, picture  {shares(routing.gates[0], is_patch)}")
-        print(f"  layer {layer}, question {shares(routing.gates[0], ~is_patch)}")
+            print(f"  block {block:<2} picture  {shares(routing.gates[0], is_patch)}")
+        print(f"  block {block:<2} question {shares(routing.gates[0], ~is_patch)}")
     for before, step in pairwise(steps):
         token = text.decode([int(before.tokens[0])])
-        visited = [
-            "+".join(names[e] for e in r.gates[0, 0].nonzero().flatten().tolist())
-            for r in step.routings
-        ]
-        print(
-            f"  answer {token!r:<14} " + "  ".join(f"layer {i}: {v}" for i, v in enumerate(visited))
-        )
+        visited = []
+        for block, routing in zip(blocks, step.routings, strict=True):
+            experts = routing.gates[0, 0].nonzero().flatten().tolist()
+            visited.append(f"block {block}: " + "+".join(names[e] for e in experts))
+        print(f"  answer {token!r:<14} " + "  ".join(visited))
 
 
 def ask(model: MedMoE, text: Text, images: Images, flags: ChatConfig, question: str) -> None:
@@ -118,7 +119,7 @@ def ask(model: MedMoE, text: Text, images: Images, flags: ChatConfig, question: 
         n = config.moe.n_experts
         is_named = config.moe.router in ("modality", "oracle")
         names = [MODALITIES[e] if is_named and e < len(MODALITIES) else f"e{e}" for e in range(n)]
-        show_routes(steps, batch, text, names)
+        show_routes(steps, batch, text, names, sparse_layers(config, config.moe))
 
 
 @user_errors

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -108,12 +109,18 @@ class Run:
         """Those of an unfinished run of this phase, oldest first."""
         return sorted(self.folder.glob(f"phase{self.number}-step*"))
 
+    def refuse_leftovers(self) -> None:
+        """Nobody's unfinished work is thrown away because --resume was forgotten."""
+        if not self.flags.resume and (found := self.checkpoints()):
+            raise UserError(f"{found[-1]} is an unfinished run: --resume goes on with it; "
+                            "or remove it, or choose another --out")  # fmt: skip
+
     def save(self, path: Path, model: MedMoE, extra: dict, **meta) -> None:
         meta |= {"phase": self.number, "flags": to_dict(self.flags), "torch": torch.__version__}
         try:
             save_checkpoint(path, model, model.config, meta, self.tokenizer, extra)
-        except OSError as error:
-            raise UserError(f"{path}: could not be written: {error.strerror}") from error
+        except (OSError, SafetensorError) as error:  # a full disk is either
+            raise UserError(f"{path}: could not be written: {error}") from error
 
     def save_step(self, model: MedMoE, optimizer, named: dict[str, Tensor], step: int) -> None:
         """A checkpoint to go on from; the one before is removed only after this one is complete."""
@@ -144,8 +151,7 @@ class Run:
             kind, _, name = key.partition(".")
             if name not in named:
                 raise UserError(f"{found[-1]}: trained {name}, which this run freezes")
-            where = "cpu" if kind == "step" and not tensor.is_cuda else self.device
-            optimizer.state[named[name]][kind] = tensor.to(where)
+            optimizer.state[named[name]][kind] = tensor.to(self.device)
         step = read_meta(found[-1])[1]["step"]
         print(f"{self.title}: goes on from step {step}, {found[-1]}")
         return step

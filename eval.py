@@ -33,7 +33,7 @@ from config import (
 )
 from data import Images, Text, collate, encode_prompt
 from metrics import bootstrap, format_confusion, is_exact, is_right, recall, router_report, wilson
-from model import MedMoE, Step, choose_device, count_parameters, generate, precision
+from model import MedMoE, Step, choose_device, count_parameters, generate, precision, sparse_layers
 from sources import Sample, load_samples
 from vision import normalise
 
@@ -87,6 +87,7 @@ class Asker:
         self.model, self.text, self.flags = model, text, flags
         self.device, self.dtype = choose_device(flags.device, flags.dtype)
         self.images = Images(model.config.vision.image_size, pad=True)
+        self.batch_size = flags.batch_size or 64
 
     def answer(self, samples: Sequence[Sample], picture: Tensor | None = None) -> list[Prediction]:
         """Greedy answers to the first questions. picture (3, S, S): shown to all of them."""
@@ -110,10 +111,6 @@ class Asker:
                 steps = list(generate(self.model, batch, text.eos_id, self.flags.max_new))
             found |= dict(zip(rows, unpack(steps, batch.mask, text), strict=True))
         return [found[i] for i in range(len(samples))]
-
-    @property
-    def batch_size(self) -> int:
-        return self.flags.batch_size or 64
 
     def mean_picture(self, samples: Sequence[Sample]) -> Tensor:
         """(3, S, S) CLIP-normalised mean of the samples' different images."""
@@ -214,13 +211,13 @@ def show(name: str, s: dict) -> str:
     )
 
 
-def show_load(load: dict[str, list], n_experts: int) -> str:
-    """Expert load per layer and modality, in percent of the visits."""
+def show_load(load: dict[str, list], n_experts: int, blocks: Sequence[int]) -> str:
+    """Expert load per sparse block and modality, in percent of the visits."""
     lines = [" " * 26 + "".join(f"expert {e}".rjust(10) for e in range(n_experts))]
-    for layer in range(len(next(iter(load.values())))):
+    for layer, block in enumerate(blocks):
         for name, table in load.items():
             cells = "".join(f"{share:10.1%}" for share in table[layer])
-            lines.append(f"  sparse layer {layer:<3}{name:<10}{cells}")
+            lines.append(f"  block {block:<4}{name:<14}{cells}")
     return "\n".join(lines)
 
 
@@ -275,7 +272,8 @@ def report(asker: Asker, samples: list[Sample], train: list[Sample], meta: dict)
         print(f"router: names the modality of {result['router']['accuracy']:.1%} of "
               f"{result['router']['n']} images")  # fmt: skip
         print(format_confusion(result["router"]))
-        print(show_load(result["load"], model.config.moe.n_experts))
+        blocks = sparse_layers(model.config, model.config.moe)
+        print(show_load(result["load"], model.config.moe.n_experts, blocks))
     print(show_parameters(result["params"]))
     return result
 

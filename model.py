@@ -221,11 +221,10 @@ def describe(model: MedMoE) -> list[str]:
     """One line for each family of parameters: trained or frozen, and how many."""
     families: dict[tuple[bool, str], int] = {}
     for name, param in model.named_parameters():
-        family = re.sub(r"\.\d+\.", ".*.", name)
-        family = re.sub(r"\.[^.]+\.(weight|bias)$|\.(weight|bias)$", "", family)
-        if family.startswith("vision"):
-            family = "vision"
-        key = (param.requires_grad, family)
+        parts = re.sub(r"\.\d+\.", ".*.", name).split(".")[:-1]  # without weight, bias
+        if len(parts) > 2 and not parts[-1].startswith("ln"):
+            parts.pop()  # q, k, v, o together; fc1 and fc2 together
+        key = (param.requires_grad, "vision" if parts[0] == "vision" else ".".join(parts))
         families[key] = families.get(key, 0) + param.numel()
     rows = sorted(families.items(), key=lambda item: (not item[0][0], item[0][1]))
     return [f"  {'trains' if on else 'frozen'}  {name:<32}{n:>14,}" for (on, name), n in rows]

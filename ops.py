@@ -8,6 +8,7 @@ row is ever dropped or padded, whatever the router decides.
 Shapes: N rows, E experts, R visits, D, F widths; B batch, H heads, T queries, C keys, K head width.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -65,9 +66,8 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
     if x.dtype != torch.float64 and aligned and x.shape[0] > 0 and _has_grouped_mm(x.device):
         return _DenseGrad.apply(F.grouped_mm(x, weight.transpose(1, 2), offs=offs))
-    ends = offs.tolist()
-    parts = zip([0, *ends], ends, weight, strict=False)
-    return torch.cat([x[start:end] @ w.t() for start, end, w in parts])
+    stretches = zip(pairwise([0, *offs.tolist()]), weight, strict=True)
+    return torch.cat([x[start:end] @ w.t() for (start, end), w in stretches])
 
 
 def _has_grouped_mm(device: torch.device) -> bool:

@@ -20,7 +20,8 @@ import phantoms
 from config import MODALITIES, UserError
 
 N_TRAIN, N_VAL, N_TEST = 4000, 200, 500  # phantoms
-MAX_TURNS = 4  # questions in one dialogue about a phantom
+MAX_TURNS = 4  # questions in one dialogue
+N_ORDERS = 3  # dialogues that a real question takes part in
 MAX_FACTS = 6  # question-answer pairs in a caption made from them
 SLAKE_FILES = {"train": "train.json", "val": "validate.json", "test": "test.json"}
 RAD_FILE = "VQA_RAD Dataset Public.json"
@@ -216,6 +217,24 @@ def make_captions(rows: Iterable[tuple[Sample, str]]) -> Iterator[Sample]:
         yield replace(first, id=name, turns=turns, answer_type="", kind="caption")
 
 
+def make_dialogues(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Up to MAX_TURNS questions about one image in a row; N_ORDERS times, each in its own order.
+
+    One look at an image then teaches several answers. Single questions are left to phase 3.
+    """
+    groups: dict[Path, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.image, []).append(sample)
+    for group in groups.values():
+        rng = random.Random(group[0].id)
+        for order in range(N_ORDERS):
+            rng.shuffle(group)
+            for start in range(0, len(group), MAX_TURNS):
+                turns = [s.turns[0] for s in group[start : start + MAX_TURNS]]
+                name = f"{group[start].id}/{order}"
+                yield replace(group[start], id=name, turns=tuple(turns), answer_type="", kind="")
+
+
 READERS = {"slake": read_slake, "vqa-rad": read_vqa_rad}
 
 
@@ -239,7 +258,11 @@ def load_samples(specs: Sequence[str], what: str, split: str, lang: str = "en") 
             new = list(read_phantoms(where, what, split))
         else:
             rows = add_answers(READERS[kind](Path(where), split, lang))
-            new = list(make_captions(rows) if what == "captions" else (s for s, _ in rows))
+            if what == "captions":
+                new = list(make_captions(rows))
+            else:
+                single = (sample for sample, _ in rows)
+                new = list(make_dialogues(single) if what == "instructions" else single)
         if not new and (kind, split) != ("vqa-rad", "val"):
             raise UserError(f"--data {spec}: no {what} in its {split} split (language: {lang})")
         samples += new

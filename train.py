@@ -172,6 +172,7 @@ def run_phase(number: int, flags: TrainConfig, source: Path | None) -> Path:
     if number == 3 and model.config.moe is None:
         go_sparse(model, flags, router)
     text, run = Text(tokenizer), Run(number, flags, tokenizer)
+    run.refuse_leftovers()
     model.to(run.device)
     freeze_all_but(model, trained_patterns(flags, number, model.config))
     recipe = (chosen.long if flags.tune_vision else chosen.recipes)[number]

@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -77,36 +77,47 @@ class PretrainConfig:
     out: str = flag(str(ASSETS), "output DIR")
     part: Literal["all", "decoders", "tower"] = flag("all", "what to make; decoders come first")
     clip_steps: int = flag(1400, "contrastive steps for the tower")
-    lm_steps: int = flag(700, "steps for each decoder")
+    lm_steps: int = flag(400, "steps for each decoder")
     batch_size: int = flag(128, "images a contrastive step")
     seed: int = flag(0, "seeds weights and order")
 
 
 class TinyCLIP(nn.Module):
-    """Both towers and the temperature (Radford et al. 2021, figure 3); text is mean-pooled."""
+    """Both towers and the temperature (Radford et al. 2021, figure 3); text is mean-pooled.
+
+    A caption is matched twice: with CLS after the last layer, as in CLIP, and with the mean patch
+    before it, which is what LLaVA reads. A large tower keeps both informed by itself; this small
+    one, with CLS alone, leaves it to the last layer to find out where a finding lies.
+    """
 
     def __init__(self, config: VisionConfig, vocab_size: int, max_len: int):
         super().__init__()
         width = config.width
-        # One more layer than LLaVA reads: the published tower has it, and CLS is read after it.
-        self.vision = VisionTower(replace(config, n_layers=config.n_layers + 1))
-        self.ln_post = nn.LayerNorm(width)
+        self.vision = VisionTower(config)
+        self.last = VisionBlock(width, config.n_heads, config.d_ff)  # published, never read
+        self.ln_post, self.ln_patches = nn.LayerNorm(width), nn.LayerNorm(width)
         self.project = nn.Linear(width, width, bias=False)
+        self.project_patches = nn.Linear(width, width, bias=False)
         self.embed = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.zeros(max_len, width))
         self.text = nn.ModuleList(VisionBlock(width, config.n_heads, 2 * width) for _ in range(2))
         self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
-        """images (B, 3, S, S), ids (B, L) padded with -1 -> (B, B) logits, images by captions."""
-        cls = self.vision.hidden(images)[:, 0]  # (B, W)
-        image = F.normalize(self.project(self.ln_post(cls)).float(), dim=-1)
+    def forward(self, images: Tensor, ids: Tensor) -> list[Tensor]:
+        """images (B, 3, S, S), ids (B, L) padded with -1 -> logits by CLS, logits by patches.
+
+        Both (B, B), images by captions.
+        """
+        x = self.vision.hidden(images)  # (B, P + 1, W)
+        cls = self.project(self.ln_post(self.last(x)[:, 0]))  # (B, W)
+        patches = self.project_patches(self.ln_patches(x[:, 1:].mean(dim=1)))  # (B, W)
         real = (ids >= 0)[..., None]  # (B, L, 1)
         x = self.embed(ids.clamp(min=0)) * real + self.positions[: ids.shape[1]]  # (B, L, W)
         for block in self.text:
             x = block(x)
         text = F.normalize(((x * real).sum(1) / real.sum(1)).float(), dim=-1)  # (B, W)
-        return self.scale.exp().clamp(max=100) * image @ text.T
+        scale = self.scale.exp().clamp(max=100)
+        return [scale * F.normalize(image.float(), dim=-1) @ text.T for image in (cls, patches)]
 
 
 def contrastive_loss(logits: Tensor, captions: list[str]) -> Tensor:
@@ -174,13 +185,14 @@ def pretrain_tower(flags: PretrainConfig, samples: list[Sample], text: Text, log
         batch = normalise(torch.stack([images.get(samples[r]) for r in rows]))  # (B, 3, S, S)
         ids = nn.utils.rnn.pad_sequence([encoded[r] for r in rows], True, padding_value=-1)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(batch, ids)
-        update(contrastive_loss(logits, [captions[r] for r in rows]))
+            both = model(batch, ids)
+        said = [captions[r] for r in rows]
+        update(sum(contrastive_loss(logits, said) for logits in both) / 2)
         if log[-1]["what"] == "tower" and "right" not in log[-1]:
-            hit = logits.argmax(1)
-            log[-1]["right"] = sum(
-                captions[rows[h]] == captions[r] for h, r in zip(hit, rows, strict=True)
-            )
+            log[-1]["right"] = [
+                sum(said[h] == s for h, s in zip(logits.argmax(1), said, strict=True))
+                for logits in both
+            ]
             tqdm.write(json.dumps(log[-1]), file=sys.stderr)
     return model
 
@@ -219,7 +231,9 @@ def write_tower(directory: Path, model: TinyCLIP, sources: list[str]) -> None:
         "intermediate_size": c.d_ff, "projection_dim": c.width, "torch_dtype": "float16",
         "pretrained_on": sources,
     }  # fmt: skip
+    last = f"vision.blocks.{c.n_layers - 1}"
     tower = {f"vision.{name}": p for name, p in model.vision.named_parameters()}
+    tower |= {f"{last}.{name}": p for name, p in model.last.named_parameters()}
     tensors = publish(tower, CLIP)
     for name, param in model.ln_post.named_parameters():
         tensors[f"vision_model.post_layernorm.{name}"] = param.detach().half()

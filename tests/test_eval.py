@@ -95,7 +95,7 @@ def test_evaluation_writes_everything_it_measured(checkpoint, tmp_path, capsys):
     for layers in result["load"].values():
         assert [pytest.approx(1.0)] * 2 == [sum(layer) for layer in layers]
     said = capsys.readouterr().out
-    assert "blind control" in said and "sparse layer 1" in said and "of 7 B" in said
+    assert "blind control" in said and "block 2" in said and "of 7 B" in said
 
 
 def test_answers_do_not_depend_on_the_batch(checkpoint):

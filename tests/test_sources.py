@@ -298,3 +298,21 @@ def test_training_captions_and_dialogues_hold_no_test_question(what):
         if f"{question} {answer}." in " ".join(said.get(s.image, [])):
             leaked.add(s.id)
     assert leaked <= {"447"}  # the owners put this question into both splits
+
+
+@needs_slake
+def test_slake_dialogues_ask_every_question_three_times_of_one_image_each():
+    single = load_samples([f"slake:{SLAKE}"], "vqa", "train")
+    dialogues = load_samples([f"slake:{SLAKE}"], "instructions", "train")
+    assert len({s.id for s in dialogues}) == len(dialogues)
+    assert max(len(s.turns) for s in dialogues) == sources.MAX_TURNS
+    by_image = {}
+    for s in single:
+        by_image.setdefault(s.image, []).append(s.turns[0])
+    asked = {}
+    for s in dialogues:
+        asked.setdefault(s.image, []).extend(s.turns)
+    assert {k: sorted(3 * v) for k, v in by_image.items()} == {
+        k: sorted(v) for k, v in asked.items()
+    }
+    assert load_samples([f"slake:{SLAKE}"], "instructions", "train") == dialogues

@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+import checkpoint
 import train
 from checkpoint import read_meta
 from config import PHASES, MoEConfig, Recipe, TrainConfig, UserError, preset
@@ -141,6 +143,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
         run(tmp_path / "halves", *steps)
     assert [p.name for p in (tmp_path / "halves").glob("*step*")] == ["phase2-step0000003"]
     monkeypatch.setattr(train, "forward_backward", forward)
+    with pytest.raises(SystemExit):  # nothing is lost by forgetting --resume
+        run(tmp_path / "halves", *steps)
     run(tmp_path / "halves", *steps, "--resume")
     whole, halves = (tmp_path / name / "phase2" for name in ("whole", "halves"))
     assert same(weights_of(whole), weights_of(halves))
@@ -199,6 +203,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_batch(
     for name, param in model.named_parameters():
         assert torch.equal(param.isnan(), before[name].isnan()), name
         assert torch.equal(param.nan_to_num(), before[name].nan_to_num()), name
+
+
+def test_a_full_disk_is_told_and_the_checkpoint_before_stays_whole(tmp_path, monkeypatch):
+    flags, model, _ = prepared(out=str(tmp_path))
+    place = train.Run(2, flags, train.pretrained(flags)[1] / "tokenizer.json")
+    place.save(tmp_path / "phase2", model, {})
+
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"phase2: could not be written: No space left"):
+        place.save(tmp_path / "phase2", model, {})
+    assert same(weights_of(tmp_path / "phase2"), dict(model.named_parameters()))
 
 
 def test_the_loss_falls(tmp_path):
