@@ -12,6 +12,7 @@ Shapes: B batch, S image side, P patches, W tower width, L caption length, V voc
 
 import json
 import math
+import random
 import sys
 import time
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ class PretrainConfig:
     data: tuple[str, ...] = flag((), "sources, as in train.py (default: phantoms:16000)")
     out: str = flag(str(ASSETS), "output DIR")
     part: Literal["all", "decoders", "tower"] = flag("all", "what to make; decoders come first")
-    clip_steps: int = flag(1400, "contrastive steps for the tower")
+    clip_steps: int = flag(1000, "contrastive steps for the tower")
     lm_steps: int = flag(400, "steps for each decoder")
     batch_size: int = flag(128, "images a contrastive step")
     seed: int = flag(0, "seeds weights and order")
@@ -142,6 +143,20 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def grid_positions(config: VisionConfig) -> Tensor:
+    """(P + 1, W) sines and cosines of each patch's row and column; zeros for CLS.
+
+    As large as the patches' contents from the start. With CLIP's 0.02 they are 30 times smaller,
+    and after 1400 steps a linear reading of the mean patch told left from right in 56 %.
+    """
+    side, quarter = config.image_size // config.patch_size, config.width // 4
+    at = torch.arange(side)[:, None] / 4 ** (torch.arange(quarter) / (quarter - 1) * 4 - 1)
+    wave = torch.cat([at.sin(), at.cos()], dim=1)  # (side, W / 2)
+    rows, columns = wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)
+    grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (P, W)
+    return torch.cat([torch.zeros(1, config.width), grid]) * 0.5
+
+
 def initialise(module: nn.Module) -> None:
     """GPT-2's normal(0, 0.02) for matrices and embeddings, zero biases."""
     for name, param in module.named_parameters():
@@ -179,9 +194,13 @@ def pretrain_tower(flags: PretrainConfig, samples: list[Sample], text: Text, log
     encoded = [torch.tensor(text.encode(caption)) for caption in captions]
     model = TinyCLIP(CLIP_TINY, PHI_TINY.vocab_size, max_len=max(map(len, encoded)))
     initialise(model)
-    order = torch.Generator().manual_seed(flags.seed)
+    # Captions that differ in one word must differ from the start: as small as the rest, the words
+    # and what pictures show of them wait for each other.
+    nn.init.normal_(model.embed.weight)
+    model.vision.positions.data.copy_(grid_positions(CLIP_TINY))
+    order = random.Random(flags.seed)
     for update in steps(model.parameters(), flags.clip_steps, 1e-3, "tower", log):
-        rows = torch.randint(len(samples), (flags.batch_size,), generator=order).tolist()
+        rows = order.choices(range(len(samples)), k=flags.batch_size)
         batch = normalise(torch.stack([images.get(samples[r]) for r in rows]))  # (B, 3, S, S)
         ids = nn.utils.rnn.pad_sequence([encoded[r] for r in rows], True, padding_value=-1)
         with torch.autocast("cpu", torch.bfloat16):
