@@ -311,7 +311,8 @@ def main(argv: list[str] | None = None) -> None:
     if flags.part != "decoders":
         tower = pretrain_tower(flags, captions, Text(out / "phi"), log)
         write_tower(out / "clip", tower, list(specs))
-    head = {"flags": asdict(flags), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    told = {name: value for name, value in asdict(flags).items() if name != "out"}
+    head = {"flags": told, "torch": torch.__version__, "threads": torch.get_num_threads()}
     with (out / "pretrain.jsonl").open("a" if flags.part == "tower" else "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in [head, *log])
 
