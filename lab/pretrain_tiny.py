@@ -30,7 +30,7 @@ from tqdm import tqdm
 from config import (
     ASSETS,
     CLIP_TINY,
-    IMAGE_ID,
+    IGNORE,
     PHI_TINY,
     STABLELM_TINY,
     DecoderConfig,
@@ -39,7 +39,7 @@ from config import (
     parse,
     user_errors,
 )
-from data import EOS, Images, Text, encode_sample
+from data import EOS, Encoded, Images, Text, encode_sample
 from decoder import Decoder
 from moe import Hints
 from sources import Sample, load_samples
@@ -76,9 +76,9 @@ number several male female patient old surgery radiation chemotherapy
 class PretrainConfig:
     data: tuple[str, ...] = flag((), "sources, as in train.py (default: phantoms:16000)")
     out: str = flag(str(ASSETS), "output DIR")
-    part: Literal["all", "decoders", "tower"] = flag("all", "what to make; decoders come first")
+    part: Literal["all", "phi", "stablelm", "tower"] = flag("all", "what to make; tower comes last")
     clip_steps: int = flag(1000, "contrastive steps for the tower")
-    lm_steps: int = flag(400, "steps for each decoder")
+    lm_steps: int = flag(800, "steps for each decoder")
     batch_size: int = flag(128, "images a contrastive step")
     seed: int = flag(0, "seeds weights and order")
 
@@ -217,21 +217,28 @@ def pretrain_tower(flags: PretrainConfig, samples: list[Sample], text: Text, log
 
 
 def pretrain_decoder(
-    flags: PretrainConfig, config: DecoderConfig, texts: list[list[int]], log: list
+    flags: PretrainConfig, config: DecoderConfig, texts: list[Encoded], log: list
 ) -> Decoder:
-    """Language modelling: every token of every text is predicted from those before it."""
+    """Language modelling: every token is predicted from those before it, answers count twice."""
     decoder = Decoder(config)
     initialise(decoder)
     order = torch.Generator().manual_seed(flags.seed)
     for update in steps(decoder.parameters(), flags.lm_steps, 2e-3, config.family, log):
         rows = torch.randint(len(texts), (64,), generator=order).tolist()
-        batch = [torch.tensor(texts[r][: config.max_len]) for r in rows]
-        ids = nn.utils.rnn.pad_sequence(batch, True, padding_value=-1)  # (B, T)
+        ids, labels = (
+            nn.utils.rnn.pad_sequence(
+                [torch.tensor(texts[r][part][: config.max_len]) for r in rows], True, IGNORE
+            )
+            for part in (0, 1)
+        )  # both (B, T)
         mask = ids >= 0
         with torch.autocast("cpu", torch.bfloat16):
             hidden, _ = decoder(decoder.embed(ids.clamp(min=0)), mask, Hints())
-            logits = decoder.lm_head(hidden[:, :-1][mask[:, 1:]])  # (tokens, V)
-        update(F.cross_entropy(logits.float(), ids[:, 1:][mask[:, 1:]]))
+            logits = decoder.lm_head(hidden[:, :-1]).float().transpose(1, 2)  # (B, V, T - 1)
+        said = F.cross_entropy(logits, labels[:, 1:], ignore_index=IGNORE)
+        update(F.cross_entropy(logits, ids[:, 1:], ignore_index=IGNORE) + said)
+        if log[-1].get("said") is None and log[-1]["what"] == config.family:
+            log[-1]["said"] = said.item()
     return decoder
 
 
@@ -282,20 +289,28 @@ def write_decoder(directory: Path, decoder: Decoder, text: Text) -> None:
     write(directory, config, publish(tensors, PHI if c.family == "phi" else STABLELM))
 
 
-def make_decoders(flags: PretrainConfig, out: Path, samples: list[Sample], log: list) -> None:
-    """The tokenizer, then both decoders on the captions and dialogues."""
-    raw = [f"{q} {a}" for sample in samples for q, a in sample.turns]
+def make_decoders(
+    flags: PretrainConfig, out: Path, captions: list[Sample], dialogues: list[Sample], log: list
+) -> None:
+    """The tokenizer, then both decoders, on each caption followed by questions about it.
+
+    So they learn to answer from what they have read, as Phi-2 can; what is left for phases 1 and 2
+    is to make pictures readable.
+    """
+    raw = [f"{q} {a}" for sample in captions + dialogues for q, a in sample.turns]
     words = [f"{before}{word}" for word in RADIOLOGY for before in (" ", "")]
     tokenizer = train_tokenizer([*raw, *4 * words, "USER: \n ASSISTANT:"], PHI_TINY.vocab_size)
-    for family in ("phi", "stablelm"):
-        (out / family).mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(out / family / "tokenizer.json"))
-    text = Text(out / "phi")
+    configs = [c for c in (PHI_TINY, STABLELM_TINY) if flags.part in ("all", c.family)]
+    for config in configs:
+        (out / config.family).mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(out / config.family / "tokenizer.json"))
+    text = Text(out / configs[0].family)
+    read = {s.image: encode_sample(s, text, 0, plain=True) for s in captions}
     texts = []
-    for sample in samples:
-        ids, _ = encode_sample(sample, text, 0, plain=sample.turns[0][0] == "")
-        texts.append([i for i in ids if i != IMAGE_ID])
-    for config in (PHI_TINY, STABLELM_TINY):
+    for sample in dialogues:  # n_patches = 0: the place of the image is empty
+        pair = zip(read[sample.image], encode_sample(sample, text, 0), strict=True)
+        texts.append(tuple(before + after for before, after in pair))
+    for config in configs:
         write_decoder(out / config.family, pretrain_decoder(flags, config, texts, log), text)
 
 
@@ -307,13 +322,13 @@ def main(argv: list[str] | None = None) -> None:
     captions = load_samples(specs, "captions", "train")
     print(f"{len(captions)} captions, {asdict(flags)}")
     if flags.part != "tower":
-        make_decoders(flags, out, captions + load_samples(specs, "instructions", "train"), log)
-    if flags.part != "decoders":
+        make_decoders(flags, out, captions, load_samples(specs, "instructions", "train"), log)
+    if flags.part in ("all", "tower"):
         tower = pretrain_tower(flags, captions, Text(out / "phi"), log)
         write_tower(out / "clip", tower, list(specs))
     told = {name: value for name, value in asdict(flags).items() if name != "out"}
     head = {"flags": told, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    with (out / "pretrain.jsonl").open("a" if flags.part == "tower" else "w") as file:
+    with (out / "pretrain.jsonl").open("w" if flags.part == "all" else "a") as file:
         file.writelines(json.dumps(line) + "\n" for line in [head, *log])
 
 
