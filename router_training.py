@@ -10,8 +10,10 @@ no router ever sees; that is the one difference.
 Shapes: B batch, T positions, D d_model, E experts, L sparse layers, M sampled positions.
 """
 
+import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain, zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +25,43 @@ from data import Batch, Dataset, Text
 from metrics import format_confusion, router_report
 from model import MedMoE, precision, sparse_layers
 from moe import Hints, pool
-from sources import Sample, hold_out, one_per_image
+from sources import Sample
 
 N_POSITIONS = 4  # M: single positions taken from each sample and layer
+
+
+def by_modality(samples: Iterable[Sample], rng: random.Random) -> dict[str | None, list]:
+    """Modality -> the samples of each image together, the images shuffled."""
+    images: dict[object, list[Sample]] = {}
+    for sample in samples:
+        key = (sample.source, sample.id) if sample.image is None else sample.image
+        images.setdefault(key, []).append(sample)
+    strata: dict[str | None, list[list[Sample]]] = {}
+    for group in images.values():
+        strata.setdefault(group[0].modality, []).append(group)
+    for groups in strata.values():
+        rng.shuffle(groups)
+    return strata
+
+
+def hold_out(
+    samples: Iterable[Sample], share: float, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """Split by image into (kept, held out), the same share of each modality, at least one image."""
+    kept, held = [], []
+    for groups in by_modality(samples, random.Random(seed)).values():
+        n = min(max(round(share * len(groups)), 1), len(groups) - 1)
+        held += chain.from_iterable(groups[:n])
+        kept += chain.from_iterable(groups[n:])
+    return kept, held
+
+
+def one_per_image(samples: Iterable[Sample], n: int, seed: int) -> list[Sample]:
+    """Up to n images of known modality, in turn from each modality, with one sample each."""
+    rng = random.Random(seed)
+    strata = by_modality((s for s in samples if s.modality and s.image is not None), rng)
+    in_turn = chain.from_iterable(zip_longest(*strata.values()))  # None where one has run out
+    return [rng.choice(group) for group in in_turn if group][:n]
 
 
 @torch.no_grad()

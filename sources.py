@@ -12,7 +12,6 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -267,37 +266,3 @@ def load_samples(specs: Sequence[str], what: str, split: str, lang: str = "en") 
             raise UserError(f"--data {spec}: no {what} in its {split} split (language: {lang})")
         samples += new
     return samples
-
-
-def by_modality(samples: Iterable[Sample], rng: random.Random) -> dict[str | None, list]:
-    """Modality -> the samples of each image together, the images shuffled."""
-    images: dict[object, list[Sample]] = {}
-    for sample in samples:
-        key = (sample.source, sample.id) if sample.image is None else sample.image
-        images.setdefault(key, []).append(sample)
-    strata: dict[str | None, list[list[Sample]]] = {}
-    for group in images.values():
-        strata.setdefault(group[0].modality, []).append(group)
-    for groups in strata.values():
-        rng.shuffle(groups)
-    return strata
-
-
-def hold_out(
-    samples: Iterable[Sample], share: float, seed: int
-) -> tuple[list[Sample], list[Sample]]:
-    """Split by image into (kept, held out), the same share of each modality, at least one image."""
-    kept, held = [], []
-    for groups in by_modality(samples, random.Random(seed)).values():
-        n = min(max(round(share * len(groups)), 1), len(groups) - 1)
-        held += chain.from_iterable(groups[:n])
-        kept += chain.from_iterable(groups[n:])
-    return kept, held
-
-
-def one_per_image(samples: Iterable[Sample], n: int, seed: int) -> list[Sample]:
-    """Up to n images of known modality, in turn from each modality, with one sample each."""
-    rng = random.Random(seed)
-    strata = by_modality((s for s in samples if s.modality and s.image is not None), rng)
-    in_turn = chain.from_iterable(zip_longest(*strata.values()))  # None where one has run out
-    return [rng.choice(group) for group in in_turn if group][:n]

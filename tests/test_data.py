@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import data
 import phantoms
+import router_training
 import sources
 from config import IGNORE, IMAGE_ID, LLAVA_SYSTEM, MODALITIES, UserError
 from sources import Sample, load_samples
@@ -273,22 +274,22 @@ def crowd():
 
 
 def test_holding_out_splits_by_image_and_takes_from_each_modality():
-    kept, held = sources.hold_out(crowd(), 0.1, seed=0)
+    kept, held = router_training.hold_out(crowd(), 0.1, seed=0)
     assert {s.id for s in kept} | {s.id for s in held} == {s.id for s in crowd()}
     assert {s.image for s in kept}.isdisjoint({s.image for s in held})
     assert sorted(str(s.modality) for s in held) == ["CT"] * 12 + ["MRI"] * 4 + ["None"]
-    assert (kept, held) == sources.hold_out(crowd(), 0.1, seed=0)
-    assert held != sources.hold_out(crowd(), 0.1, seed=1)[1]
+    assert (kept, held) == router_training.hold_out(crowd(), 0.1, seed=0)
+    assert held != router_training.hold_out(crowd(), 0.1, seed=1)[1]
 
 
 def test_one_per_image_takes_modalities_in_turn_and_no_image_twice():
-    chosen = sources.one_per_image(crowd(), 30, seed=0)
+    chosen = router_training.one_per_image(crowd(), 30, seed=0)
     assert len({s.image for s in chosen}) == len(chosen) == 30
     assert [s.modality for s in chosen].count("CT") == 15
-    every = sources.one_per_image(crowd(), 1000, seed=0)
+    every = router_training.one_per_image(crowd(), 1000, seed=0)
     assert len(every) == 60 and {s.modality for s in every} == {"CT", "MRI"}
-    assert chosen == sources.one_per_image(crowd(), 30, seed=0)
-    assert chosen != sources.one_per_image(crowd(), 30, seed=1)
+    assert chosen == router_training.one_per_image(crowd(), 30, seed=0)
+    assert chosen != router_training.one_per_image(crowd(), 30, seed=1)
 
 
 @needs_sets
