@@ -10,6 +10,7 @@ seeing pictures. All of it is written in the Hugging Face layout of the real wei
 Shapes: B batch, S image side, P patches, W tower width, L caption length, V vocabulary.
 """
 
+import itertools
 import json
 import math
 import random
@@ -39,7 +40,7 @@ from config import (
     parse,
     user_errors,
 )
-from data import EOS, Encoded, Images, Text, encode_sample
+from data import EOS, Encoded, Images, Text, encode_sample, epoch_batches
 from decoder import Decoder
 from moe import Hints
 from sources import Sample, load_samples
@@ -72,13 +73,16 @@ number several male female patient old surgery radiation chemotherapy
 """.split()  # noqa: SIM905
 
 
+LM_BATCH = 32  # texts a step of a decoder
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
     data: tuple[str, ...] = flag((), "sources, as in train.py (default: phantoms:16000)")
     out: str = flag(str(ASSETS), "output DIR")
     part: Literal["all", "phi", "stablelm", "tower"] = flag("all", "what to make; tower comes last")
     clip_steps: int = flag(1000, "contrastive steps for the tower")
-    lm_steps: int = flag(800, "steps for each decoder")
+    lm_steps: int = flag(2000, "steps for each decoder")
     batch_size: int = flag(128, "images a contrastive step")
     seed: int = flag(0, "seeds weights and order")
 
@@ -166,15 +170,30 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(param)
 
 
-def steps(params: Iterator[nn.Parameter], n: int, lr: float, title: str, log: list) -> Iterator:
-    """n optimizer steps: yields a function to call with each step's loss."""
+class Log:
+    """One JSON line every 50 steps, on the disk at once: what was trained is what is told."""
+
+    def __init__(self, path: Path, flags: PretrainConfig):
+        self.path = path
+        if flags.part == "all":
+            path.unlink(missing_ok=True)
+        told = {name: value for name, value in asdict(flags).items() if name != "out"}
+        self.write(flags=told, torch=torch.__version__, threads=torch.get_num_threads())
+
+    def write(self, **values) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def steps(params: Iterator[nn.Parameter], n: int, lr: float, title: str, log: Log) -> Iterator:
+    """n optimizer steps: yields a function to call with each step's loss, and what else to log."""
     optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     bar = tqdm(range(n), desc=title, file=sys.stderr, mininterval=2)
     start = time.time()
     for step in bar:
         rate = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / n))
 
-        def update(loss: Tensor, step: int = step, rate: float = rate) -> None:
+        def update(loss: Tensor, step: int = step, rate: float = rate, **also) -> None:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
             optimizer.param_groups[0]["lr"] = lr * rate
@@ -183,12 +202,13 @@ def steps(params: Iterator[nn.Parameter], n: int, lr: float, title: str, log: li
             bar.set_postfix(loss=f"{loss.item():.3f}")
             if step % 50 == 0 or step == n - 1:
                 seconds = round(time.time() - start)
-                log.append({"what": title, "step": step, "loss": loss.item(), "s": seconds})
+                log.write(what=title, step=step, loss=loss.item(), s=seconds, **also)
 
         yield update
 
 
-def pretrain_tower(flags: PretrainConfig, samples: list[Sample], text: Text, log: list) -> TinyCLIP:
+def pretrain_tower(flags: PretrainConfig, samples: list[Sample], text: Text, log: Log) -> TinyCLIP:
+    torch.manual_seed(flags.seed)
     images = Images(CLIP_TINY.image_size, pad=True)
     captions = [sample.turns[0][1] for sample in samples]
     encoded = [torch.tensor(text.encode(caption)) for caption in captions]
@@ -206,39 +226,44 @@ def pretrain_tower(flags: PretrainConfig, samples: list[Sample], text: Text, log
         with torch.autocast("cpu", torch.bfloat16):
             both = model(batch, ids)
         said = [captions[r] for r in rows]
-        update(sum(contrastive_loss(logits, said) for logits in both) / 2)
-        if log[-1]["what"] == "tower" and "right" not in log[-1]:
-            log[-1]["right"] = [
-                sum(said[h] == s for h, s in zip(logits.argmax(1), said, strict=True))
-                for logits in both
-            ]
-            tqdm.write(json.dumps(log[-1]), file=sys.stderr)
+        loss = sum(contrastive_loss(logits, said) for logits in both) / 2
+        right = [
+            sum(said[h] == s for h, s in zip(logits.argmax(1), said, strict=True))
+            for logits in both
+        ]
+        update(loss, right=right)
     return model
 
 
+def endless_batches(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int]]:
+    for epoch in itertools.count():
+        yield from epoch_batches(lengths, batch_size, seed, epoch)
+
+
 def pretrain_decoder(
-    flags: PretrainConfig, config: DecoderConfig, texts: list[Encoded], log: list
+    flags: PretrainConfig, config: DecoderConfig, texts: list[Encoded], log: Log
 ) -> Decoder:
     """Language modelling: every token is predicted from those before it, answers count twice."""
+    torch.manual_seed(flags.seed)
+    # torch's own start. GPT-2's 0.02 is small for 128 channels: with it the StableLM block still
+    # guessed every yes-or-no question after 2000 steps.
     decoder = Decoder(config)
-    initialise(decoder)
-    order = torch.Generator().manual_seed(flags.seed)
+    rows = endless_batches([len(ids) for ids, _ in texts], LM_BATCH, flags.seed)
     for update in steps(decoder.parameters(), flags.lm_steps, 2e-3, config.family, log):
-        rows = torch.randint(len(texts), (64,), generator=order).tolist()
+        chosen = [texts[r] for r in next(rows)]
         ids, labels = (
             nn.utils.rnn.pad_sequence(
-                [torch.tensor(texts[r][part][: config.max_len]) for r in rows], True, IGNORE
+                [torch.tensor(each[part][: config.max_len]) for each in chosen], True, IGNORE
             )
             for part in (0, 1)
         )  # both (B, T)
         mask = ids >= 0
         with torch.autocast("cpu", torch.bfloat16):
-            hidden, _ = decoder(decoder.embed(ids.clamp(min=0)), mask, Hints())
-            logits = decoder.lm_head(hidden[:, :-1]).float().transpose(1, 2)  # (B, V, T - 1)
-        said = F.cross_entropy(logits, labels[:, 1:], ignore_index=IGNORE)
-        update(F.cross_entropy(logits, ids[:, 1:], ignore_index=IGNORE) + said)
-        if log[-1].get("said") is None and log[-1]["what"] == config.family:
-            log[-1]["said"] = said.item()
+            hidden, _ = decoder(decoder.embed(ids.clamp(min=0)), mask, Hints())  # (B, T, D)
+            logits = decoder.lm_head(hidden[:, :-1][mask[:, 1:]])  # (n, V), of real positions only
+        losses = F.cross_entropy(logits.float(), ids[:, 1:][mask[:, 1:]], reduction="none")  # (n,)
+        said = losses[labels[:, 1:][mask[:, 1:]] != IGNORE].mean()
+        update(losses.mean() + said, said=said.item())
     return decoder
 
 
@@ -290,7 +315,7 @@ def write_decoder(directory: Path, decoder: Decoder, text: Text) -> None:
 
 
 def make_decoders(
-    flags: PretrainConfig, out: Path, captions: list[Sample], dialogues: list[Sample], log: list
+    flags: PretrainConfig, out: Path, captions: list[Sample], dialogues: list[Sample], log: Log
 ) -> None:
     """The tokenizer, then both decoders, on each caption followed by questions about it.
 
@@ -305,11 +330,11 @@ def make_decoders(
         (out / config.family).mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(out / config.family / "tokenizer.json"))
     text = Text(out / configs[0].family)
-    read = {s.image: encode_sample(s, text, 0, plain=True) for s in captions}
+    read = {s.image: encode_sample(s, text, 0, plain=True)[0] for s in captions}
     texts = []
     for sample in dialogues:  # n_patches = 0: the place of the image is empty
-        pair = zip(read[sample.image], encode_sample(sample, text, 0), strict=True)
-        texts.append(tuple(before + after for before, after in pair))
+        given, (ids, labels) = read[sample.image], encode_sample(sample, text, 0)
+        texts.append((given + ids, [IGNORE] * len(given) + labels))
     for config in configs:
         write_decoder(out / config.family, pretrain_decoder(flags, config, texts, log), text)
 
@@ -317,8 +342,9 @@ def make_decoders(
 @user_errors
 def main(argv: list[str] | None = None) -> None:
     flags = parse(PretrainConfig, argv, "python -m lab.pretrain_tiny")
-    torch.manual_seed(flags.seed)
-    out, specs, log = Path(flags.out), flags.data or ("phantoms:16000",), []
+    out, specs = Path(flags.out), flags.data or ("phantoms:16000",)
+    out.mkdir(parents=True, exist_ok=True)
+    log = Log(out / "pretrain.jsonl", flags)
     captions = load_samples(specs, "captions", "train")
     print(f"{len(captions)} captions, {asdict(flags)}")
     if flags.part != "tower":
@@ -326,10 +352,6 @@ def main(argv: list[str] | None = None) -> None:
     if flags.part in ("all", "tower"):
         tower = pretrain_tower(flags, captions, Text(out / "phi"), log)
         write_tower(out / "clip", tower, list(specs))
-    told = {name: value for name, value in asdict(flags).items() if name != "out"}
-    head = {"flags": told, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    with (out / "pretrain.jsonl").open("w" if flags.part == "all" else "a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in [head, *log])
 
 
 if __name__ == "__main__":

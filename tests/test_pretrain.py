@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 
-from config import ASSETS, preset
-from data import Text
+from config import ASSETS, IGNORE, preset
+from data import Text, encode_sample
 from lab import pretrain_tiny
 from model import MedMoE
+from moe import Hints
+from sources import load_samples
 from weights import load_published
 
 
@@ -50,6 +52,25 @@ def test_the_committed_assets_are_small_and_come_with_their_log():
     assert {line["what"] for line in lines if "what" in line} == {"phi", "stablelm", "tower"}
     clip = json.loads((ASSETS / "clip" / "config.json").read_text())
     assert clip["model_type"] == "clip_vision_model" and clip["hidden_act"] == "quick_gelu"
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-stablelm"])
+def test_the_committed_decoders_answer_from_what_they_have_read(name):
+    chosen = preset(name)
+    model = MedMoE(chosen.model)
+    load_published(model, chosen.model, chosen.clip, chosen.llm)
+    text, right = Text(chosen.llm), []
+    captions = {s.image: s for s in load_samples(("phantoms:20",), "captions", "test")}
+    for sample in load_samples(("phantoms:20",), "vqa", "test"):
+        before = encode_sample(captions[sample.image], text, 0, plain=True)[0]
+        ids, labels = encode_sample(sample, text, 0)
+        ids = torch.tensor([before + ids])  # (1, T)
+        with torch.no_grad():
+            hidden, _ = model.decoder(model.decoder.embed(ids), ids >= 0, Hints())
+        said = model.decoder.lm_head(hidden[0]).argmax(dim=-1)  # (T,)
+        answer = [i for i, label in enumerate(labels, len(before)) if label != IGNORE]
+        right.append(all(said[i - 1] == ids[0, i] for i in answer))
+    assert sum(right) / len(right) > 0.95  # guessing the yes-or-no questions alone gives 0.75
 
 
 def test_the_tokenizer_writes_any_text():
