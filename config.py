@@ -128,7 +128,7 @@ PHI_TINY      = DecoderConfig("phi",      1024, 128, 4, 4, 512, rotary_dim=12, m
 STABLELM_TINY = DecoderConfig("stablelm", 1024, 128, 4, 4, 344, rotary_dim=8,  max_len=512)
 
 PAPER = {1: Recipe(1e-3, 1, 64), 2: Recipe(2e-5, 3, 64), 3: Recipe(2e-5, 9, 64)}  # Table 11
-SMALL = {1: Recipe(3e-3, 1, 64), 2: Recipe(1e-3, 3, 64), 3: Recipe(1e-3, 0.5, 64)}
+SMALL = {1: Recipe(3e-3, 1, 64), 2: Recipe(1e-3, 2, 64), 3: Recipe(1e-3, 0.25, 64)}
 LONG  = {1: Recipe(1e-3, 10, 64), 2: Recipe(1e-3, 24, 64), 3: Recipe(5e-4, 4, 64)}
 
 PRESETS = {

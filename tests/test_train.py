@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 import checkpoint
 import train
 from checkpoint import read_meta
-from config import PHASES, MoEConfig, Recipe, TrainConfig, UserError, preset
+from config import ASSETS, PHASES, MoEConfig, Recipe, TrainConfig, UserError, preset
 from data import Dataset, Text
 from model import MedMoE, freeze_all_but, make_sparse
 from sources import load_samples
@@ -145,7 +145,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "forward_backward", forward)
     with pytest.raises(SystemExit):  # nothing is lost by forgetting --resume
         run(tmp_path / "halves", *steps)
+    again = []
+    monkeypatch.setattr(train, "forward_backward", lambda *a: again.append(a[2]) or forward(*a))
     run(tmp_path / "halves", *steps, "--resume")
+    assert len(again) == 7 - 3  # it goes on, and does not begin again
     whole, halves = (tmp_path / name / "phase2" for name in ("whole", "halves"))
     assert same(weights_of(whole), weights_of(halves))
     logs = [(tmp_path / n / "log.jsonl").read_text().splitlines() for n in ("whole", "halves")]
@@ -224,8 +227,36 @@ def test_the_loss_falls(tmp_path):
     place = train.Run(2, flags, tmp_path / "tokenizer.json")
     train.train(model, data, replace(flags, steps=30), Recipe(2e-3, 1, 24), place)
     records = [json.loads(line) for line in place.path.read_text().splitlines()]
-    losses = [r["loss"] for r in records if "loss" in r]
-    assert losses[-1] < 0.6 * losses[0]
+    records = [r for r in records if "loss" in r]
+    assert records[-1]["loss"] < 0.6 * records[0]["loss"]
+    expected = [2e-3 * train.lr_scale(r["step"], 30) for r in records]
+    assert [r["lr"] for r in records] == pytest.approx(expected) and len(set(expected)) > 2
+
+
+def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own(tmp_path, monkeypatch):
+    flags, model, data = prepared(out=str(tmp_path))
+    forward, shown = train.forward_backward, []
+    monkeypatch.setattr(train, "forward_backward", lambda *a: shown.append(a[2]) or forward(*a))
+    place = train.Run(2, flags, tmp_path / "tokenizer.json")
+    train.train(model, data, flags, Recipe(1e-3, 2, 8), place)
+    epochs = shown[:3], shown[3:]
+    assert all(sorted(sum(rows, [])) == list(range(24)) for rows in epochs)
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize(
+    ("known", "data", "tunes"),
+    [(["phantoms:9"], "slake:x", True), (["phantoms:9"], "phantoms", False),
+     (["slake:x"], "slake:y", False), (None, "slake:x", False)],
+)  # fmt: skip
+def test_a_tower_is_trained_only_on_what_it_says_it_has_not_seen(tmp_path, known, data, tunes):
+    values = json.loads((ASSETS / "clip" / "config.json").read_text())
+    del values["pretrained_on"]
+    values |= {} if known is None else {"pretrained_on": known}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    flags = train.resolve(TrainConfig(phase=1, data=(data,), clip=str(tmp_path)))
+    assert flags.tune_vision is flags.jitter is tunes
+    assert train.resolve(replace(flags, tune_vision=not tunes)).tune_vision is not tunes
 
 
 def test_a_run_does_not_mix_phases_of_different_data(tmp_path):
