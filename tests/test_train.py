@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -240,7 +241,7 @@ def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own(tmp_path, mon
     place = train.Run(2, flags, tmp_path / "tokenizer.json")
     train.train(model, data, flags, Recipe(1e-3, 2, 8), place)
     epochs = shown[:3], shown[3:]
-    assert all(sorted(sum(rows, [])) == list(range(24)) for rows in epochs)
+    assert all(sorted(chain.from_iterable(rows)) == list(range(24)) for rows in epochs)
     assert epochs[0] != epochs[1]
 
 
