@@ -15,18 +15,9 @@ import torch
 from torch import Tensor
 
 from checkpoint import load_model
-from config import (
-    IGNORE,
-    IMAGE_ID,
-    MODALITIES,
-    Common,
-    UserError,
-    argument,
-    flag,
-    parse,
-    user_errors,
-)
+from config import IGNORE, IMAGE_ID, MODALITIES, UserError
 from data import Batch, Images, Text, collate, encode_prompt
+from flags import Common, argument, flag, parse, user_errors
 from model import MedMoE, Step, choose_device, generate, precision, sparse_layers
 from sources import Sample
 
@@ -129,8 +120,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--temperature {flags.temperature}: must be 0 or from 0.01 up")
     if not 0 < flags.top_p <= 1:
         raise UserError(f"--top-p {flags.top_p}: must be above 0 and at most 1")
-    device, _ = choose_device(flags.device, flags.dtype)
-    model, text, _ = load_model(Path(flags.checkpoint), device)
+    device, dtype = choose_device(flags.device, flags.dtype)
+    model, text, _ = load_model(Path(flags.checkpoint), device, dtype)
     images = Images(model.config.vision.image_size, pad=True)
     if flags.question is not None:
         ask(model, text, images, flags, flags.question)

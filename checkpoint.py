@@ -20,10 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from config import ModelConfig, TrainConfig, UserError, model_config, to_dict
+from config import ModelConfig, UserError, model_config, to_dict
 from data import Text
-from model import MedMoE, choose_device
-from weights import fill, open_tensors, read_json
+from flags import TrainConfig
+from model import MedMoE, choose_device, empty_model
+from tensorfiles import open_tensors, read_json, tensor_dtype
+from weights import fill
 
 
 def save_checkpoint(
@@ -85,11 +87,18 @@ def load_checkpoint(model: nn.Module, directory: Path) -> None:
         raise UserError(f"{directory / 'model.safetensors'}: {error.args[0]}") from error
 
 
-def load_model(directory: Path, device: torch.device) -> tuple[MedMoE, Text, dict]:
-    """-> the model, ready to answer, its tokenizer, and what else config.json says."""
+def load_model(
+    directory: Path, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[MedMoE, Text, dict]:
+    """-> the model, ready to answer, its tokenizer, and what else config.json says.
+
+    Weights stay as they are stored; dtype torch.float32 makes them wider.
+    """
     config, meta = read_meta(directory)
+    stored = tensor_dtype(directory / "model.safetensors", "decoder.embed.weight")
+    narrow = stored in (torch.bfloat16, torch.float16) and dtype != torch.float32
     try:
-        model = MedMoE(config)
+        model = empty_model(config, stored) if narrow else MedMoE(config)
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{directory / 'config.json'}: not a possible model: {error}") from error
     load_checkpoint(model, directory)

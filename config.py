@@ -1,4 +1,4 @@
-"""Dimensions, presets, the table of phases, and command-line flags made from dataclasses.
+"""Dimensions, presets and the table of phases.
 
 The letters used for shapes in the whole project, and their sizes in three presets:
 
@@ -12,15 +12,10 @@ The letters used for shapes in the whole project, and their sizes in three prese
                                         (sizes: tiny / phi2 / stablelm2)
 """
 
-import argparse
-import functools
 import json
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any
 
 MODALITIES = ("CT", "MRI", "X-ray", "pathology")  # the router's labels; index = expert
 
@@ -52,7 +47,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A Phi-2 ("phi") or StableLM-2 ("stablelm") language model."""
+    """A Phi-2 ("phi"), StableLM-2 ("stablelm") or Llama-style ("llama") language model."""
 
     family: str
     vocab_size: int
@@ -64,6 +59,9 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     max_len: int = 2048
     dropout: float = 0.0  # on both branches of a block, in training (Phi-2 publishes 0.1)
+    n_kv_heads: int | None = None  # heads of keys and values; None: as many as n_heads
+    norm_eps: float = 1e-5
+    tied: bool = False  # the head scores with the token embedding
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,9 @@ class MoEConfig:
     level: str = "token"
     every: int = 2  # blocks 0, every, 2 * every, ... are sparse
     start: str = "preserving"
+    layers: tuple[int, ...] | None = None  # the sparse blocks; None: every `every`-th
+    meta: bool = True  # Med-MoE's always-on expert
+    residual: bool = False  # early TinyMed's mixture with a dense FFN
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ CLIP_TINY = VisionConfig(image_size=112, patch_size=16, width=128, n_layers=6, n
 # fmt: off
 PHI2      = DecoderConfig("phi",       51200, 2560, 32, 32, 10240, rotary_dim=32, dropout=0.1)
 STABLELM2 = DecoderConfig("stablelm", 100352, 2048, 24, 32,  5632, rotary_dim=16, max_len=4096)
+SMOLLM2   = DecoderConfig("llama",     49152,  576, 30,  9,  1536, rotary_dim=64, max_len=8192,
+                          rope_theta=1e5, n_kv_heads=3, tied=True)
 PHI_TINY      = DecoderConfig("phi",      1024, 128, 4, 4, 512, rotary_dim=12, max_len=512)
 STABLELM_TINY = DecoderConfig("stablelm", 1024, 128, 4, 4, 344, rotary_dim=8,  max_len=512)
 
@@ -140,6 +143,8 @@ PRESETS = {
                             PAPER, PAPER, None, None),
     "stablelm2":     Preset(ModelConfig(CLIP_L, STABLELM2, system=LLAVA_SYSTEM),
                             PAPER, PAPER, None, None),
+    "smollm2":       Preset(ModelConfig(CLIP_L, SMOLLM2, system=LLAVA_SYSTEM),
+                            PAPER, PAPER, None, None),
 }
 
 EXPERTS = ("decoder.*.mlp.experts.*", "decoder.*.mlp.meta.*")
@@ -154,117 +159,8 @@ RELEASED_EXTRA = {
     "stablelm": ("projector.*", "decoder.blocks.*.mlp.gate.*", "decoder.blocks.*.mlp.up.*",
                  "decoder.blocks.*.mlp.down.*"),
 }
+RELEASED_EXTRA["llama"] = RELEASED_EXTRA["stablelm"]
 # fmt: on
-
-
-def flag(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field that becomes a command-line flag."""
-    return field(default=default, metadata={"help": help, **extra})
-
-
-def argument(help: str) -> Any:
-    """A field without default: a positional argument."""
-    return field(metadata={"help": help}, kw_only=True)
-
-
-@dataclass(frozen=True)
-class Common:
-    """Flags that mean the same in every script."""
-
-    data: tuple[str, ...] = flag((), "phantoms[:N], slake:DIR, vqa-rad:DIR; may be repeated")
-    lang: Literal["en", "zh", "all"] = flag("en", "language of SLAKE's questions")
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
-    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "matmul precision")
-    seed: int = flag(0, "seeds weights, order and dropout; not the data")
-    batch_size: int | None = flag(None, "samples a step (default: the phase's)")
-    json: str | None = flag(None, "also write the results to this FILE")
-
-
-@dataclass(frozen=True)
-class TrainConfig(Common):
-    phase: Literal[1, 2, 3] = flag(3, "1 alignment, 2 instruction tuning + router, 3 MoE tuning")
-    preset: str = flag("tiny", "one of " + ", ".join(PRESETS))
-    init: str | None = flag(None, "start from this checkpoint DIR instead of the phase before")
-    out: str | None = flag(None, "output DIR (default: runs/PRESET)")
-    clip: str | None = flag(None, "pretrained CLIP tower DIR (default: the preset's)")
-    llm: str | None = flag(None, "pretrained decoder and tokenizer DIR (default: the preset's)")
-    router: str = flag("modality", "modality, topk, random, oracle, or FILE.py:Class")
-    router_level: Literal["token", "sequence"] = flag("token", "a decision a token, or a sample")
-    router_labels: int = flag(1000, "images whose modality label trains the router")
-    experts: int = flag(4, "experts in a sparse block")
-    top_k: int = flag(2, "experts a token visits")
-    start: Literal["preserving", "released"] = flag("preserving", "phase 3 at step 0: see README")
-    trains: Literal["paper", "released"] = flag("paper", "what phase 3 trains: see README")
-    balance: float = flag(0.0, "weight of the load-balancing loss")
-    z_loss: float = flag(0.0, "weight of the router z-loss")
-    tune_vision: bool | None = flag(
-        None, "train the tower in phases 1, 2 (default: only if it was pretrained on other data)"
-    )
-    jitter: bool | None = flag(None, "vary the pictures a little (default: as --tune-vision)")
-    lr: float | None = flag(None, "peak learning rate (default: the phase's)")
-    epochs: float | None = flag(None, "passes over the data (default: the phase's)")
-    steps: int | None = flag(None, "optimizer steps; overrides --epochs")
-    accumulate: int = flag(1, "micro-batches a step; each holds batch_size / accumulate samples")
-    clip_grad: float = flag(1.0, "largest gradient norm; 0: no clipping")
-    save_every: int = flag(200, "steps between checkpoints")
-    resume: bool = flag(False, "go on from the last checkpoint in --out")
-    eval: bool = flag(True, "score the held-out split at the end")
-
-
-def parse(cls: type, argv: Sequence[str] | None, prog: str) -> Any:
-    """Command line -> an instance of the dataclass `cls`; its fields are the flags, kebab-case.
-
-    Raises UserError for anything that is not one of them. A field without default is positional.
-    """
-    parser = _Parser(prog=prog, description=cls.__doc__, allow_abbrev=False)
-    for f in fields(cls):
-        kind: dict[str, Any] = {"help": f.metadata.get("help")}
-        if f.default is MISSING:
-            parser.add_argument(f.name, **kind)
-            continue
-        options = get_args(f.type)
-        kind["metavar"] = f.name.split("_")[-1].upper()
-        if get_origin(f.type) is UnionType:  # int | None: the flag is an int
-            base = options[0]
-        elif get_origin(f.type) is Literal:
-            base, kind["choices"] = type(options[0]), options
-            del kind["metavar"]
-        elif get_origin(f.type) is tuple:
-            base, kind["action"] = options[0], "append"
-        else:
-            base = f.type
-        if base is bool:
-            kind["action"] = argparse.BooleanOptionalAction
-            del kind["metavar"]
-        else:
-            kind["type"] = base
-        default = None if kind.get("action") == "append" else f.default
-        parser.add_argument("--" + f.name.replace("_", "-"), default=default, **kind)
-    values = vars(parser.parse_args(argv))
-    repeated = {f.name for f in fields(cls) if get_origin(f.type) is tuple}
-    return cls(**{k: tuple(v or ()) if k in repeated else v for k, v in values.items()})
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} ({self.prog} --help lists every flag)")
-
-
-def user_errors(main: Callable) -> Callable:
-    """Wrap a script's main(argv): a UserError becomes one line on stderr and exit code 2."""
-
-    @functools.wraps(main)
-    def wrapped(argv: Sequence[str] | None = None) -> Any:
-        try:
-            return main(argv)
-        except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            raise SystemExit(2) from None
-
-    return wrapped
-
-
-Config = TypeVar("Config")
 
 
 def to_dict(config: Any) -> dict:
@@ -272,22 +168,19 @@ def to_dict(config: Any) -> dict:
     return json.loads(json.dumps(asdict(config)))
 
 
-def write_json(path: Path, values: Any) -> None:
-    """For --json FILE. Raises UserError where it cannot be written."""
-    try:
-        path.write_text(json.dumps(values, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--json {path}: {error.strerror}") from error
-
-
 def model_config(values: dict) -> ModelConfig:
     """The inverse of to_dict for a ModelConfig. Raises KeyError, TypeError on unknown fields."""
     return ModelConfig(
         vision=VisionConfig(**values["vision"]),
         decoder=DecoderConfig(**values["decoder"]),
-        moe=MoEConfig(**values["moe"]) if values["moe"] else None,
+        moe=moe_config(values["moe"]) if values["moe"] else None,
         system=values["system"],
     )
+
+
+def moe_config(values: dict) -> MoEConfig:
+    layers = values.get("layers")  # JSON knows no tuples; older checkpoints have no such field
+    return MoEConfig(**values | {"layers": None if layers is None else tuple(layers)})
 
 
 def preset(name: str) -> Preset:

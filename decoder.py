@@ -1,7 +1,7 @@
-"""The language models by hand: Phi-2 (parallel blocks) and StableLM-2 (sequential blocks).
+"""The language models by hand: Phi-2 (parallel blocks), StableLM-2 and Llama (sequential blocks).
 
 Shapes: B batch, T new positions, C all positions a query can look at (cached + new), D d_model,
-H heads, K head width, E experts, V vocabulary.
+H heads, G heads of keys and values (G = H but for Llama), K head width, E experts, V vocabulary.
 """
 
 import torch
@@ -16,13 +16,13 @@ class Cache:
     """Keys, values and last routings of every block, so that a new token costs one position."""
 
     def __init__(self, n_layers: int):
-        self.keys: list[Tensor | None] = [None] * n_layers  # (B, H, C, K)
+        self.keys: list[Tensor | None] = [None] * n_layers  # (B, G, C, K)
         self.values: list[Tensor | None] = [None] * n_layers
         self.held: list[Routing | None] = [None] * n_layers  # (B, 1, E)
         self.mask: Tensor | None = None  # (B, C) bool
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, H, T, K) of a layer; returns all of them, (B, H, C, K)."""
+        """Append k, v (B, G, T, K) of a layer; returns all of them, (B, G, C, K)."""
         if self.keys[layer] is not None:
             k = torch.cat([self.keys[layer], k], dim=2)
             v = torch.cat([self.values[layer], v], dim=2)
@@ -49,17 +49,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with partial rotary embedding."""
+    """Causal self-attention with partial rotary embedding.
 
-    def __init__(self, config: DecoderConfig, o_bias: bool):
+    With fewer heads of keys and values than of queries, H / G neighbours share one (Ainslie et
+    al. 2023).
+    """
+
+    def __init__(self, config: DecoderConfig, qkv_bias: bool, o_bias: bool):
         super().__init__()
-        width = config.d_model
-        self.n_heads = config.n_heads
-        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        width, self.head_width = config.d_model, config.d_model // config.n_heads
+        n_kv_heads = config.n_kv_heads or config.n_heads
+        narrow = n_kv_heads * self.head_width  # G * K
+        self.q = nn.Linear(width, width, bias=qkv_bias)
+        self.k, self.v = (nn.Linear(width, narrow, bias=qkv_bias) for _ in range(2))
         self.o = nn.Linear(width, width, bias=o_bias)
+        self.n_shared = config.n_heads // n_kv_heads  # H / G
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, T, K)
+        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, H or G, T, K)
 
     def forward(
         self,
@@ -73,7 +80,9 @@ class Attention(nn.Module):
         q, k, v = (self.heads(f(x)) for f in (self.q, self.k, self.v))
         q, k = rotate(q, *turn), rotate(k, *turn)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)  # (B, H, C, K)
+            k, v = cache.extend(layer, k, v)  # (B, G, C, K)
+        if self.n_shared > 1:
+            k, v = (x.repeat_interleave(self.n_shared, dim=1) for x in (k, v))  # (B, H, C, K)
         y = attend(q, k, v, visible)  # (B, H, T, K)
         return self.o(y.transpose(1, 2).flatten(-2))
 
@@ -90,10 +99,12 @@ class Block(nn.Module):
 class PhiBlock(Block):
     """x + attn(ln(x)) + mlp(ln(x)): one LayerNorm, branches side by side, biases everywhere."""
 
+    norm = nn.LayerNorm
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.ln = nn.LayerNorm(config.d_model)
-        self.attn = Attention(config, o_bias=True)
+        self.ln = self.norm(config.d_model, config.norm_eps)
+        self.attn = Attention(config, qkv_bias=True, o_bias=True)
         self.mlp = MLP(config.d_model, config.d_ff)
         self.drop = nn.Dropout(config.dropout)
         self.is_sparse = False
@@ -107,11 +118,13 @@ class PhiBlock(Block):
 class StableLMBlock(Block):
     """x = x + attn(ln_1(x)); x + mlp(ln_2(x)): biases in q, k, v and the LayerNorms only."""
 
+    norm, qkv_bias = nn.LayerNorm, True
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.d_model)
-        self.attn = Attention(config, o_bias=False)
-        self.ln_2 = nn.LayerNorm(config.d_model)
+        self.ln_1 = self.norm(config.d_model, config.norm_eps)
+        self.attn = Attention(config, self.qkv_bias, o_bias=False)
+        self.ln_2 = self.norm(config.d_model, config.norm_eps)
         self.mlp = GatedMLP(config.d_model, config.d_ff)
         self.drop = nn.Dropout(config.dropout)
         self.is_sparse = False
@@ -122,7 +135,13 @@ class StableLMBlock(Block):
         return x + self.drop(y), routing
 
 
-BLOCKS = {"phi": PhiBlock, "stablelm": StableLMBlock}
+class LlamaBlock(StableLMBlock):
+    """The same two steps with RMSNorm and without any bias."""
+
+    norm, qkv_bias = nn.RMSNorm, False
+
+
+BLOCKS = {"phi": PhiBlock, "stablelm": StableLMBlock, "llama": LlamaBlock}
 
 
 class Decoder(nn.Module):
@@ -133,8 +152,14 @@ class Decoder(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(BLOCKS[config.family](config) for _ in range(config.n_layers))
-        self.ln_f = nn.LayerNorm(config.d_model)
+        self.ln_f = BLOCKS[config.family].norm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.family == "phi")
+        self.tie()
+
+    def tie(self) -> None:
+        """Let the head score with the embedding itself, where the published model does."""
+        if self.config.tied:
+            self.lm_head.weight = self.embed.weight
 
     def forward(
         self, x: Tensor, mask: Tensor, hints: Hints, cache: Cache | None = None

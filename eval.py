@@ -20,18 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import load_model
-from config import (
-    IGNORE,
-    MODALITIES,
-    Common,
-    UserError,
-    argument,
-    flag,
-    parse,
-    user_errors,
-    write_json,
-)
+from config import IGNORE, MODALITIES, UserError
 from data import Images, Text, collate, encode_prompt
+from flags import Common, argument, flag, parse, user_errors, write_json
 from metrics import bootstrap, format_confusion, is_exact, is_right, recall, router_report, wilson
 from model import MedMoE, Step, choose_device, count_parameters, generate, precision, sparse_layers
 from sources import Sample, load_samples
@@ -281,8 +272,8 @@ def report(asker: Asker, samples: list[Sample], train: list[Sample], meta: dict)
 @user_errors
 def main(argv: list[str] | None = None) -> dict:
     flags = parse(EvalConfig, argv, "eval.py")
-    device, _ = choose_device(flags.device, flags.dtype)
-    model, text, meta = load_model(Path(flags.checkpoint), device)
+    device, dtype = choose_device(flags.device, flags.dtype)
+    model, text, meta = load_model(Path(flags.checkpoint), device, dtype)
     if flags.router_level != "trained":
         for block in model.decoder.blocks:
             if block.is_sparse:

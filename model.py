@@ -9,7 +9,7 @@ Shapes: B batch, T positions, P patches, W tower width, D d_model, V vocabulary,
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -117,8 +117,9 @@ class MedMoE(nn.Module):
         return Loss(total, logits.shape[0], routings)
 
 
-def sparse_layers(config: ModelConfig, moe: MoEConfig) -> range:
-    return range(0, config.decoder.n_layers, moe.every)
+def sparse_layers(config: ModelConfig, moe: MoEConfig) -> Sequence[int]:
+    every = range(0, config.decoder.n_layers, moe.every)
+    return every if moe.layers is None else moe.layers
 
 
 def make_router(config: ModelConfig, moe: MoEConfig) -> Router:
@@ -145,9 +146,22 @@ def make_sparse(
         router = make_router(model.config, moe).to(block.attn.q.weight.device)
         if router_weights is not None:
             router.proj.load_state_dict(router_weights)
-        block.mlp = upcycle(block.mlp, router, moe.n_experts, moe.start)
+        block.mlp = upcycle(block.mlp, router, moe.n_experts, moe.start, moe.meta, moe.residual)
         block.is_sparse = True
     model.config = replace(model.config, moe=moe)
+
+
+def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> MedMoE:
+    """A model to be filled from a file: nothing is drawn, no memory touched. Routers are fp32."""
+    with torch.device("meta"):
+        model = MedMoE(config)
+    model = model.to(dtype)
+    for block in model.decoder.blocks:
+        if block.is_sparse:
+            block.mlp.router.float()
+    model = model.to_empty(device="cpu")
+    model.decoder.tie()  # to_empty makes two of what was one
+    return model
 
 
 class Step(NamedTuple):

@@ -6,6 +6,7 @@ Shapes: B batch, T positions, N = B*T, D d_model, F FFN hidden, E experts, k exp
 R visits, that is pairs of a token and an expert.
 """
 
+import copy
 import importlib.util
 import sys
 from pathlib import Path
@@ -221,32 +222,52 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """The sparse FFN of one block: y = meta(x) + sum over e of gates[e] * expert_e(x)."""
+    """The sparse FFN of one block: y = meta(x) + sum over e of gates[e] * expert_e(x).
 
-    def __init__(self, mlp: nn.Module, router: Router, n_experts: int):
+    meta=False is MoE-LLaVA's layer, without the first term. residual=True is early TinyMed's
+    (Rajbhandari et al. 2022): the sum is mixed with a dense FFN, c0 * sum + c1 * dense(x), where
+    c = softmax(mix(x)).
+    """
+
+    def __init__(
+        self, mlp: nn.Module, router: Router, n_experts: int, meta: bool = True,
+        residual: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.router = router
-        self.meta = mlp  # visited by every token
+        self.meta = mlp if meta else None  # visited by every token
         self.experts = Experts(mlp, n_experts)
+        self.dense = copy.deepcopy(mlp) if residual else None
+        width = router.proj.in_features
+        self.mix = nn.Linear(width, 2).to(router.proj.weight) if residual else None
 
     def forward(self, x: Tensor, mask: Tensor, hints: Hints) -> tuple[Tensor, Routing]:
         """x (B, T, D) normalised hidden states, mask (B, T) -> (B, T, D) and the routing."""
         routing = self.router(x, mask, hints)
         rows = x.flatten(0, 1)  # (N, D)
-        y = self.meta(rows) + self.experts(rows, routing.gates.flatten(0, 1))
+        y = self.experts(rows, routing.gates.flatten(0, 1))
+        if self.dense is not None:
+            share = self.mix(rows).softmax(dim=-1).to(y.dtype)  # (N, 2)
+            y = share[:, :1] * y + share[:, 1:] * self.dense(rows)
+        if self.meta is not None:
+            y = y + self.meta(rows)
         return y.view_as(x), routing
 
 
 @torch.no_grad()
-def upcycle(mlp: nn.Module, router: Router, n_experts: int, start: str) -> MoE:
+def upcycle(
+    mlp: nn.Module, router: Router, n_experts: int, start: str, meta: bool = True,
+    residual: bool = False,
+) -> MoE:  # fmt: skip
     """A trained dense FFN -> a sparse one whose meta expert and experts begin as its copies.
 
     start "released": plain copies, so the layer first computes (1 + sum of gates) * FFN(x).
     start "preserving": the layer first computes FFN(x), as before. Where the gates add up to 1,
     every output layer is halved (FFN/2 + FFN/2); else the experts' output layers begin at 0.
+    Without a meta expert and with gates that add up to 1, plain copies preserve by themselves.
     """
-    moe = MoE(mlp, router, n_experts)
-    if start == "preserving":
+    moe = MoE(mlp, router, n_experts, meta, residual)
+    if start == "preserving" and meta:
         share = 0.5 if router.sums_to_one else 0.0
         name = "down" if moe.experts.is_gated else "fc2"
         for param in getattr(moe.experts, name).parameters():

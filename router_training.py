@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import IMAGE_ID, MODALITIES, MoEConfig, TrainConfig
+from config import IMAGE_ID, MODALITIES, MoEConfig
 from data import Batch, Dataset, Text
+from flags import TrainConfig
 from metrics import format_confusion, router_report
 from model import MedMoE, precision, sparse_layers
 from moe import Hints, pool

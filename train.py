@@ -26,20 +26,19 @@ from config import (
     ModelConfig,
     MoEConfig,
     Recipe,
-    TrainConfig,
     UserError,
-    parse,
     preset,
     to_dict,
-    user_errors,
 )
 from data import Dataset, Text, epoch_batches
+from flags import TrainConfig, parse, user_errors
 from model import MedMoE, describe, freeze_all_but, make_router, make_sparse, precision
 from moe import get_router, load_balancing_loss, router_z_loss
 from router_training import learn_router
 from sources import load_samples
+from tensorfiles import open_tensors, read_json
 from vision import jitter
-from weights import load_published, open_tensors, read_json
+from weights import load_published
 
 
 def lr_scale(step: int, n_steps: int) -> float:

@@ -4,15 +4,17 @@ Every key of a file is accounted for, every parameter filled exactly once, every
 tensors are read one at a time. config.json must agree with the preset.
 """
 
-import json
+import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor, nn
 
 from config import DecoderConfig, ModelConfig, UserError, VisionConfig
+from tensorfiles import read_json, read_tensors
 
 # fmt: off
 # {} a number, * "weight" or "bias", ** anything. None: known, and left out on purpose.
@@ -63,12 +65,39 @@ STABLELM = {
     "lm_head.weight":                              "decoder.lm_head.weight",
 }
 # fmt: on
-DECODERS = {"phi": PHI, "stablelm": STABLELM}
+DECODERS = {"phi": PHI, "stablelm": STABLELM, "llama": STABLELM}  # Llama's lack the biases
+
+# What the code computes, by the published field. A field that is missing has this value; one that
+# has another is refused.
+IMPLEMENTED: dict[str, dict[str, Any]] = {
+    "clip": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout": 0.0,
+             "num_channels": 3},
+    "phi": {"hidden_act": "gelu_new", "qk_layernorm": False, "rope_scaling": None,
+            "attention_dropout": 0.0, "embd_pdrop": 0.0},
+    "stablelm": {"hidden_act": "silu", "use_qkv_bias": True, "use_parallel_residual": False,
+                 "qk_layernorm": False, "rope_scaling": None, "attention_dropout": 0.0},
+    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+              "rope_scaling": None, "attention_dropout": 0.0},
+}  # fmt: skip
+# StableLM-2's files may come without the blocks' LayerNorm biases, which are then 0.
+OPTIONAL = {"stablelm": ("decoder.blocks.*.ln_?.bias",)}
 
 
 def clip_table(config: VisionConfig) -> dict[str, str | None]:
     """CLIP's names; the last layer is left out, since features are read before it."""
     return {f"vision_model.encoder.layers.{config.n_layers - 1}.**": None} | CLIP
+
+
+def decoder_table(config: DecoderConfig) -> dict[str, str | None]:
+    """The family's names; a tied head may be stored a second time and is left out."""
+    return DECODERS[config.family] | ({"lm_head.weight": None} if config.tied else {})
+
+
+def with_prefix(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """transformers 5 stores a CLIP tower without the prefix that the published files have."""
+    for key, tensor in tensors:
+        bare = key.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm."))
+        yield (f"vision_model.{key}" if bare else key), tensor
 
 
 def rename(key: str, table: dict[str, str | None]) -> str | None:
@@ -80,118 +109,153 @@ def rename(key: str, table: dict[str, str | None]) -> str | None:
     raise KeyError(f"{key!r} is in the checkpoint but in no row of the table")
 
 
-def publish(tensors: dict[str, Tensor], table: dict[str, str | None]) -> dict[str, Tensor]:
-    """Our names -> the published ones, in fp16. Raises KeyError for a name in no row."""
+def slots(
+    module: nn.Module, prefix: str | tuple[str, ...], by_expert: bool = False
+) -> dict[str, Tensor]:
+    """Our name -> the storage to fill. by_expert: each expert's share of a stacked one by itself.
+
+    decoder.blocks.0.mlp.experts.fc1.weight (E, F, D) becomes ...experts[0].fc1.weight (F, D), ...
+    """
+    found = {}
+    for name, param in module.named_parameters():
+        if by_expert and ".mlp.experts." in name:
+            before, _, after = name.partition(".mlp.experts.")
+            shares = enumerate(param.data)
+            found |= {f"{before}.mlp.experts[{k}].{after}": share for k, share in shares}
+        else:
+            found[name] = param.data
+    return {name: place for name, place in found.items() if name.startswith(prefix)}
+
+
+def publish(
+    tensors: dict[str, Tensor], table: dict[str, str | None], dtype: torch.dtype = torch.float16
+) -> dict[str, Tensor]:
+    """Our names -> the published ones. Raises KeyError for a name in no row."""
     inverse = {ours: theirs for theirs, ours in table.items() if ours}
-    return {rename(name, inverse): t.detach().half().contiguous() for name, t in tensors.items()}
+    return {rename(n, inverse): t.detach().to(dtype).contiguous() for n, t in tensors.items()}
 
 
 def fill(
-    module: nn.Module, prefix: str, tensors: Iterator[tuple[str, Tensor]], table: dict | None
+    module: nn.Module,
+    prefix: str | tuple[str, ...],
+    tensors: Iterable[tuple[str, Tensor]],
+    table: dict | None,
+    optional: Sequence[str] = (),
 ) -> None:
     """Copy a checkpoint into the parameters under `prefix`, each exactly once. No table: our names.
 
-    Raises KeyError for an unknown, doubled or missing name, ValueError for a wrong shape.
+    optional: patterns; what one matches becomes 0 if the checkpoint has nothing that it matches
+    Raises KeyError for an unknown, doubled or missing name, ValueError for a wrong shape or type.
     """
-    missing = {n: p for n, p in module.named_parameters() if n.startswith(prefix)}
+    by_expert = any("experts[" in ours for ours in (table or {}).values() if ours)
+    missing = slots(module, prefix, by_expert)
+    every = list(missing)
     for key, tensor in tensors:
         if (name := rename(key, table) if table else key) is None:
             continue
         if name not in missing:
             raise KeyError(f"{key!r} -> {name!r}: not a parameter, or filled twice")
-        param = missing.pop(name)
-        if param.shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)}, expected {tuple(param.shape)}"
+        place = missing.pop(name)
+        if place.shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)}, expected {tuple(place.shape)}"
             raise ValueError(f"{key!r} -> {name!r}: shape {shapes}")
-        param.data.copy_(tensor)
+        if not tensor.is_floating_point():
+            raise ValueError(f"{key!r} -> {name!r}: {tensor.dtype}, expected a float type")
+        place.copy_(tensor)
+    for pattern in optional:
+        absent = fnmatch.filter(missing, pattern)
+        if len(absent) == len(fnmatch.filter(every, pattern)):
+            for name in absent:
+                missing.pop(name).zero_()
     if missing:
         raise KeyError(f"not in the checkpoint: {sorted(missing)[:3]} ({len(missing)} in all)")
 
 
-def read_json(path: Path) -> dict:
-    """Raises UserError for what cannot be read or is not a JSON object."""
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values
-
-
-def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of model.safetensors or all shards of its index, one in memory at a time."""
-    index = directory / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.is_file():
-        files = sorted(set(_field(directory, read_json(index), "weight_map").values()))
-    for file in files:
-        yield from open_tensors(directory / file)
-
-
-def open_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of one safetensors file. Raises UserError if it is missing or damaged."""
-    if not path.is_file():
-        has_bin = path.with_name("pytorch_model.bin").is_file()
-        hint = " (pytorch_model.bin is not read: save it as safetensors)" if has_bin else ""
-        raise UserError(f"{path}: no such file{hint}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                yield key, file.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged: {error}") from error
+def check_implemented(directory: Path, family: str, values: dict) -> None:
+    """Refuse by name what the code does not compute."""
+    for name, ours in IMPLEMENTED[family].items():
+        if (theirs := values.get(name, ours)) != ours:
+            raise UserError(f"{directory}: {name} {theirs!r} is not implemented, only {ours!r}")
 
 
 def published_vision(directory: Path) -> VisionConfig:
     """config.json of a CLIP directory -> our dimensions."""
     values = read_json(directory / "config.json")
     values = values.get("vision_config", values)
+    check_implemented(directory, "clip", values)
     theirs = ("image_size", "patch_size", "hidden_size", "num_hidden_layers")
     theirs += ("num_attention_heads", "intermediate_size")
-    return VisionConfig(*(_field(directory, values, name) for name in theirs))
+    return VisionConfig(*(whole(directory, values, name) for name in theirs))
 
 
-def published_decoder(directory: Path, like: DecoderConfig) -> DecoderConfig:
-    """config.json of a Phi-2 or StableLM-2 directory -> our dimensions; the rest as in `like`."""
+# Fields of StableLM's first, remote-code class, and where transformers 5 and rope types moved some.
+OLD_NAMES = {"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"}
+
+
+def published_decoder(directory: Path, family: str | None = None) -> DecoderConfig:
+    """config.json of a Phi-2, StableLM-2 or Llama-style directory -> our dimensions.
+
+    family: what model_type stands for, where it is another name
+    """
     values = read_json(directory / "config.json")
-    values |= values.get("rope_parameters") or {}  # where transformers 5 puts them
-    heads, width, partial = (
-        _field(directory, values, name)
-        for name in ("num_attention_heads", "hidden_size", "partial_rotary_factor")
-    )
+    rope = values.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        values["rope_scaling"] = rope
+    values |= {name: v for name, v in rope.items() if name != "rope_type"}
+    values = {OLD_NAMES.get(name, name): value for name, value in values.items()}
+    family = family or field(directory, values, "model_type")
+    family = "stablelm" if family == "stablelm_epoch" else family
+    if family not in DECODERS:
+        raise UserError(f"{directory}: model_type {family!r} is not one of {', '.join(DECODERS)}")
+    check_implemented(directory, family, values)
+    width, heads = (whole(directory, values, n) for n in ("hidden_size", "num_attention_heads"))
+    if width % heads or values.get("head_dim") not in (None, width // heads):
+        raise UserError(f"{directory}: {heads} heads of {values.get('head_dim')} in {width}")
+    partial = 1.0 if family == "llama" else field(directory, values, "partial_rotary_factor")
+    n_kv_heads = values.get("num_key_value_heads") or heads
+    eps = "rms_norm_eps" if family == "llama" else "layer_norm_eps"
     return DecoderConfig(
-        family=_field(directory, values, "model_type"),
-        vocab_size=_field(directory, values, "vocab_size"),
+        family=family,
+        vocab_size=whole(directory, values, "vocab_size"),
         d_model=width,
-        n_layers=_field(directory, values, "num_hidden_layers"),
+        n_layers=whole(directory, values, "num_hidden_layers"),
         n_heads=heads,
-        d_ff=_field(directory, values, "intermediate_size"),
+        d_ff=whole(directory, values, "intermediate_size"),
         rotary_dim=int(width // heads * partial),
-        rope_theta=values.get("rope_theta", like.rope_theta),
-        max_len=values.get("max_position_embeddings", like.max_len),
-        dropout=values.get("resid_pdrop", like.dropout),
+        rope_theta=values.get("rope_theta", 10000.0),
+        max_len=values.get("max_position_embeddings", 2048),
+        dropout=values.get("resid_pdrop", 0.0),
+        n_kv_heads=None if n_kv_heads == heads else n_kv_heads,
+        norm_eps=values.get(eps, 1e-5),
+        tied=values.get("tie_word_embeddings", False),
     )
 
 
-def _field(directory: Path, values: dict, name: str):
+def field(directory: Path, values: dict, name: str) -> Any:
     if name not in values:
         raise UserError(f"{directory}: its JSON lacks {name!r}")
     return values[name]
+
+
+def whole(directory: Path, values: dict, name: str) -> int:
+    value = field(directory, values, name)
+    if not isinstance(value, int) or not 0 < value < 10**6:
+        raise UserError(f"{directory}: {name} {value!r} must be a positive whole number")
+    return value
 
 
 def load_published(model: nn.Module, config: ModelConfig, clip: Path, llm: Path) -> None:
     """Fill the tower from `clip`, the decoder from `llm`. Raises UserError if they do not fit."""
     for flag, directory, found, wanted in (
         ("--clip", clip, published_vision(clip), config.vision),
-        ("--llm", llm, published_decoder(llm, config.decoder), config.decoder),
+        ("--llm", llm, published_decoder(llm), config.decoder),
     ):
         if found != wanted:
             raise UserError(f"{flag} {directory}: {found} is not the preset's {wanted}")
+    family = config.decoder.family
     try:
-        fill(model, "vision.", read_tensors(clip), clip_table(config.vision))
-        fill(model, "decoder.", read_tensors(llm), DECODERS[config.decoder.family])
+        fill(model, "vision.", with_prefix(read_tensors(clip)), clip_table(config.vision))
+        tensors, table = read_tensors(llm), decoder_table(config.decoder)
+        fill(model, "decoder.", tensors, table, OPTIONAL.get(family, ()))
     except (KeyError, ValueError) as error:
         raise UserError(f"{clip} or {llm}: {error.args[0]}") from error

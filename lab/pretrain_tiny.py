@@ -28,20 +28,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import (
-    ASSETS,
-    CLIP_TINY,
-    IGNORE,
-    PHI_TINY,
-    STABLELM_TINY,
-    DecoderConfig,
-    VisionConfig,
-    flag,
-    parse,
-    user_errors,
-)
+from config import ASSETS, CLIP_TINY, IGNORE, PHI_TINY, STABLELM_TINY, DecoderConfig, VisionConfig
 from data import EOS, Encoded, Images, Text, encode_sample, epoch_batches
 from decoder import Decoder
+from flags import flag, parse, user_errors
 from moe import Hints
 from sources import Sample, load_samples
 from vision import CLIP_MEAN, CLIP_STD, VisionBlock, VisionTower, normalise

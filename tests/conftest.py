@@ -11,6 +11,7 @@ VISION = VisionConfig(image_size=32, patch_size=16, width=32, n_layers=3, n_head
 DECODERS = {
     "phi": DecoderConfig("phi", 64, 32, 3, 4, 64, rotary_dim=4, max_len=128),
     "stablelm": DecoderConfig("stablelm", 64, 32, 3, 4, 48, rotary_dim=2, max_len=128),
+    "llama": DecoderConfig("llama", 64, 32, 3, 4, 48, rotary_dim=8, max_len=128, n_kv_heads=2),
 }
 
 

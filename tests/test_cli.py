@@ -12,7 +12,8 @@ import pytest
 import chat
 import eval as evaluation
 import train
-from config import UserError, argument, flag, parse
+from config import UserError
+from flags import argument, flag, parse
 
 ROOT = Path(__file__).parent.parent
 

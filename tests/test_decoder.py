@@ -19,7 +19,7 @@ PROMPTS = [[5, *PATCHES, 9, 11], [21, 22, 23], [7, 8, *PATCHES, 30, 31, 32]]
 MODALITY = [2, -1, 0]
 NO_EOS = -1  # no token is this one
 
-FAMILIES = pytest.mark.parametrize("family", ["phi", "stablelm"])
+FAMILIES = pytest.mark.parametrize("family", ["phi", "stablelm", "llama"])
 SPARSE = [
     {"top_k": 2, "level": "token", "router": "topk"},
     {"top_k": 1, "level": "token", "router": "topk"},
@@ -99,7 +99,8 @@ def test_logits_with_a_cache_equal_those_without(build, collate, family, moe):
         new = said[:, step : step + 1]
         batch = batch._replace(ids=new, mask=torch.ones_like(new).bool(), images=batch.images[:0])
         hints = hints._replace(prompt=None)
-    assert cache.keys[2].shape == cache.values[0].shape == (3, 4, 9 + 5, 8)
+    n_kv_heads = model.config.decoder.n_kv_heads or 4
+    assert cache.keys[2].shape == cache.values[0].shape == (3, n_kv_heads, 9 + 5, 8)
     assert cache.mask.sum(dim=1).tolist() == [len(p) + 5 for p in PROMPTS]
 
 
@@ -391,5 +392,5 @@ def test_draws_are_reproduced_by_the_generators_seed(build, collate):
     assert draw(1) != greedy(model, batch, 8)
 
 
-def test_both_families_have_a_block_and_no_other():
-    assert set(decoder.BLOCKS) == {"phi", "stablelm"}
+def test_each_family_has_a_block_and_no_other():
+    assert set(decoder.BLOCKS) == {"phi", "stablelm", "llama"}

@@ -23,7 +23,7 @@ ROWS = [
         [IGNORE, *HIDDEN, IGNORE, 30, 2, IGNORE, 31, 2],
     ),
 ]
-FAMILIES = pytest.mark.parametrize("family", ["phi", "stablelm"])
+FAMILIES = pytest.mark.parametrize("family", ["phi", "stablelm", "llama"])
 MOE = pytest.mark.parametrize("moe", [None, {}, {"level": "sequence"}])
 
 

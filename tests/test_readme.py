@@ -10,7 +10,7 @@ import torch
 import chat
 import eval as evaluation
 import train
-from config import parse
+from flags import parse
 from moe import get_router
 
 ROOT = Path(__file__).parent.parent

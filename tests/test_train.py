@@ -11,11 +11,12 @@ from safetensors import SafetensorError
 import checkpoint
 import train
 from checkpoint import read_meta
-from config import ASSETS, PHASES, MoEConfig, Recipe, TrainConfig, UserError, preset
+from config import ASSETS, PHASES, MoEConfig, Recipe, UserError, preset
 from data import Dataset, Text
+from flags import TrainConfig
 from model import MedMoE, freeze_all_but, make_sparse
 from sources import load_samples
-from weights import open_tensors
+from tensorfiles import open_tensors
 
 PRESETS = ("tiny", "tiny-stablelm")
 FFN = {"tiny": ("fc1", "fc2"), "tiny-stablelm": ("gate", "up", "down")}
@@ -187,6 +188,42 @@ def test_accumulation_changes_nothing():
         assert loss == pytest.approx(found[0][0], abs=1e-6)  # the loss is fp32
         for name, grad in grads.items():
             torch.testing.assert_close(grad, found[0][1][name], atol=1e-6, rtol=1e-6, msg=name)
+
+
+def test_accumulation_weighs_the_router_losses_too():
+    """The same two samples twice: two micro-batches are alike, so their mean is either's."""
+    found = []
+    for accumulate in (1, 2):
+        flags, model, data = prepared(accumulate=accumulate, z_loss=0.5, router="topk")
+        torch.manual_seed(4)
+        make_sparse(model, MoEConfig(router="topk"))
+        for block in model.decoder.blocks[::2]:
+            torch.nn.init.normal_(block.mlp.router.proj.weight)  # far from logits of 0
+        freeze_all_but(model, PHASES[2].trains)
+        train.forward_backward(model, data, [0, 1, 0, 1], flags, Where)
+        found.append(model.decoder.blocks[0].mlp.router.proj.weight.grad)
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+    assert found[0].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("largest", "given"), [(0.3, 0.3), (0.0, float("inf"))])
+def test_gradients_are_clipped_to_the_norm_that_is_given(tmp_path, monkeypatch, largest, given):
+    flags, model, data = prepared(out=str(tmp_path), clip_grad=largest)
+    clip, seen = torch.nn.utils.clip_grad_norm_, []
+
+    def watch(params, max_norm):
+        params = list(params)
+        norm = clip(params, max_norm)
+        after = torch.stack([p.grad.norm() for p in params if p.grad is not None]).norm()
+        seen.append((max_norm, norm.item(), after.item()))
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watch)
+    place = train.Run(2, flags, tmp_path / "tokenizer.json")
+    train.train(model, data, replace(flags, steps=2), Recipe(1e-3, 1, 8), place)
+    for max_norm, before, after in seen:
+        assert max_norm == given and before > 0.3
+        assert after == pytest.approx(min(before, given), rel=1e-3)
 
 
 @pytest.mark.parametrize("where", ["weight", "gradient"])

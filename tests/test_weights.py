@@ -16,9 +16,10 @@ import data
 from checkpoint import load_checkpoint, load_model, read_meta, save_checkpoint
 from config import MoEConfig, UserError, model_config, to_dict
 from model import MedMoE
-from weights import CLIP, DECODERS, clip_table, fill, load_published, publish, read_tensors, rename
+from tensorfiles import read_tensors
+from weights import CLIP, DECODERS, clip_table, fill, load_published, publish, rename
 
-FAMILIES = pytest.mark.parametrize("family", ["phi", "stablelm"])
+FAMILIES = pytest.mark.parametrize("family", ["phi", "stablelm", "llama"])
 
 
 def both(*names, under=""):
@@ -110,6 +111,7 @@ def published(build, tmp_path):
             "intermediate_size": decoder.d_ff,
             "max_position_embeddings": decoder.max_len,
             "partial_rotary_factor": decoder.rotary_dim * decoder.n_heads / decoder.d_model,
+            "num_key_value_heads": decoder.n_kv_heads or decoder.n_heads,
         }
         (llm / "config.json").write_text(json.dumps(fields))
         return model, clip, llm
@@ -256,7 +258,10 @@ def test_a_tensor_of_another_part_is_refused(build):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.layers.1.self_attn.q_proj.bias"), "decoder.blocks.1.attn.q.bias"),
+        (
+            lambda t: t.pop("model.layers.1.self_attn.q_proj.weight"),
+            "decoder.blocks.1.attn.q.weight",
+        ),
         (lambda t: t.update(more=torch.zeros(1)), "'more' is in the checkpoint but in no row"),
         (lambda t: t.update({"lm_head.weight": torch.zeros(65, 32)}), r"\(65, 32\), expected"),
         (
@@ -286,12 +291,13 @@ def test_a_published_config_of_another_size_is_a_user_error_that_names_the_flag(
 ):
     _, clip, llm = published(family)
     config = build(family).config
+    both_heads = ("num_key_value_heads", 4)
     for flag, directory, key, value in (
         ("--llm", llm, "num_hidden_layers", 4),
         ("--llm", llm, "num_attention_heads", 8),
-        ("--llm", llm, "partial_rotary_factor", 1.0),
+        ("--llm", llm, *(("partial_rotary_factor", 1.0) if family != "llama" else both_heads)),
         ("--llm", llm, "rope_theta", 5000.0),
-        ("--llm", llm, "model_type", "llama"),
+        ("--llm", llm, "model_type", "stablelm" if family == "llama" else "llama"),
         ("--clip", clip, "patch_size", 8),
     ):
         path = directory / "config.json"

@@ -1,0 +1,131 @@
+"""Command-line flags made from dataclasses, those that all scripts share and those of train.py.
+
+Every field is a flag, in kebab-case; a mistake is one line on stderr and exit code 2.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
+
+from config import PRESETS, UserError
+
+
+def flag(default: Any, help: str, **extra: Any) -> Any:
+    """A dataclass field that becomes a command-line flag."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+def argument(help: str) -> Any:
+    """A field without default: a positional argument."""
+    return field(metadata={"help": help}, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Common:
+    """Flags that mean the same in every script."""
+
+    data: tuple[str, ...] = flag((), "phantoms[:N], slake:DIR, vqa-rad:DIR; may be repeated")
+    lang: Literal["en", "zh", "all"] = flag("en", "language of SLAKE's questions")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "matmul precision")
+    seed: int = flag(0, "seeds weights, order and dropout; not the data")
+    batch_size: int | None = flag(None, "samples a step (default: the phase's)")
+    json: str | None = flag(None, "also write the results to this FILE")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Common):
+    phase: Literal[1, 2, 3] = flag(3, "1 alignment, 2 instruction tuning + router, 3 MoE tuning")
+    preset: str = flag("tiny", "one of " + ", ".join(PRESETS))
+    init: str | None = flag(None, "start from this checkpoint DIR instead of the phase before")
+    out: str | None = flag(None, "output DIR (default: runs/PRESET)")
+    clip: str | None = flag(None, "pretrained CLIP tower DIR (default: the preset's)")
+    llm: str | None = flag(None, "pretrained decoder and tokenizer DIR (default: the preset's)")
+    router: str = flag("modality", "modality, topk, random, oracle, or FILE.py:Class")
+    router_level: Literal["token", "sequence"] = flag("token", "a decision a token, or a sample")
+    router_labels: int = flag(1000, "images whose modality label trains the router")
+    experts: int = flag(4, "experts in a sparse block")
+    top_k: int = flag(2, "experts a token visits")
+    start: Literal["preserving", "released"] = flag("preserving", "phase 3 at step 0: see README")
+    trains: Literal["paper", "released"] = flag("paper", "what phase 3 trains: see README")
+    balance: float = flag(0.0, "weight of the load-balancing loss")
+    z_loss: float = flag(0.0, "weight of the router z-loss")
+    tune_vision: bool | None = flag(
+        None, "train the tower in phases 1, 2 (default: only if it was pretrained on other data)"
+    )
+    jitter: bool | None = flag(None, "vary the pictures a little (default: as --tune-vision)")
+    lr: float | None = flag(None, "peak learning rate (default: the phase's)")
+    epochs: float | None = flag(None, "passes over the data (default: the phase's)")
+    steps: int | None = flag(None, "optimizer steps; overrides --epochs")
+    accumulate: int = flag(1, "micro-batches a step; each holds batch_size / accumulate samples")
+    clip_grad: float = flag(1.0, "largest gradient norm; 0: no clipping")
+    save_every: int = flag(200, "steps between checkpoints")
+    resume: bool = flag(False, "go on from the last checkpoint in --out")
+    eval: bool = flag(True, "score the held-out split at the end")
+
+
+def parse(cls: type, argv: Sequence[str] | None, prog: str) -> Any:
+    """Command line -> an instance of the dataclass `cls`; its fields are the flags, kebab-case.
+
+    Raises UserError for anything that is not one of them. A field without default is positional.
+    """
+    parser = _Parser(prog=prog, description=cls.__doc__, allow_abbrev=False)
+    for f in fields(cls):
+        kind: dict[str, Any] = {"help": f.metadata.get("help")}
+        if f.default is MISSING:
+            parser.add_argument(f.name, **kind)
+            continue
+        options = get_args(f.type)
+        kind["metavar"] = f.name.split("_")[-1].upper()
+        if get_origin(f.type) is UnionType:  # int | None: the flag is an int
+            base = options[0]
+        elif get_origin(f.type) is Literal:
+            base, kind["choices"] = type(options[0]), options
+            del kind["metavar"]
+        elif get_origin(f.type) is tuple:
+            base, kind["action"] = options[0], "append"
+        else:
+            base = f.type
+        if base is bool:
+            kind["action"] = argparse.BooleanOptionalAction
+            del kind["metavar"]
+        else:
+            kind["type"] = base
+        default = None if kind.get("action") == "append" else f.default
+        parser.add_argument("--" + f.name.replace("_", "-"), default=default, **kind)
+    values = vars(parser.parse_args(argv))
+    repeated = {f.name for f in fields(cls) if get_origin(f.type) is tuple}
+    return cls(**{k: tuple(v or ()) if k in repeated else v for k, v in values.items()})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} ({self.prog} --help lists every flag)")
+
+
+def user_errors(main: Callable) -> Callable:
+    """Wrap a script's main(argv): a UserError becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> Any:
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return wrapped
+
+
+def write_json(path: Path, values: Any) -> None:
+    """For --json FILE. Raises UserError where it cannot be written."""
+    try:
+        path.write_text(json.dumps(values, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}") from error

@@ -1,0 +1,231 @@
+"""Published Med-MoE and MoE-LLaVA checkpoints to ours, and ours back to theirs.
+
+    python -m lab.convert STAGE3 --clip CLIP --out DIR            theirs to ours
+    python -m lab.convert STAGE1 --clip CLIP --llm PHI2 --out DIR
+    python -m lab.convert OURS --to med-moe --out DIR             ours to theirs
+
+Layouts (names as in Med-MoE @148cbd6 and MoE-LLaVA @6cb5f66): stage 1 is mm_projector.bin alone,
+stage 2 a dense model, stage 3 has deepspeed_moe experts, and meta_moe in Med-MoE or, in early
+TinyMed, a residual FFN. Their gate's bias and Phi-2's lm_head bias may be absent and are then 0.
+Their capacity factors are not read: here no token is ever dropped.
+The CLIP tower is always read from --clip: mm_image_tower is a path on its author's disk.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from checkpoint import load_model, save_checkpoint
+from config import LLAVA_SYSTEM, ModelConfig, MoEConfig, UserError
+from data import Text
+from flags import TrainConfig, argument, flag, parse, user_errors
+from model import MedMoE, empty_model, sparse_layers
+from tensorfiles import open_tensors, read_json, read_tensors, tensor_names
+from weights import (
+    DECODERS,
+    OPTIONAL,
+    clip_table,
+    field,
+    fill,
+    load_published,
+    publish,
+    published_decoder,
+    published_vision,
+    slots,
+    whole,
+    with_prefix,
+)
+
+FFN = {"phi": ("fc1", "fc2"), "stablelm": ("gate", "up", "down")}
+THEIR_FFN = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+# fmt: off
+PROJECTOR = {
+    "model.mm_projector.image_spatial_proj.0.*": "projector.fc1.*",
+    "model.mm_projector.image_spatial_proj.2.*": "projector.fc2.*",
+}
+SPARSE = {  # {layer}; an FFN's own names follow
+    "model.layers.{}.mlp.deepspeed_moe.gate.wg.*": "decoder.blocks.{}.mlp.router.proj.*",
+    "model.layers.{}.mlp.coefficient.*":           "decoder.blocks.{}.mlp.mix.*",
+}
+FFN_PLACES = {
+    "model.layers.{}.mlp.deepspeed_moe.experts.deepspeed_experts.{}.":
+        "decoder.blocks.{}.mlp.experts[{}].",
+    "model.layers.{}.mlp.meta_moe.": "decoder.blocks.{}.mlp.meta.",
+    "model.layers.{}.mlp.mlp.":      "decoder.blocks.{}.mlp.dense.",
+}
+# fmt: on
+IMPLEMENTED = {
+    "mm_vision_select_layer": -2,
+    "image_projector_type": "mlp2x_gelu",
+    "mm_vision_select_feature": "patch",
+}  # fmt: skip
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert a published Med-MoE checkpoint to ours, or ours to the published layout."""
+
+    checkpoint: str = argument("DIR to read")
+    out: str = flag("", "DIR to write")
+    clip: str | None = flag(None, "CLIP tower DIR, for their checkpoints")
+    llm: str | None = flag(None, "decoder DIR, for stage 1")
+    tokenizer: str | None = flag(None, "tokenizer.json or its DIR (default: the checkpoint's)")
+    to: Literal["ours", "med-moe"] = flag("ours", "layout to write")
+    dtype: Literal["float32", "float16", "bfloat16"] = flag("bfloat16", "of the weights")
+
+
+def medmoe_table(family: str) -> dict[str, str | None]:
+    """Their names -> ours, for every layout; the decoder's own names are the published ones."""
+    table = dict(DECODERS[family]) | PROJECTOR | SPARSE
+    for theirs, ours in FFN_PLACES.items():
+        for name in FFN[family]:
+            table[f"{theirs}{THEIR_FFN.get(name, name)}.*"] = f"{ours}{name}.*"
+    return table | {"model.image_tower.**": None, "model.mm_projector.video_patch_proj.**": None}
+
+
+def medmoe_config(directory: Path, clip: Path) -> ModelConfig:
+    """Their config.json -> our dimensions. What differs from what we compute is refused by name."""
+    values = read_json(directory / "config.json")
+    name = field(directory, values, "model_type")
+    family = str(name).rpartition("_")[2]
+    if family not in FFN or "llava" not in str(name):
+        raise UserError(f"{directory}: model_type {name!r} is not (moe_)llava_phi or _stablelm")
+    for key, ours in IMPLEMENTED.items():
+        if (theirs := values.get(key, ours)) != ours:
+            raise UserError(f"{directory}: {key} {theirs!r} is not implemented, only {ours!r}")
+    vision, decoder = published_vision(clip), published_decoder(directory, family)
+    if (wide := values.get("mm_hidden_size", vision.width)) != vision.width:
+        raise UserError(f"--clip {clip}: width {vision.width}, the checkpoint wants {wide}")
+    moe = None
+    if str(name).startswith("moe_"):
+        moe = moe_config(directory, field(directory, values, "moe"), decoder.n_layers)
+    return ModelConfig(vision, decoder, moe, system=LLAVA_SYSTEM)
+
+
+def moe_config(directory: Path, values: dict, n_layers: int) -> MoEConfig:
+    layers, n_experts = (field(directory, values, n) for n in ("moe_layers_idx", "num_experts"))
+    n_experts = n_experts if isinstance(n_experts, list) else [n_experts]
+    if len(set(n_experts)) != 1:
+        raise UserError(f"{directory}: num_experts {n_experts} must be the same in every layer")
+    if not layers or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < n_layers:
+        raise UserError(f"{directory}: moe_layers_idx {layers} of {n_layers} layers")
+    names = tensor_names(directory)
+    return MoEConfig(
+        n_experts=n_experts[0],
+        top_k=whole(directory, values, "top_k_experts"),
+        start="released",
+        layers=None if layers == list(range(0, n_layers, 2)) else tuple(layers),
+        meta=any(".mlp.meta_moe." in name for name in names),
+        residual=any(".mlp.coefficient." in name for name in names),
+    )
+
+
+def projector_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """mm_projector.bin: what stands before "mm_projector." depends on how it was saved."""
+    for key, tensor in open_tensors(path):
+        yield f"model.mm_projector.{key.rpartition('mm_projector.')[2]}", tensor
+
+
+def read_stage_1(file: Path, clip: Path, llm: Path, dtype: torch.dtype) -> MedMoE:
+    config = ModelConfig(published_vision(clip), published_decoder(llm), system=LLAVA_SYSTEM)
+    model = empty_model(config, dtype)
+    load_published(model, config, clip, llm)
+    fill(model, "projector.", projector_tensors(file), PROJECTOR)
+    return model
+
+
+def read_medmoe(directory: Path, clip: Path, dtype: torch.dtype) -> MedMoE:
+    """Stage 2 or 3, of any of the layouts. Raises UserError for what does not fit."""
+    config = medmoe_config(directory, clip)
+    model = empty_model(config, dtype)
+    family = config.decoder.family
+    absent = (*OPTIONAL.get(family, ()), "decoder.lm_head.bias", "*.mlp.router.proj.bias")
+    try:
+        fill(model, "vision.", with_prefix(read_tensors(clip)), clip_table(config.vision))
+        fill(
+            model, ("projector.", "decoder."), read_tensors(directory), medmoe_table(family), absent
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{clip} or {directory}: {error.args[0]}") from error
+    return model
+
+
+def write_medmoe(model: MedMoE, tokenizer: Path, out: Path, dtype: torch.dtype) -> None:
+    """Our model in Med-MoE's layout; a bias that is 0 and that their layout lacks is left out."""
+    config = model.config
+    tensors = slots(model, ("projector.", "decoder."), by_expert=True)
+    older = config.moe is not None and not config.moe.meta
+    for name in list(tensors):
+        lacks = name == "decoder.lm_head.bias" or (older and name.endswith("mlp.router.proj.bias"))
+        if lacks and not tensors[name].any():
+            del tensors[name]
+    out.mkdir(parents=True, exist_ok=True)
+    table = medmoe_table(config.decoder.family)
+    save_file(publish(tensors, table, dtype), out / "model.safetensors", {"format": "pt"})
+    shutil.copyfile(tokenizer, out / "tokenizer.json")
+    (out / "config.json").write_text(json.dumps(their_config(config), indent=1))
+
+
+def their_config(config: ModelConfig) -> dict:
+    c, sparse = config.decoder, config.moe is not None
+    values = {
+        "model_type": ("moe_llava_" if sparse else "llava_") + c.family,
+        "vocab_size": c.vocab_size, "hidden_size": c.d_model, "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads or c.n_heads,
+        "intermediate_size": c.d_ff, "rope_theta": c.rope_theta, "layer_norm_eps": c.norm_eps,
+        "partial_rotary_factor": c.rotary_dim * c.n_heads / c.d_model,
+        "max_position_embeddings": c.max_len, "resid_pdrop": c.dropout,
+        "mm_hidden_size": config.vision.width, **IMPLEMENTED, "image_aspect_ratio": "pad",
+        "mm_image_tower": "openai/clip-vit-large-patch14-336",
+    }  # fmt: skip
+    if sparse:
+        layers = list(sparse_layers(config, config.moe))
+        values["moe"] = {
+            "moe_enable": True, "moe_mode": "sparse", "moe_layers_idx": layers,
+            "num_experts": [config.moe.n_experts] * len(layers), "ep_size": 1,
+            "top_k_experts": config.moe.top_k, "use_residual": config.moe.residual,
+        }  # fmt: skip
+    return values
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    flags = parse(ConvertConfig, argv, "python -m lab.convert")
+    source, out, dtype = Path(flags.checkpoint), Path(flags.out), DTYPES[flags.dtype]
+    if not flags.out or out.exists():
+        raise UserError(f"--out {flags.out}: give a DIR that does not exist yet")
+    if flags.to == "med-moe":
+        model, _, _ = load_model(source, torch.device("cpu"))
+        if model.config.decoder.family not in FFN:
+            raise UserError(f"{source}: {model.config.decoder.family} has no Med-MoE layout")
+        write_medmoe(model, source / "tokenizer.json", out, dtype)
+        return
+    if flags.clip is None:
+        raise UserError("--clip DIR is needed: their checkpoints are read without the tower")
+    projector = source if source.is_file() else source / "mm_projector.bin"
+    if projector.is_file():
+        if flags.llm is None:
+            raise UserError(f"--llm DIR is needed: {projector} is a projector alone")
+        model = read_stage_1(projector, Path(flags.clip), Path(flags.llm), dtype)
+        found, phase = Path(flags.llm), 1
+    else:
+        model = read_medmoe(source, Path(flags.clip), dtype)
+        found, phase = source, 3 if model.config.moe else 2
+    tokenizer = Path(flags.tokenizer) if flags.tokenizer else found
+    tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+    Text(tokenizer)
+    meta = {"phase": phase, "flags": asdict(TrainConfig(phase=phase)), "from": source.name}
+    save_checkpoint(out, model, model.config, meta, tokenizer, {})
+    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in {flags.dtype}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Small random models of transformers', what they are given and what they say: the golden files.
+
+    pip install transformers==5.23.0 && python -m tests.golden.make
+
+Weights are drawn in values that fp16 holds exactly, so a file is half as large and nothing is
+lost. test_golden.py compares with the files, test_parity.py with fresh models made here.
+"""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+HERE = Path(__file__).parent
+FAMILIES = ("clip", "phi", "stablelm", "llama")
+SIZES = {
+    "clip": {"image_size": 28, "patch_size": 7, "hidden_size": 32, "intermediate_size": 48,
+             "num_hidden_layers": 3, "num_attention_heads": 2},
+    "phi": {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "partial_rotary_factor": 0.5, "resid_pdrop": 0.1},
+    "stablelm": {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
+                 "num_hidden_layers": 2, "num_attention_heads": 2, "partial_rotary_factor": 0.25},
+    "llama": {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+              "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True},
+}  # fmt: skip
+
+
+def random_sizes(family: str, seed: int) -> dict:
+    """Dimensions of a fresh configuration, each drawn."""
+    rng = random.Random(f"{family} {seed}")
+    heads, width = rng.choice([1, 2, 3, 4, 6]), rng.choice([8, 16, 24])
+    sizes = {
+        "hidden_size": heads * width, "num_attention_heads": heads,
+        "num_hidden_layers": rng.randint(2, 4), "intermediate_size": 8 * rng.randint(2, 12),
+    }  # fmt: skip
+    if family == "clip":
+        patch = rng.choice([4, 7, 14])
+        return sizes | {"patch_size": patch, "image_size": patch * rng.randint(2, 5)}
+    sizes |= {"vocab_size": rng.randint(40, 300), "max_position_embeddings": 256,
+              "rope_theta": rng.choice([10000.0, 100000.0])}  # fmt: skip
+    if family == "llama":
+        shared = [n for n in range(1, heads + 1) if heads % n == 0]
+        tied = rng.random() < 0.5
+        eps = rng.choice([1e-5, 1e-6])
+        return sizes | {"num_key_value_heads": rng.choice(shared), "tie_word_embeddings": tied,
+                        "rms_norm_eps": eps}  # fmt: skip
+    return sizes | {"partial_rotary_factor": rng.choice([0.25, 0.5, 1.0]),
+                    "layer_norm_eps": rng.choice([1e-5, 1e-6])}  # fmt: skip
+
+
+def draw(model: nn.Module, seed: int) -> nn.Module:
+    """Every parameter at random, no bias 0 and no norm 1, in fp16's values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            noise = torch.randn(param.shape, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                param.copy_((1 + 0.3 * noise).half())
+            elif param.dim() == 1:
+                param.copy_((0.3 * noise).half())
+            else:
+                param.copy_((noise * param[0].numel() ** -0.5).half())
+    return model.eval()
+
+
+def their_model(family: str, sizes: dict, seed: int = 0) -> nn.Module:
+    import transformers as t
+
+    if family == "clip":
+        return draw(t.CLIPVisionModel(t.CLIPVisionConfig(**sizes)), seed)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    heads = sizes["num_attention_heads"]
+    sizes = {"tie_word_embeddings": False, "num_key_value_heads": heads} | sizes
+    if (theta := sizes.pop("rope_theta", None)) is not None:
+        sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+        if "partial_rotary_factor" in sizes:
+            share = sizes.pop("partial_rotary_factor")
+            sizes["rope_parameters"]["partial_rotary_factor"] = share
+    if family == "phi":
+        return draw(t.PhiForCausalLM(t.PhiConfig(**sizes, **ids)), seed)
+    if family == "stablelm":
+        config = t.StableLmConfig(**sizes, **ids, use_qkv_bias=True)
+        return draw(t.StableLmForCausalLM(config), seed)
+    return draw(t.LlamaForCausalLM(t.LlamaConfig(**sizes, **ids)), seed)
+
+
+def write(model: nn.Module, directory: Path) -> None:
+    """What save_pretrained writes, with the weights in fp16."""
+    model.save_pretrained(directory)
+    path = directory / "model.safetensors"
+    save_file({name: t.half() for name, t in load_file(path).items()}, path)
+    for other in directory.iterdir():
+        if other.name not in ("config.json", "model.safetensors"):
+            other.unlink()
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+def padded(vocab_size: int, side: str, n: int = 4, longest: int = 11) -> tuple[Tensor, Tensor]:
+    """ids and mask (n, longest) of different lengths, padded on one side."""
+    generator = torch.Generator().manual_seed(n)
+    ids = torch.randint(3, vocab_size, (n, longest), generator=generator)
+    lengths = torch.tensor([[longest - 3 * i] for i in range(n)]).clamp(min=2)
+    place = torch.arange(longest)
+    return ids, place >= longest - lengths if side == "left" else place < lengths
+
+
+@torch.no_grad()
+def their_logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    return model(ids, attention_mask=mask.long(), position_ids=positions).logits
+
+
+@torch.no_grad()
+def their_greedy(model: nn.Module, ids: Tensor, mask: Tensor, n: int = 32) -> Tensor:
+    """(B, n) the likeliest tokens, one after the other, without a cache and without an end."""
+    start = ids.shape[1]
+    for _ in range(n):
+        new = their_logits(model, ids, mask)[:, -1].argmax(dim=-1, keepdim=True)
+        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new).bool()], 1)
+    return ids[:, start:]
+
+
+def main() -> None:
+    for family in FAMILIES:
+        directory = HERE / family
+        shutil.rmtree(directory, ignore_errors=True)
+        model = their_model(family, dict(SIZES[family]))
+        write(model, directory)
+        said = {}
+        if family == "clip":
+            generator = torch.Generator().manual_seed(0)
+            said["images"] = torch.randn(2, 3, 28, 28, generator=generator).half().float()
+            with torch.no_grad():
+                states = model(said["images"], output_hidden_states=True).hidden_states
+            said["hidden"] = states[-2]
+        else:
+            for side in ("left", "right"):
+                ids, mask = padded(SIZES[family]["vocab_size"], side)
+                said |= {f"{side}.ids": ids, f"{side}.mask": mask}
+                said[f"{side}.logits"] = their_logits(model, ids, mask)
+            said["greedy"] = their_greedy(model, *padded(SIZES[family]["vocab_size"], "left"))
+        save_file(
+            {name: t.contiguous() for name, t in said.items()}, directory / "said.safetensors"
+        )
+    print(sum(p.stat().st_size for p in HERE.rglob("*") if p.is_file()), "bytes")
+
+
+if __name__ == "__main__":
+    main()
