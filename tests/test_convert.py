@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models
 import data
 from checkpoint import load_model
 from lab import convert
-from model import MedMoE, empty_model
+from model import MedMoE, empty_model, generate, precision
 from moe import Hints
 from weights import clip_table, publish
 
@@ -153,6 +153,22 @@ def test_each_published_layout_loads_bitwise_and_answers(make, collate, tmp_path
     with torch.no_grad():
         ours, loaded = (m(batch.ids, batch.mask, batch.images, Hints())[0] for m in (model, loaded))
     torch.testing.assert_close(ours, loaded, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["phi", "stablelm"])
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_a_checkpoint_in_bf16_stays_so_and_answers(make, collate, tmp_path, family, dtype):
+    _, _, clip, stage = make(family, "med-moe")
+    run(stage, "--clip", clip, "--out", tmp_path / "ours")
+    model, _, _ = load_model(tmp_path / "ours", torch.device("cpu"), dtype)
+    for name, param in model.named_parameters():
+        narrow = dtype is None and ".router." not in name
+        assert param.dtype == (torch.bfloat16 if narrow else torch.float32), name
+    batch = collate([([1, *[-200] * 4, 5, 6], [-100] * 7)], side="left")
+    wanted = torch.bfloat16 if dtype is None else torch.float32
+    with precision(torch.device("cpu"), wanted):
+        steps = list(generate(model, batch, eos_id=-1, max_new=3))
+    assert len(steps) == 3 and all(r.gates.isfinite().all() for r in steps[0].routings)
 
 
 @CASES

@@ -183,7 +183,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(llm, tmp_path, zipped):
     if zipped:
         torch.save(tensors, path)
     else:
-        path.write_bytes(pickle.dumps({"a": Touch(bait)}))
+        path.write_bytes(pickle.dumps({"a": Touch(bait)}, protocol=2))
     refused(llm, "pytorch_model.bin", "not only tensors")
     assert not bait.exists()
 
