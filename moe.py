@@ -226,7 +226,7 @@ class MoE(nn.Module):
 
     meta=False is MoE-LLaVA's layer, without the first term. residual=True is early TinyMed's
     (Rajbhandari et al. 2022): the sum is mixed with a dense FFN, c0 * sum + c1 * dense(x), where
-    c = softmax(mix(x)).
+    c = softmax(coefficient(x)).
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class MoE(nn.Module):
         self.experts = Experts(mlp, n_experts)
         self.dense = copy.deepcopy(mlp) if residual else None
         width = router.proj.in_features
-        self.mix = nn.Linear(width, 2).to(router.proj.weight) if residual else None
+        self.coefficient = nn.Linear(width, 2).to(router.proj.weight) if residual else None
 
     def forward(self, x: Tensor, mask: Tensor, hints: Hints) -> tuple[Tensor, Routing]:
         """x (B, T, D) normalised hidden states, mask (B, T) -> (B, T, D) and the routing."""
@@ -247,7 +247,7 @@ class MoE(nn.Module):
         rows = x.flatten(0, 1)  # (N, D)
         y = self.experts(rows, routing.gates.flatten(0, 1))
         if self.dense is not None:
-            share = self.mix(rows).softmax(dim=-1).to(y.dtype)  # (N, 2)
+            share = self.coefficient(rows).softmax(dim=-1).to(y.dtype)  # (N, 2)
             y = share[:, :1] * y + share[:, 1:] * self.dense(rows)
         if self.meta is not None:
             y = y + self.meta(rows)
@@ -270,8 +270,9 @@ def upcycle(
     if start == "preserving" and meta:
         share = 0.5 if router.sums_to_one else 0.0
         name = "down" if moe.experts.is_gated else "fc2"
-        for param in getattr(moe.experts, name).parameters():
-            param.mul_(share)
+        for part in (moe.experts, moe.dense) if residual else (moe.experts,):
+            for param in getattr(part, name).parameters():
+                param.mul_(share)
         for param in getattr(moe.meta, name).parameters():
             param.mul_(1 - share)
     return moe

@@ -1,7 +1,7 @@
 """Tensors out of files: safetensors and PyTorch's own, whole or in shards, one tensor at a time.
 
-Nothing in a file is executed, and no more of it is in memory than one tensor (one shard of a
-.bin file is mapped, not read).
+Nothing in a file is executed, and no more of it is in memory than one tensor. A .bin file is
+mapped; only those from before torch 1.6 are read whole.
 """
 
 import json
@@ -52,12 +52,8 @@ def tensor_names(directory: Path) -> set[str]:
     """The names that read_tensors will give."""
     found = set()
     for path in weight_files(directory):
-        if path.suffix == ".safetensors" and path.is_file():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    found |= set(file.keys())
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: damaged: {error}") from error
+        if path.suffix == ".safetensors":
+            found |= set(header_names(path))
         else:
             found |= {name for name, _ in open_tensors(path)}
     return found
@@ -71,31 +67,38 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 def open_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of one file. Raises UserError if it is missing or damaged."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         yield from open_safetensors(path)
-    else:
+    elif path.is_file():
         yield from open_pickle(path)
+    else:
+        raise UserError(f"{path}: no such file")
 
 
-def refuse_doubles(path: Path, keys: list[str]) -> None:
-    """The library keeps the last of two entries of a header that have one name."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")  # the library has found it sound
-        entries = json.loads(file.read(size), object_pairs_hook=list)
-    names = [name for name, _ in entries if name != "__metadata__"]
-    if len(names) > len(keys):
-        double = next(name for name in keys if names.count(name) > 1)
+def header_names(path: Path) -> list[str]:
+    """The tensors of a safetensors file. Raises UserError if it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")  # the library has found it sound
+            entries = json.loads(file.read(size), object_pairs_hook=list)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged: {error}") from error
+    # The library keeps the last of two entries that have one name.
+    stored = [name for name, _ in entries if name != "__metadata__"]
+    if len(stored) > len(names):
+        double = next(name for name in names if stored.count(name) > 1)
         raise UserError(f"{path}: {double!r} is in its header twice")
+    return names
 
 
 def open_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    names = header_names(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-        refuse_doubles(path, keys)
-        for key in keys:  # opened anew, since what was read stays mapped until it is closed
+        for key in names:  # opened anew, since what was read stays mapped until it is closed
             with safe_open(path, framework="pt") as file:
                 tensor = file.get_tensor(key)
             yield key, tensor

@@ -188,7 +188,7 @@ def published_vision(directory: Path) -> VisionConfig:
     return VisionConfig(*(whole(directory, values, name) for name in theirs))
 
 
-# Fields of StableLM's first, remote-code class, and where transformers 5 and rope types moved some.
+# Fields as StableLM's first, remote-code class named them.
 OLD_NAMES = {"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"}
 
 
@@ -198,7 +198,9 @@ def published_decoder(directory: Path, family: str | None = None) -> DecoderConf
     family: what model_type stands for, where it is another name
     """
     values = read_json(directory / "config.json")
-    rope = values.get("rope_parameters") or {}
+    rope = values.get("rope_parameters") or {}  # where transformers 5 puts them
+    if not isinstance(rope, dict):
+        raise UserError(f"{directory}: rope_parameters {rope!r} must be an object")
     if rope.get("rope_type", "default") != "default":
         values["rope_scaling"] = rope
     values |= {name: v for name, v in rope.items() if name != "rope_type"}
@@ -211,8 +213,15 @@ def published_decoder(directory: Path, family: str | None = None) -> DecoderConf
     width, heads = (whole(directory, values, n) for n in ("hidden_size", "num_attention_heads"))
     if width % heads or values.get("head_dim") not in (None, width // heads):
         raise UserError(f"{directory}: {heads} heads of {values.get('head_dim')} in {width}")
-    partial = 1.0 if family == "llama" else field(directory, values, "partial_rotary_factor")
-    n_kv_heads = values.get("num_key_value_heads") or heads
+    if family == "llama":
+        values["partial_rotary_factor"] = 1.0
+    partial = number(directory, values, "partial_rotary_factor")
+    if values.get("num_key_value_heads") is None:
+        values["num_key_value_heads"] = heads
+    values.setdefault("max_position_embeddings", 2048)
+    n_kv_heads = whole(directory, values, "num_key_value_heads")
+    if heads % n_kv_heads:
+        raise UserError(f"{directory}: num_key_value_heads {n_kv_heads} does not divide {heads}")
     eps = "rms_norm_eps" if family == "llama" else "layer_norm_eps"
     return DecoderConfig(
         family=family,
@@ -222,12 +231,12 @@ def published_decoder(directory: Path, family: str | None = None) -> DecoderConf
         n_heads=heads,
         d_ff=whole(directory, values, "intermediate_size"),
         rotary_dim=int(width // heads * partial),
-        rope_theta=values.get("rope_theta", 10000.0),
-        max_len=values.get("max_position_embeddings", 2048),
-        dropout=values.get("resid_pdrop", 0.0),
+        rope_theta=number(directory, values, "rope_theta", 10000.0),
+        max_len=whole(directory, values, "max_position_embeddings"),
+        dropout=number(directory, values, "resid_pdrop", 0.0),
         n_kv_heads=None if n_kv_heads == heads else n_kv_heads,
-        norm_eps=values.get(eps, 1e-5),
-        tied=values.get("tie_word_embeddings", False),
+        norm_eps=number(directory, values, eps, 1e-5),
+        tied=bool(values.get("tie_word_embeddings", False)),
     )
 
 
@@ -241,6 +250,13 @@ def whole(directory: Path, values: dict, name: str) -> int:
     value = field(directory, values, name)
     if not isinstance(value, int) or not 0 < value < 10**6:
         raise UserError(f"{directory}: {name} {value!r} must be a positive whole number")
+    return value
+
+
+def number(directory: Path, values: dict, name: str, default: float | None = None) -> float:
+    value = field(directory, values, name) if default is None else values.get(name, default)
+    if not isinstance(value, int | float) or not 0 <= value < 1e12:
+        raise UserError(f"{directory}: {name} {value!r} must be a number from 0 up")
     return value
 
 

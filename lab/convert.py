@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -50,11 +51,11 @@ PROJECTOR = {
     "model.mm_projector.image_spatial_proj.0.*": "projector.fc1.*",
     "model.mm_projector.image_spatial_proj.2.*": "projector.fc2.*",
 }
-SPARSE = {  # {layer}; an FFN's own names follow
+SPARSE = {
     "model.layers.{}.mlp.deepspeed_moe.gate.wg.*": "decoder.blocks.{}.mlp.router.proj.*",
-    "model.layers.{}.mlp.coefficient.*":           "decoder.blocks.{}.mlp.mix.*",
+    "model.layers.{}.mlp.coefficient.*":           "decoder.blocks.{}.mlp.coefficient.*",
 }
-FFN_PLACES = {
+FFN_PLACES = {  # an FFN's own names follow
     "model.layers.{}.mlp.deepspeed_moe.experts.deepspeed_experts.{}.":
         "decoder.blocks.{}.mlp.experts[{}].",
     "model.layers.{}.mlp.meta_moe.": "decoder.blocks.{}.mlp.meta.",
@@ -65,7 +66,7 @@ IMPLEMENTED = {
     "mm_vision_select_layer": -2,
     "image_projector_type": "mlp2x_gelu",
     "mm_vision_select_feature": "patch",
-}  # fmt: skip
+}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -113,7 +114,10 @@ def medmoe_config(directory: Path, clip: Path) -> ModelConfig:
 def moe_config(directory: Path, values: dict, n_layers: int) -> MoEConfig:
     layers, n_experts = (field(directory, values, n) for n in ("moe_layers_idx", "num_experts"))
     n_experts = n_experts if isinstance(n_experts, list) else [n_experts]
-    if len(set(n_experts)) != 1:
+    for name, found in (("moe_layers_idx", layers), ("num_experts", n_experts)):
+        if not isinstance(found, list) or not all(type(n) is int for n in found):
+            raise UserError(f"{directory}: {name} {found!r} must be a list of whole numbers")
+    if len(set(n_experts)) != 1 or n_experts[0] < 1:
         raise UserError(f"{directory}: num_experts {n_experts} must be the same in every layer")
     if not layers or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < n_layers:
         raise UserError(f"{directory}: moe_layers_idx {layers} of {n_layers} layers")
@@ -138,7 +142,10 @@ def read_stage_1(file: Path, clip: Path, llm: Path, dtype: torch.dtype) -> MedMo
     config = ModelConfig(published_vision(clip), published_decoder(llm), system=LLAVA_SYSTEM)
     model = empty_model(config, dtype)
     load_published(model, config, clip, llm)
-    fill(model, "projector.", projector_tensors(file), PROJECTOR)
+    try:
+        fill(model, "projector.", projector_tensors(file), PROJECTOR)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{file}: {error.args[0]}") from error
     return model
 
 
@@ -196,18 +203,15 @@ def their_config(config: ModelConfig) -> dict:
     return values
 
 
-@user_errors
-def main(argv: list[str] | None = None) -> None:
-    flags = parse(ConvertConfig, argv, "python -m lab.convert")
-    source, out, dtype = Path(flags.checkpoint), Path(flags.out), DTYPES[flags.dtype]
-    if not flags.out or out.exists():
-        raise UserError(f"--out {flags.out}: give a DIR that does not exist yet")
-    if flags.to == "med-moe":
-        model, _, _ = load_model(source, torch.device("cpu"))
-        if model.config.decoder.family not in FFN:
-            raise UserError(f"{source}: {model.config.decoder.family} has no Med-MoE layout")
-        write_medmoe(model, source / "tokenizer.json", out, dtype)
-        return
+def to_medmoe(source: Path, out: Path, dtype: torch.dtype) -> MedMoE:
+    model, _, _ = load_model(source, torch.device("cpu"))
+    if model.config.decoder.family not in FFN:
+        raise UserError(f"{source}: {model.config.decoder.family} has no Med-MoE layout")
+    write_medmoe(model, source / "tokenizer.json", out, dtype)
+    return model
+
+
+def to_ours(flags: ConvertConfig, source: Path, out: Path, dtype: torch.dtype) -> MedMoE:
     if flags.clip is None:
         raise UserError("--clip DIR is needed: their checkpoints are read without the tower")
     projector = source if source.is_file() else source / "mm_projector.bin"
@@ -224,6 +228,22 @@ def main(argv: list[str] | None = None) -> None:
     Text(tokenizer)
     meta = {"phase": phase, "flags": asdict(TrainConfig(phase=phase)), "from": source.name}
     save_checkpoint(out, model, model.config, meta, tokenizer, {})
+    return model
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    flags = parse(ConvertConfig, argv, "python -m lab.convert")
+    source, out, dtype = Path(flags.checkpoint), Path(flags.out), DTYPES[flags.dtype]
+    if not flags.out or out.exists():
+        raise UserError(f"--out {flags.out}: give a DIR that does not exist yet")
+    try:
+        if flags.to == "med-moe":
+            model = to_medmoe(source, out, dtype)
+        else:
+            model = to_ours(flags, source, out, dtype)
+    except (OSError, SafetensorError) as error:  # a full disk is either
+        raise UserError(f"--out {out}: could not be written: {error}") from error
     print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in {flags.dtype}")
 
 

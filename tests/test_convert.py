@@ -54,7 +54,6 @@ def their_name(name, family):
         (".mlp.experts.", ".mlp.deepspeed_moe.experts.deepspeed_experts.{}."),
         (".mlp.meta.", ".mlp.meta_moe."),
         (".mlp.dense.", ".mlp.mlp."),
-        (".mlp.mix.", ".mlp.coefficient."),
         *((f".{ours}.weight", f".{theirs}.weight") for ours, theirs in FFN[family].items()
           if ".mlp." in name),
     ):  # fmt: skip
@@ -225,7 +224,7 @@ def test_a_sparse_layer_computes_what_their_tensors_say_by_hand(make, family, la
     torch.testing.assert_close(y[0], expected, atol=1e-5, rtol=0)
 
 
-def test_a_stage_1_projector_is_read_with_its_decoder(make, build, tmp_path):
+def test_a_stage_1_projector_is_read_with_its_decoder(make, capsys, tmp_path):
     model, tensors, clip, stage = make("phi", "dense")
     llm = tmp_path / "llm"
     llm.mkdir()
@@ -242,6 +241,9 @@ def test_a_stage_1_projector_is_read_with_its_decoder(make, build, tmp_path):
     run(one, "--clip", clip, "--llm", llm, "--out", tmp_path / "ours", "--dtype", "float32")
     loaded, _, meta = load_model(tmp_path / "ours", torch.device("cpu"))
     assert meta["phase"] == 1
+    torch.save(alone | {"model.mm_projector.more": torch.zeros(1)}, one / "mm_projector.bin")
+    line = refused(capsys, one, "--clip", clip, "--llm", llm, "--out", tmp_path / "other")
+    assert "mm_projector.bin" in line and "'model.mm_projector.more'" in line
     for (name, param), (_, other) in zip(
         model.named_parameters(), loaded.named_parameters(), strict=True
     ):
@@ -251,6 +253,9 @@ def test_a_stage_1_projector_is_read_with_its_decoder(make, build, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
+        ("partial_rotary_factor", "x", "partial_rotary_factor 'x'"),
+        ("moe", {"moe_layers_idx": 5, "num_experts": [4], "top_k_experts": 2}, "moe_layers_idx 5"),
+        ("moe", {"moe_layers_idx": [0], "num_experts": ["4"], "top_k_experts": 2}, "['4']"),
         ("model_type", "llava_mistral", "llava_mistral"),
         ("model_type", "phi", "'phi'"),
         ("mm_vision_select_layer", -1, "mm_vision_select_layer -1"),

@@ -4,6 +4,7 @@ python -m pytest tests/test_decoder.py
 """
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_a_cache_may_be_filled_in_pieces_of_any_length(build, collate, family):
     whole, routings = logits_of(model, batch)
     for cuts in ([6, 9], [1, 6, 7, 9], [0, 9]):
         cache, parts, gates = Cache(3), [], []
-        for start, end in zip([0, *cuts], cuts, strict=False):
+        for start, end in pairwise([0, *cuts]):
             piece = batch._replace(ids=batch.ids[:, start:end], mask=batch.mask[:, start:end])
             if IMAGE_ID not in piece.ids:
                 piece = piece._replace(images=batch.images[:0])

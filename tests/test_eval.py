@@ -41,6 +41,15 @@ def test_a_score_counts_closed_and_open_answers_apart():
     assert 0 <= low <= result["overall"] <= high <= 1
 
 
+def test_an_answer_of_no_type_counts_as_open_and_intervals_are_by_image():
+    samples = [sample("left", "open", 2), sample("right", "open", 2), sample("axial", "", 2)]
+    samples.append(sample("yes", "closed", 2))
+    result = evaluation.score(samples, ["left", "left", "axial", "yes"])
+    assert result["closed"]["n"] == 1 and result["open"]["n"] == 3
+    assert result["open"]["ci95"] == (2 / 3, 2 / 3)  # one image: drawing it again changes nothing
+    assert result["closed"]["ci95"] == evaluation.wilson(1, 1)
+
+
 def test_the_majority_control_sees_the_training_answers_only():
     learnt = [sample(a, "open", i) for i, a in enumerate(["left", "left", "right"])]
     learnt += [sample("yes", "closed", 9, kind="presence")]
@@ -59,14 +68,15 @@ def test_unpack_counts_the_visits_of_prompt_and_answer_but_not_of_padding_or_the
 
     prompt = [routing([[0, 1, 1], [2, 2, 0]])] * n_layers
     later = [[routing([[e], [e]])] * n_layers for e in (2, 1)]
-    tokens = [torch.tensor(t) for t in ([4, 5], [6, EOS], [EOS, EOS])]
+    tokens = [torch.tensor(t) for t in ([4, 5], [6, EOS], [EOS, 8])]
     steps = [Step(t, r) for t, r in zip(tokens, [prompt, *later], strict=True)]
     text = SimpleNamespace(eos_id=EOS, decode=lambda ids: " ".join(map(str, ids)))
     first, second = evaluation.unpack(steps, mask, text)
     assert (first.answer, second.answer) == ("4 6", "5")
     assert first.load.tolist() == [[1, 3, 1]] * 2  # 0 1 1, then 2 for "4" and 1 for "6"
     assert second.load.tolist() == [[1, 0, 2]] * 2  # padding's 2 is left out, "5" visits 2
-    assert first.votes.argmax() == 1 and second.votes.argmax() in (0, 2)
+    assert first.votes.tolist() == pytest.approx([14 / 3, 28 / 3, 0])  # per position, two layers
+    assert second.votes.tolist() == [7, 0, 7]  # padding's vote for 2 is left out
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +102,12 @@ def test_evaluation_writes_everything_it_measured(checkpoint, tmp_path, capsys):
     assert sum(part["n"] for part in result["by_modality"].values()) == 60
     assert sum(part["n"] for part in result["by_kind"].values()) == 60
     assert result["blind"]["n"] == result["majority"]["n"] == 60
+    asked, learnt = (load_samples(["phantoms:32"], "vqa", split) for split in ("test", "train"))
+    fair, cheat = (
+        evaluation.score(asked[:60], evaluation.majority(asked[:60], seen))["overall"]
+        for seen in (learnt, asked[:60])
+    )
+    assert result["majority"]["overall"] == fair != cheat
     for layers in result["load"].values():
         assert [pytest.approx(1.0)] * 2 == [sum(layer) for layer in layers]
     said = capsys.readouterr().out
@@ -117,7 +133,9 @@ def test_the_blind_control_shows_every_question_the_same_picture(checkpoint):
     model, text, _ = load_model(checkpoint, torch.device("cpu"))
     flags = evaluation.EvalConfig(checkpoint=str(checkpoint), max_new=2, dtype="float32")
     asker = evaluation.Asker(model, text, flags)
-    samples = load_samples(["phantoms:32"], "vqa", "test")[:6]
+    samples = load_samples(["phantoms:32"], "vqa", "test")[:21]
+    assert len({s.image for s in samples}) == 3 and len(samples) % 3 == 0
+    samples = samples[:20]  # not equally many questions an image
     mean = asker.mean_picture(samples)
     pixels = torch.stack(
         [asker.images.get(s).float() for s in {s.image: s for s in samples}.values()]
@@ -127,12 +145,15 @@ def test_the_blind_control_shows_every_question_the_same_picture(checkpoint):
     seen = []
     model.vision.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     asker.answer(samples, mean)
+    assert sum(map(len, seen)) == len(samples)
     assert all(torch.equal(image, mean) for batch in seen for image in batch)
 
 
 def test_the_parameter_line_names_its_three_denominators():
-    line = evaluation.show_parameters({"total": 8000, "activated": 4000, "dense_base": 2000})
-    assert "50.0% of its own total" in line and "200.0% of the dense model" in line
+    millions = {"total": 8000, "activated": 3500, "dense_base": 1750}
+    line = evaluation.show_parameters({name: n * 10**6 for name, n in millions.items()})
+    assert "43.8% of its own total" in line and "200.0% of the dense model" in line
+    assert "50.00% of 7 B" in line
 
 
 def test_chat_streams_an_answer_and_shows_the_routes(checkpoint, tmp_path, capsys):

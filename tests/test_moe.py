@@ -501,6 +501,22 @@ def test_the_preserving_start_halves_both_parts_or_begins_experts_at_zero(shake,
 
 
 @BOTH
+@pytest.mark.parametrize(
+    ("k", "meta", "residual"),
+    [(2, False, False), (2, False, True), (2, True, True), (1, True, True)],
+)
+def test_the_preserving_start_holds_with_a_residual_ffn_and_without_meta(
+    shake, family, k, meta, residual
+):
+    dense = shake(FAMILIES[family](16, 24))
+    x, before = randn(*MASK.shape, 16), copy.deepcopy(dense)
+    router = shake(TopKRouter(16, 4, top_k=k))
+    sparse = upcycle(dense, router, 4, "preserving", meta, residual)
+    y, _ = sparse(x, MASK, Hints())
+    torch.testing.assert_close(y[MASK], before(x)[MASK], atol=1e-5, rtol=0)
+
+
+@BOTH
 def test_experts_that_begin_at_zero_still_learn(shake, family):
     _, sparse = dense_and_sparse(shake, family, 1, "preserving")
     sparse(randn(8, 9, 16), torch.ones(8, 9).bool(), Hints())[0].square().sum().backward()

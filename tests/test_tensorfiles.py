@@ -7,6 +7,7 @@ import json
 import pickle
 import random
 import resource
+import shutil
 import struct
 from pathlib import Path
 
@@ -22,14 +23,16 @@ from weights import load_published, published_decoder, published_vision
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def copy_of(family, tmp_path):
+    """A golden model in a directory as its owners publish it."""
+    shutil.copytree(GOLDEN / family, tmp_path / family)
+    (tmp_path / family / "said.safetensors").unlink()
+    return tmp_path / family
+
+
 @pytest.fixture
 def llm(tmp_path):
-    """A copy of the golden Phi: a directory as its owners publish it."""
-    directory = tmp_path / "phi"
-    directory.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (directory / name).write_bytes((GOLDEN / "phi" / name).read_bytes())
-    return directory
+    return copy_of("phi", tmp_path)
 
 
 def load(llm, clip=GOLDEN / "clip"):
@@ -95,16 +98,8 @@ def test_a_tower_without_prefix_and_one_inside_a_whole_clip_load_alike(llm, tmp_
     assert same(found, expected)
 
 
-def stablelm(tmp_path):
-    directory = tmp_path / "stablelm"
-    directory.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (directory / name).write_bytes((GOLDEN / "stablelm" / name).read_bytes())
-    return directory
-
-
 def test_stablelm_may_come_without_the_biases_of_its_blocks_norms(tmp_path):
-    llm = stablelm(tmp_path)
+    llm = copy_of("stablelm", tmp_path)
     tensors = without_safetensors(llm)
     biases = [n for n in tensors if n.endswith("layernorm.bias")]
     assert len(biases) == 4
@@ -118,7 +113,7 @@ def test_stablelm_may_come_without_the_biases_of_its_blocks_norms(tmp_path):
 
 
 def test_stablelms_first_class_named_its_fields_otherwise(tmp_path):
-    llm = stablelm(tmp_path)
+    llm = copy_of("stablelm", tmp_path)
     values = json.loads((llm / "config.json").read_text())
     eps, rope = values.pop("layer_norm_eps"), values.pop("rope_parameters")
     values |= {"model_type": "stablelm_epoch", "norm_eps": eps, "rope_theta": rope["rope_theta"],
@@ -132,7 +127,9 @@ def test_stablelms_first_class_named_its_fields_otherwise(tmp_path):
     ("name", "value"),
     [("hidden_act", "relu"), ("qk_layernorm", True), ("model_type", "mamba"),
      ("rope_scaling", {"type": "linear", "factor": 2.0}), ("attention_dropout", 0.1),
-     ("num_hidden_layers", 0), ("hidden_size", "32"), ("vocab_size", 10**12), ("head_dim", 7)],
+     ("num_hidden_layers", 0), ("num_key_value_heads", 3), ("resid_pdrop", "big"),
+     ("layer_norm_eps", None), ("rope_parameters", [1]), ("max_position_embeddings", -1),
+     ("hidden_size", "32"), ("vocab_size", 10**12), ("head_dim", 7)],
 )  # fmt: skip
 def test_what_the_code_does_not_compute_is_refused_by_name(llm, name, value):
     values = json.loads((llm / "config.json").read_text())
@@ -142,13 +139,11 @@ def test_what_the_code_does_not_compute_is_refused_by_name(llm, name, value):
 
 
 def test_a_tied_head_that_is_stored_a_second_time_is_left_out(tmp_path):
-    llm = tmp_path / "llama"
-    llm.mkdir()
-    tensors = load_file(GOLDEN / "llama" / "model.safetensors")
+    llm = copy_of("llama", tmp_path)
+    tensors = without_safetensors(llm)
     assert "lm_head.weight" not in tensors
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, llm / "model.safetensors")
-    (llm / "config.json").write_bytes((GOLDEN / "llama" / "config.json").read_bytes())
     found = load(llm)
     assert "decoder.lm_head.weight" not in found and "decoder.embed.weight" in found
 
