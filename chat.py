@@ -19,7 +19,7 @@ from config import IGNORE, IMAGE_ID, MODALITIES, UserError
 from data import Batch, Images, Text, collate, encode_prompt
 from flags import Common, argument, flag, parse, user_errors
 from model import MedMoE, Step, choose_device, generate, precision, sparse_layers
-from sources import Sample
+from records import Sample
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ where its answers lie, as LLaVA's code does, loses a sample wherever the two do 
 Shapes: B batch, T positions (text tokens + patches), P patches an image, S image side.
 """
 
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,13 +17,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-import phantoms
 from config import IGNORE, IMAGE_ID, MODALITIES, ModelConfig, UserError
-from sources import Sample, warn_once
-from vision import normalise, open_image, square
+from pictures import Images
+from records import Sample, warn_once
+from vision import normalise
 
 EOS = "<|endoftext|>"  # ends every answer, in Phi-2's and StableLM-2's vocabularies alike
-CACHE_BYTES = 1_500_000_000  # of decoded images: 40 000 at 112 px, 4 400 at 336 px
 
 Turns = Sequence[tuple[str, str | None]]  # (question, answer); None: to be answered
 Piece = tuple[str | int, bool]  # a text or a token id, and whether the model has to say it
@@ -147,29 +147,6 @@ def encode_all(
     return encoded
 
 
-class Images:
-    """Pictures at the tower's size, kept in memory as bytes until CACHE_BYTES are full."""
-
-    def __init__(self, size: int, pad: bool = True):
-        self.size, self.pad = size, pad
-        self.room = CACHE_BYTES // (3 * size * size)
-        self.kept: dict[Path | int, Tensor] = {}
-
-    def get(self, sample: Sample) -> Tensor:
-        """(3, S, S) uint8. Raises UserError for a file that cannot be read."""
-        image = sample.image
-        if image in self.kept:
-            return self.kept[image]
-        if isinstance(image, int):
-            drawn = phantoms.draw(image, self.size).image  # (S, S, 3)
-            pixels = torch.from_numpy(drawn).permute(2, 0, 1).contiguous()
-        else:
-            pixels = square(open_image(image), self.size, self.pad)
-        if len(self.kept) < self.room:
-            self.kept[image] = pixels
-        return pixels
-
-
 class Batch(NamedTuple):
     """What the model takes."""
 
@@ -220,16 +197,33 @@ def collate(
     return Batch(ids, mask, labels, normalise(stacked), torch.tensor(known))
 
 
-def epoch_batches(
-    lengths: Sequence[int], batch_size: int, seed: int, epoch: int
-) -> list[list[int]]:
-    """Every index once, in batches of similar lengths; the same for the same seed and epoch.
+def epoch_rows(weights: Sequence[float], rng: random.Random) -> list[int]:
+    """Every index `weight` times: 2.5 is twice, and half of those indices a third time."""
+    groups: dict[float, list[int]] = {}
+    for row, weight in enumerate(weights):
+        groups.setdefault(weight, []).append(row)
+    rows = []
+    for weight, group in groups.items():
+        rows += group * int(weight)
+        rows += rng.sample(group, math.ceil(weight % 1 * len(group)))
+    rng.shuffle(rows)
+    return rows
 
-    Lengths are sorted within windows of 50 batches only, so that epochs still differ.
+
+def epoch_batches(
+    lengths: Sequence[int],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    weights: Sequence[float] | None = None,
+) -> list[list[int]]:
+    """Every index as often as it weighs (once), in batches of similar lengths.
+
+    The same for the same seed and epoch. Lengths are sorted within windows of 50 batches only, so
+    that epochs still differ.
     """
     rng = random.Random(f"{seed} {epoch}")
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
+    order = epoch_rows(weights or [1.0] * len(lengths), rng)
     batches = []
     for start in range(0, len(order), 50 * batch_size):
         near = sorted(order[start : start + 50 * batch_size], key=lengths.__getitem__)
@@ -241,14 +235,29 @@ def epoch_batches(
 class Dataset:
     """Samples as a model of these dimensions reads them: token ids, labels and pictures."""
 
-    def __init__(self, samples: Sequence[Sample], text: Text, config: ModelConfig, plain: bool):
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        text: Text,
+        config: ModelConfig,
+        plain: bool,
+        workers: int = 0,
+    ):
         n_patches, max_len = config.vision.n_patches, config.decoder.max_len
         self.samples = samples
         self.encoded = encode_all(samples, text, n_patches, config.system, plain, max_len)
         self.lengths = [len(ids) for ids, _ in self.encoded]
+        self.weights = [s.weight for s in samples]
         # As released: captions are learnt on cropped pictures, everything else on padded ones.
-        self.images = Images(config.vision.image_size, pad=not plain)
+        self.images = Images(config.vision.image_size, pad=not plain, workers=workers)
         self.eos_id = text.eos_id
+
+    def epoch(self, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+        """The rows of each batch of this epoch."""
+        return epoch_batches(self.lengths, batch_size, seed, epoch, self.weights)
+
+    def prefetch(self, batches: Iterable[Sequence[int]]) -> None:
+        self.images.prefetch(self.samples[row] for rows in batches for row in rows)
 
     def batch(self, rows: Sequence[int]) -> Batch:
         samples, encoded = ([part[r] for r in rows] for part in (self.samples, self.encoded))

@@ -6,8 +6,9 @@ Every field is a flag, in kebab-case; a mistake is one line on stderr and exit c
 import argparse
 import functools
 import json
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -21,16 +22,22 @@ def flag(default: Any, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": help, **extra})
 
 
-def argument(help: str) -> Any:
-    """A field without default: a positional argument."""
-    return field(metadata={"help": help}, kw_only=True)
+def argument(help: str, optional: bool = False) -> Any:
+    """A positional argument: a field without default, or with None where it may be left out."""
+    default = {"default": None} if optional else {}
+    return field(metadata={"help": help, "positional": True}, kw_only=True, **default)
 
 
 @dataclass(frozen=True)
 class Common:
     """Flags that mean the same in every script."""
 
-    data: tuple[str, ...] = flag((), "phantoms[:N], slake:DIR, vqa-rad:DIR; may be repeated")
+    data: tuple[str, ...] = flag((), "SOURCE, SOURCE@WEIGHT; may be repeated (sources.py has all)")
+    max_missing: int = flag(0, "image files of a source that may be missing")
+    image_folder: str | None = flag(None, "where the images of llava:FILE.json lie")
+    router_labels: str | None = flag(
+        None, 'FILE.json with {"image": "CT", ...}, instead of the source\'s'
+    )
     lang: Literal["en", "zh", "all"] = flag("en", "language of SLAKE's questions")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "matmul precision")
@@ -49,7 +56,7 @@ class TrainConfig(Common):
     llm: str | None = flag(None, "pretrained decoder and tokenizer DIR (default: the preset's)")
     router: str = flag("modality", "modality, topk, random, oracle, or FILE.py:Class")
     router_level: Literal["token", "sequence"] = flag("token", "a decision a token, or a sample")
-    router_labels: int = flag(1000, "images whose modality label trains the router")
+    router_images: int = flag(1000, "images whose modality label trains the router")
     experts: int = flag(4, "experts in a sparse block")
     top_k: int = flag(2, "experts a token visits")
     start: Literal["preserving", "released"] = flag("preserving", "phase 3 at step 0: see README")
@@ -65,6 +72,7 @@ class TrainConfig(Common):
     steps: int | None = flag(None, "optimizer steps; overrides --epochs")
     accumulate: int = flag(1, "micro-batches a step; each holds batch_size / accumulate samples")
     clip_grad: float = flag(1.0, "largest gradient norm; 0: no clipping")
+    workers: int = flag(2, "threads that read the pictures of the next batches")
     save_every: int = flag(200, "steps between checkpoints")
     resume: bool = flag(False, "go on from the last checkpoint in --out")
     eval: bool = flag(True, "score the held-out split at the end")
@@ -78,13 +86,17 @@ def parse(cls: type, argv: Sequence[str] | None, prog: str) -> Any:
     parser = _Parser(prog=prog, description=cls.__doc__, allow_abbrev=False)
     for f in fields(cls):
         kind: dict[str, Any] = {"help": f.metadata.get("help")}
-        if f.default is MISSING:
-            parser.add_argument(f.name, **kind)
+        if f.metadata.get("positional"):
+            if get_origin(f.type) is Literal:
+                kind["choices"] = get_args(f.type)
+            parser.add_argument(f.name, nargs=None if f.default is MISSING else "?", **kind)
             continue
         options = get_args(f.type)
         kind["metavar"] = f.name.split("_")[-1].upper()
         if get_origin(f.type) is UnionType:  # int | None: the flag is an int
             base = options[0]
+            if get_origin(base) is tuple:  # tuple[str, str] | None: two words
+                kind["nargs"], base = len(get_args(base)), get_args(base)[0]
         elif get_origin(f.type) is Literal:
             base, kind["choices"] = type(options[0]), options
             del kind["metavar"]
@@ -109,6 +121,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({self.prog} --help lists every flag)")
 
 
+def reading(flags: Common) -> dict[str, Any]:
+    """How to read --data, as the keywords of sources.load_samples."""
+    names = ("lang", "max_missing", "image_folder", "router_labels")
+    return {name: getattr(flags, name) for name in names}
+
+
 def user_errors(main: Callable) -> Callable:
     """Wrap a script's main(argv): a UserError becomes one line on stderr and exit code 2."""
 
@@ -123,9 +141,33 @@ def user_errors(main: Callable) -> Callable:
     return wrapped
 
 
+def command_line(cls: type, values: dict, prog: str) -> str:
+    """The command whose flags are these: what differs from the defaults of the dataclass."""
+    words = ["python", prog]
+    for f in fields(cls):
+        value, name = values.get(f.name, f.default), "--" + f.name.replace("_", "-")
+        value = tuple(value) if isinstance(value, list) else value
+        if value == f.default or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(name if value else name.replace("--", "--no-", 1))
+        else:
+            for part in value if isinstance(value, tuple) else (value,):
+                words += [name, str(part)]
+    return shlex.join(words)
+
+
 def write_json(path: Path, values: Any) -> None:
     """For --json FILE. Raises UserError where it cannot be written."""
+    write_text(path, json.dumps(values, indent=1) + "\n", "--json")
+
+
+def write_lines(path: Path, records: Iterable[dict]) -> None:
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records), "--answers")
+
+
+def write_text(path: Path, text: str, name: str) -> None:
     try:
-        path.write_text(json.dumps(values, indent=1) + "\n")
+        path.write_text(text)
     except OSError as error:
-        raise UserError(f"--json {path}: {error.strerror}") from error
+        raise UserError(f"{name} {path}: {error.strerror}") from error

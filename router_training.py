@@ -26,7 +26,7 @@ from flags import TrainConfig
 from metrics import format_confusion, router_report
 from model import MedMoE, precision, sparse_layers
 from moe import Hints, pool
-from sources import Sample
+from records import Sample
 
 N_POSITIONS = 4  # M: single positions taken from each sample and layer
 
@@ -164,7 +164,7 @@ def learn_router(
 
     Both are empty if no sample has a modality.
     """
-    labelled = one_per_image(samples, flags.router_labels, flags.seed)
+    labelled = one_per_image(samples, flags.router_images, flags.seed)
     train_samples, held_out = hold_out(labelled, 0.2, flags.seed)
     if not train_samples:
         print("phase 2: no sample has a modality, so there is no router to train")

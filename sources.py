@@ -1,114 +1,38 @@
-"""Data sets as their owners publish them -> one kind of sample.
+"""What --data names -> samples: captions, dialogues or single questions, of one split.
 
-A source is named on the command line: phantoms, phantoms:N, slake:DIR, vqa-rad:DIR. Whatever is
-wrong with its files is found here, before anything is trained, and told in one line that names the
-file, the record and the field.
+    phantoms  phantoms:N  slake:DIR  vqa-rad:DIR  vqa-rad-3515:DIR  pathvqa:DIR
+    medmnist:FILE.npz  llava:FILE.json  llava:DIR
+
+SOURCE@W takes its samples W times an epoch. The readers of published files are in benchmarks/.
+Whatever is wrong with a file is found here, before anything is trained, and told in one line.
 """
 
 import functools
-import json
-import math
 import random
-import sys
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
 
 import phantoms
+from benchmarks import medmnist
+from benchmarks.llava import read_llava
+from benchmarks.vqa import Row, read_pathvqa, read_slake, read_vqa_rad
 from config import MODALITIES, UserError
+from records import Packed, Sample, read_json_file, shown, warn_once
 
 N_TRAIN, N_VAL, N_TEST = 4000, 200, 500  # phantoms
 MAX_TURNS = 4  # questions in one dialogue
 N_ORDERS = 3  # dialogues that a real question takes part in
 MAX_FACTS = 6  # question-answer pairs in a caption made from them
-SLAKE_FILES = {"train": "train.json", "val": "validate.json", "test": "test.json"}
-RAD_FILE = "VQA_RAD Dataset Public.json"
-RAD_FOLDERS = ("images", "VQA_RAD Image Folder")
-RAD_ORGANS = {"HEAD": "head", "CHEST": "chest", "ABD": "abdomen"}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image, or none, and what is said about it."""
-
-    id: str  # unique within a source and split
-    source: str
-    split: str
-    image: Path | int | None  # a file, a phantom's seed, or text only
-    turns: tuple[tuple[str, str], ...]  # (question, answer); a caption answers ""
-    modality: str | None = None  # one of MODALITIES
-    answer_type: str = ""  # "open", "closed"
-    kind: str = ""  # of question, for reports
-
-
-class Record:
-    """One entry of a JSON list. What is wrong with it is told with file, number and field."""
-
-    def __init__(self, file: Path, number: int, values: Any):
-        self.file, self.number, self.values = file, number, values
-        if not isinstance(values, dict):
-            raise UserError(f"{file}: record {number} (from 0) is not an object: {shown(values)}")
-
-    def fail(self, name: str, allowed: str) -> NoReturn:
-        value = shown(self.values[name]) if name in self.values else "is missing"
-        raise UserError(
-            f'{self.file}: record {self.number} (from 0): field "{name}" {value}; must be {allowed}'
-        )
-
-    def text(self, name: str) -> str:
-        value = self.values.get(name)
-        if not isinstance(value, str) or not value.strip():
-            self.fail(name, "a text that is not empty")
-        return value.strip()
-
-    def text_or_number(self, name: str) -> str:
-        """As text, perhaps empty. VQA-RAD counts in numbers, and a NaN is a table's empty cell."""
-        value = self.values.get(name)
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            self.fail(name, "a text or a number")
-        if isinstance(value, float) and not math.isfinite(value):
-            self.fail(name, "a text or a finite number")
-        return str(value).strip()
-
-    def choice(self, name: str, allowed: Iterable[str]) -> str:
-        """One of the allowed values, however the file writes its capitals."""
-        value = self.text(name).lower()
-        for option in allowed:
-            if option.lower() == value:
-                return option
-        self.fail(name, "one of " + ", ".join(allowed))
-
-    def image(self, name: str, folder: Path) -> Path:
-        path = (folder / self.text(name)).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            self.fail(name, f"inside {folder}")
-        if not path.is_file():
-            self.fail(name, f"a file in {folder}")
-        return path
-
-
-def shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)[:60]
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def read_records(file: Path) -> list[Record]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from error
-    except json.JSONDecodeError as e:
-        raise UserError(f"{file}: not JSON: line {e.lineno}, column {e.colno}: {e.msg}") from e
-    except (ValueError, RecursionError) as error:  # not UTF-8; nested too deeply
-        raise UserError(f"{file}: not JSON: {error}") from error
-    if not isinstance(values, list):
-        raise UserError(f"{file}: must be a list of records, is {shown(values)}")
-    return [Record(file, number, value) for number, value in enumerate(values)]
+ROWS = {
+    "slake": read_slake,
+    "vqa-rad": lambda folder, split, lang: read_vqa_rad(folder, split),
+    "vqa-rad-3515": lambda folder, split, lang: read_vqa_rad(folder, split, framed=True),
+    "pathvqa": lambda folder, split, lang: read_pathvqa(folder, split),
+}
+KINDS = ("phantoms[:N]", *(f"{kind}:DIR" for kind in ROWS), "medmnist:FILE.npz", "llava:FILE.json")
+NO_VAL = ("vqa-rad", "vqa-rad-3515")  # published without one
 
 
 @functools.lru_cache(maxsize=20_000)
@@ -139,73 +63,73 @@ def read_phantoms(where: str, what: str, split: str) -> Iterator[Sample]:
             )
 
 
-def read_slake(folder: Path, split: str, lang: str) -> Iterator[tuple[Sample, str, Record]]:
-    """SLAKE 1.0 (Liu et al. 2021): DIR/{train,validate,test}.json, DIR/imgs/xmlabN/source.jpg."""
-    if lang == "all":
-        warn_once(
-            "SLAKE splits its English and Chinese questions differently: with --lang all, "
-            "images of the test split are in training"
-        )
-    for record in read_records(folder / SLAKE_FILES[split]):
-        if lang not in ("all", record.choice("q_lang", ("en", "zh"))):
-            continue
-        modality = record.choice("modality", MODALITIES)
-        kind = record.text("content_type").lower()
-        article = "an" if modality in ("MRI", "X-ray") else "a"
-        place = record.text("location").replace("_", " ").lower()
-        image = record.image("img_name", folder / "imgs")
-        yield (
-            Sample("", "slake", split, image, (), modality, kind=kind),
-            f"{article} {modality} of the {place}.",
-            record,
-        )
+def read_medmnist(file: Path, what: str, split: str) -> Iterator[Sample]:
+    """Classification as questions, with the class names as the answers there are.
 
-
-def read_vqa_rad(folder: Path, split: str, lang: str) -> Iterator[tuple[Sample, str, Record]]:
-    """VQA-RAD (Lau et al. 2018): one JSON file and a folder of images, all English.
-
-    Its owners name a test split only: the rest is "train", and "val" is empty. The split is by
-    question, so that nearly every test image is a training image too.
+    One question an image; where an image has several labels (ChestMNIST), a yes or no for each.
     """
-    images = next((folder / name for name in RAD_FOLDERS if (folder / name).is_dir()), None)
-    if images is None:
-        raise UserError(f"--data vqa-rad:{folder}: no folder {' or '.join(RAD_FOLDERS)} in it")
-    for record in read_records(folder / RAD_FILE):
-        is_test = record.text("phrase_type").startswith("test")
-        if split != ("test" if is_test else "train"):
-            continue
-        kind = record.text("question_type").split(",")[0].lower()
-        organ = record.text("image_organ")
-        yield (
-            Sample("", "vqa-rad", split, record.image("image_name", images), (), kind=kind),
-            f"an image of the {RAD_ORGANS.get(organ, organ.lower())}.",
-            record,
-        )
-
-
-def add_answers(rows: Iterable[tuple[Sample, str, Record]]) -> Iterator[tuple[Sample, str]]:
-    """Complete each row's sample with what all sources share: id, question, answer, its type."""
-    unanswered, first = [], {}
-    for sample, title, record in rows:
-        qid = record.text_or_number("qid")
-        if first.setdefault(qid, record.number) != record.number:
-            record.fail("qid", f"another than that of record {first[qid]}")
-        turn = (record.text("question"), record.text_or_number("answer"))
-        answer_type = record.choice("answer_type", ("open", "closed"))
-        if turn[1]:
-            yield replace(sample, id=qid, turns=(turn,), answer_type=answer_type), title
+    kind = medmnist.which(file)
+    labels = medmnist.read_split(file, split)[1]
+    a = {"CT": "a CT", "MRI": "an MRI", "X-ray": "an X-ray", "pathology": "a pathology picture"}
+    title = a.get(kind.modality, "an image")
+    single = f"Which of these does the image show: {', '.join(kind.classes)}?"
+    for i, label in enumerate(labels):
+        name, image = f"{split}-{i}", Packed(file, split, i)
+        base = Sample(name, kind.name, split, image, (), kind.modality, "closed", "class")
+        if kind.task == "multi-label":
+            found = [c for c, is_there in zip(kind.classes, label, strict=True) if is_there]
+            turns = tuple((f"Does the image show {c}?", "yes" if c in found else "no")
+                          for c in kind.classes)  # fmt: skip
         else:
-            unanswered.append(qid)
+            found = [kind.classes[label]]
+            turns = ((single, found[0]),)
+        if what == "captions":
+            text = f"{title}: {', '.join(found) or 'nothing'}."
+            yield replace(base, turns=(("", text),), answer_type="", kind="caption")
+        elif what == "instructions":
+            yield replace(base, turns=turns, answer_type="", kind="")
+        elif kind.task == "multi-label":
+            for c, turn in zip(kind.classes, turns, strict=True):
+                yield replace(base, id=f"{name}-{c}", turns=(turn,), kind=c, options=("no", "yes"))
+        else:
+            yield replace(base, turns=turns, options=kind.classes)
+
+
+def drop_unanswered(rows: Iterable[Row], where: str) -> Iterator[Row]:
+    unanswered = []
+    for row in rows:
+        if row.sample.turns[0][1]:
+            yield row
+        else:
+            unanswered.append(row.sample.id)
     if unanswered:
-        named = ", ".join(unanswered[:5]) + (", ..." if len(unanswered) > 5 else "")
-        warn_once(f"{record.file}: {len(unanswered)} without an answer skipped: qid {named}")
+        warn_once(f"{where}: {len(unanswered)} without an answer skipped: qid {few(unanswered)}")
 
 
-def make_captions(rows: Iterable[tuple[Sample, str]]) -> Iterator[Sample]:
+def drop_missing(rows: list, where: str, max_missing: int, image_of=lambda row: row.image) -> list:
+    """Without the rows whose image file is not there; more than max_missing files are an error."""
+    files = dict.fromkeys(image for row in rows if isinstance(image := image_of(row), Path))
+    missing = {file for file in files if not file.is_file()}
+    if not missing:
+        return rows
+    names = few([f"{f.parent.name}/{f.name}" for f in files if f in missing])
+    told = f"--data {where}: {len(missing)} of {len(files)} images are missing: {names}"
+    if len(missing) > max_missing:
+        raise UserError(f"{told}; --max-missing {len(missing)} leaves their questions out")
+    kept = [row for row in rows if image_of(row) not in missing]
+    warn_once(f"{told}; {len(rows) - len(kept)} of {len(rows)} questions are left out")
+    return kept
+
+
+def few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def make_captions(rows: Iterable[Row]) -> Iterator[Sample]:
     """One caption an image: what it shows, then its own questions and answers, open ones first."""
-    groups: dict[Path, list[tuple[Sample, str]]] = {}
-    for sample, title in rows:
-        groups.setdefault(sample.image, []).append((sample, title))
+    groups: dict[Path, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.sample.image, []).append(row)
     for image, group in groups.items():
         first, title = group[0]
         seen = [s for s, _ in group if s.kind != "kg"]  # knowledge, which no picture shows
@@ -234,35 +158,97 @@ def make_dialogues(samples: Iterable[Sample]) -> Iterator[Sample]:
                 yield replace(group[start], id=name, turns=tuple(turns), answer_type="", kind="")
 
 
-READERS = {"slake": read_slake, "vqa-rad": read_vqa_rad}
+def parse_spec(spec: str) -> tuple[str, str, float]:
+    """SOURCE, KIND:WHERE or either with @W -> kind, where, weight."""
+    source, weight = spec, 1.0
+    if found := re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", spec):
+        source, weight = found[1], float(found[2])
+        if not 0 < weight <= 1000:
+            raise UserError(f"--data {spec}: its weight must be above 0 and at most 1000")
+    kind, _, where = source.partition(":")
+    if kind != "phantoms" and (kind not in (*ROWS, "medmnist", "llava") or not where):
+        raise UserError(f"--data {spec}: not one of {', '.join(KINDS)}")
+    return kind, where, weight
 
 
-def load_samples(specs: Sequence[str], what: str, split: str, lang: str = "en") -> list[Sample]:
+def has_splits(spec: str) -> bool:
+    """Whether the source itself says what is held out; a single LLaVA file does not."""
+    kind, where, _ = parse_spec(spec)
+    return kind != "llava" or Path(where).is_dir()
+
+
+def read_source(
+    spec: str, what: str, split: str, lang: str, max_missing: int, image_folder: str | None
+) -> list[Sample]:
+    kind, where, weight = parse_spec(spec)
+    if kind == "phantoms":
+        samples = list(read_phantoms(where, what, split))
+    elif kind == "medmnist":
+        samples = list(read_medmnist(Path(where), what, split))
+    elif kind == "llava":
+        folder = Path(image_folder) if image_folder else None
+        samples = drop_missing(
+            list(read_llava(Path(where), what, split, folder)), spec, max_missing
+        )
+    else:
+        rows = list(drop_unanswered(ROWS[kind](Path(where), split, lang), spec))
+        rows = drop_missing(rows, spec, max_missing, lambda row: row.sample.image)
+        single = [row.sample for row in rows]
+        shape = {"captions": lambda: make_captions(rows),
+                 "instructions": lambda: make_dialogues(single), "vqa": lambda: single}  # fmt: skip
+        samples = list(shape[what]())
+    if not samples and (kind not in NO_VAL or split != "val"):
+        raise UserError(f"--data {spec}: no {what} in its {split} split (language: {lang})")
+    return samples if weight == 1 else [replace(s, weight=weight) for s in samples]
+
+
+def load_samples(
+    specs: Sequence[str],
+    what: str,
+    split: str,
+    lang: str = "en",
+    max_missing: int = 0,
+    image_folder: str | None = None,
+    router_labels: str | None = None,
+) -> list[Sample]:
     """The samples of one split ("train", "val", "test") of every source that --data names.
 
     what   "captions" (one an image), "instructions" (dialogues), "vqa" (one a question)
     Only vqa-rad's "val", which does not exist, may be empty. Raises UserError.
     """
-    samples, kinds = [], set()
+    samples: list[Sample] = []
     for spec in specs:
-        kind, _, where = spec.partition(":")
-        if kind != "phantoms" and (kind not in READERS or not where):
-            raise UserError(
-                f"--data {spec}: not one of phantoms, phantoms:N, slake:DIR, vqa-rad:DIR"
-            )
-        if kind in kinds:
-            raise UserError(f"--data {spec}: {kind} is already named")
-        kinds.add(kind)
-        if kind == "phantoms":
-            new = list(read_phantoms(where, what, split))
-        else:
-            rows = add_answers(READERS[kind](Path(where), split, lang))
-            if what == "captions":
-                new = list(make_captions(rows))
-            else:
-                single = (sample for sample, _ in rows)
-                new = list(make_dialogues(single) if what == "instructions" else single)
-        if not new and (kind, split) != ("vqa-rad", "val"):
-            raise UserError(f"--data {spec}: no {what} in its {split} split (language: {lang})")
+        new = read_source(spec, what, split, lang, max_missing, image_folder)
+        if {s.source for s in new} & {s.source for s in samples}:
+            raise UserError(f"--data {spec}: {new[0].source} is already named")
         samples += new
-    return samples
+    return label(samples, Path(router_labels)) if router_labels else samples
+
+
+def label(samples: list[Sample], file: Path) -> list[Sample]:
+    """Modalities from --router-labels FILE: {"image": "CT", ...}, an image by the end of its path.
+
+    It replaces what the source says. Labels that no image has are counted and told.
+    """
+    given = read_json_file(file)
+    if not isinstance(given, dict) or not given:
+        raise UserError(f'{file}: must be an object {{"image": "modality", ...}}')
+    known = {modality.lower(): modality for modality in MODALITIES}
+    for name, modality in given.items():
+        if not isinstance(modality, str) or modality.lower() not in known:
+            allowed = ", ".join(MODALITIES)
+            raise UserError(f"{file}: {shown(name)}: {shown(modality)}; must be one of {allowed}")
+    used, labelled = set(), []
+    for s in samples:
+        parts = s.image.parts if isinstance(s.image, Path) else (str(s.image),)
+        ends = ["/".join(parts[i:]) for i in range(len(parts))]
+        name = next((end for end in ends if end in given), None)
+        used.add(name)
+        labelled.append(replace(s, modality=known[given[name].lower()]) if name else s)
+    if not used & set(given):
+        raise UserError(f"{file}: none of its {len(given)} images is in the data")
+    if n_unused := len(given.keys() - used):
+        warn_once(
+            f"{file}: {n_unused} of {len(given)} labels are of images that are not in the data"
+        )
+    return labelled

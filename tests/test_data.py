@@ -7,6 +7,7 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,10 +15,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import data
 import phantoms
+import records
 import router_training
-import sources
 from config import IGNORE, IMAGE_ID, LLAVA_SYSTEM, MODALITIES, UserError
-from sources import Sample, load_samples
+from pictures import Images
+from records import Packed, Sample
+from sources import load_samples
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
 needs_sets = pytest.mark.skipif(
@@ -158,7 +161,7 @@ def test_tokenizer_files_that_do_not_serve_are_refused(tmp_path, tokenizer_file)
 
 
 def test_long_samples_are_cut_on_the_right_and_counted(text, capsys):
-    sources.warn_once.cache_clear()
+    records.warn_once.cache_clear()
     samples = [dialogue(("Q?", "yes " * n)) for n in (1, 30, 40)]
     whole = [data.encode_sample(s, text, P) for s in samples]
     cut = data.encode_all(samples, text, P, max_len=40)
@@ -300,3 +303,50 @@ def test_every_real_sample_can_be_encoded(text):
         for s, (_, labels) in zip(samples, data.encode_all(samples, text, P), strict=True):
             (run,) = supervised(labels)
             assert text.decode(run[:-1]) == " " + s.turns[0][1]
+
+
+def test_a_weight_is_how_often_a_sample_comes_in_an_epoch():
+    weights = [1.0] * 40 + [2.5] * 30 + [0.25] * 20
+    lengths = list(range(90))
+    counts = []
+    for epoch in range(400):
+        rows = [r for b in data.epoch_batches(lengths, 7, 0, epoch, weights) for r in b]
+        assert len(rows) == 40 + 75 + 5
+        counts.append(np.bincount(rows, minlength=90))
+    assert (np.stack(counts)[:, :40] == 1).all()
+    assert set(np.unique(np.stack(counts)[:, 40:70])) == {2, 3}
+    mean = np.mean(counts, axis=0)
+    assert mean[40:70] == pytest.approx(2.5, abs=0.1) and mean[70:] == pytest.approx(0.25, abs=0.1)
+    alone = data.epoch_batches(lengths, 7, 3, 5)
+    assert alone == data.epoch_batches(lengths, 7, 3, 5, [1.0] * 90)
+    assert sorted(r for b in alone for r in b) == list(range(90))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_of_every_kind_are_the_same_read_ahead_or_not(tmp_path, workers):
+    pixels = np.random.default_rng(0).integers(256, size=(3, 28, 28), dtype=np.uint8)
+    labels = np.zeros((3, 1), np.uint8)
+    parts = {f"{split}_{name}": values for split in ("train", "val", "test")
+             for name, values in (("images", pixels), ("labels", labels))}  # fmt: skip
+    np.savez(tmp_path / "pneumoniamnist.npz", **parts)
+    Image.fromarray(pixels[0]).save(tmp_path / "x.png")
+    packed = [Packed(tmp_path / "pneumoniamnist.npz", "test", i) for i in range(3)]
+    samples = [Sample(str(i), "", "", image, ()) for i, image in enumerate(
+        [*packed, tmp_path / "x.png", 5, None])]  # fmt: skip
+    images = Images(56, workers=workers)
+    images.prefetch(samples)
+    assert len(images.coming) == (5 if workers else 0)
+    first, second, third, file, drawn = (images.get(s) for s in samples[:-1])
+    assert torch.equal(first, file) and not torch.equal(first, second)
+    picture = Image.fromarray(pixels[2]).convert("RGB").resize((56, 56), Image.Resampling.BICUBIC)
+    assert torch.equal(third, torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    assert np.array_equal(drawn.permute(1, 2, 0).numpy(), phantoms.draw(5, 56).image)
+    assert not images.coming and images.get(samples[4]) is drawn
+
+
+def test_an_unreadable_picture_that_was_read_ahead_is_told_when_it_is_needed(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    images, sample = Images(32, workers=1), Sample("0", "", "", tmp_path / "x.png", ())
+    images.prefetch([sample])
+    with pytest.raises(UserError, match=r"x\.png: not a readable image"):
+        images.get(sample)

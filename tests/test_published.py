@@ -17,7 +17,8 @@ from config import LLAVA_SYSTEM, PRESETS, MoEConfig, UserError, preset
 from data import EOS, Text, encode_prompt, encode_sample
 from lab import describe_router
 from model import MedMoE, make_sparse
-from sources import Sample, load_samples
+from records import Sample
+from sources import load_samples
 from weights import CLIP, DECODERS, clip_table, decoder_table, published_decoder, rename
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

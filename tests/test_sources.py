@@ -10,9 +10,12 @@ import pytest
 from PIL import Image
 
 import phantoms
+import records
 import sources
+from benchmarks import vqa
 from config import UserError
-from sources import Sample, load_samples
+from records import Sample
+from sources import load_samples
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
 SLAKE, RAD = REAL / "slake", REAL / "vqa_rad"
@@ -49,8 +52,8 @@ def test_phantom_splits_share_no_picture_and_have_their_sizes():
 @pytest.mark.parametrize(
     "spec,reason",
     [
-        ("phantom", "not one of phantoms, phantoms:N, slake:DIR, vqa-rad:DIR"),
-        ("slake", "not one of phantoms, phantoms:N, slake:DIR, vqa-rad:DIR"),
+        ("phantom", "not one of phantoms[:N], slake:DIR, vqa-rad:DIR"),
+        ("slake", "not one of phantoms[:N], slake:DIR, vqa-rad:DIR"),
         ("slake:", "not one of phantoms"),
         ("phantoms:0", "N from 1"),
         ("phantoms:many", "N from 1"),
@@ -102,14 +105,14 @@ def slake(folder, *rows, file="train.json"):
     """Write a SLAKE of one image; -> its spec."""
     (folder / "imgs" / "xmlab0").mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8)).save(folder / "imgs" / "xmlab0" / "source.jpg")
-    (folder / file).write_text(json.dumps(list(rows)), encoding="utf-8")
+    (folder / file).write_text(json.dumps(list(rows)))
     return f"slake:{folder}"
 
 
 def rad(folder, *rows, images="images"):
     (folder / images).mkdir(exist_ok=True)
     Image.new("RGB", (8, 8)).save(folder / images / "source.jpg")
-    (folder / sources.RAD_FILE).write_text(json.dumps(list(rows)))
+    (folder / vqa.RAD_FILE).write_text(json.dumps(list(rows)))
     return f"vqa-rad:{folder}"
 
 
@@ -122,7 +125,7 @@ def test_a_slake_row_becomes_a_sample(tmp_path):
     )
 
 
-@pytest.mark.parametrize("images", sources.RAD_FOLDERS)
+@pytest.mark.parametrize("images", vqa.RAD_FOLDERS)
 def test_a_vqa_rad_row_becomes_a_sample_and_its_number_a_text(tmp_path, images):
     (sample,) = load_samples([rad(tmp_path, RAD_ROW, images=images)], "vqa", "train")
     image = (tmp_path / images / "source.jpg").resolve()
@@ -155,13 +158,12 @@ def test_captions_say_what_is_asked_about_an_image_and_leave_general_knowledge_o
     [
         ({"img_name": DELETED}, '"img_name" is missing'),
         ({"img_name": 3}, '"img_name" 3; must be a text'),
-        ({"img_name": "xmlab1/source.jpg"}, '"img_name" "xmlab1/source.jpg"; must be a file in'),
         ({"img_name": "../train.json"}, '"img_name" "../train.json"; must be inside'),
         ({"img_name": "/etc/hosts"}, '"img_name" "/etc/hosts"; must be inside'),
         ({"img_name": "xmlab0/link.jpg"}, '"img_name" "xmlab0/link.jpg"; must be inside'),
-        ({"img_name": "xmlab0"}, '"img_name" "xmlab0"; must be a file in'),
         ({"question": DELETED}, '"question" is missing'),
         ({"question": " "}, '"question" " "; must be a text that is not empty'),
+        ({"question": "\ud83d?"}, '"question" "\\ud83d?"; must be a text of whole characters'),
         ({"question": ["Is this?"]}, '"question" ["Is this?"]; must be a text'),
         ({"answer": DELETED}, '"answer" is missing'),
         ({"answer": True}, '"answer" true; must be a text or a number'),
@@ -234,7 +236,54 @@ def test_a_record_without_an_answer_is_skipped_and_told_once(tmp_path, capsys):
     for _ in range(2):
         assert [s.id for s in load_samples([spec], "vqa", "train")] == ["11"]
     told = capsys.readouterr().err
-    assert told.count("1 without an answer skipped: qid 12") == 1 and "train.json" in told
+    assert told.count("1 without an answer skipped: qid 12") == 1 and spec in told
+
+
+def test_missing_images_are_counted_and_named_and_left_out_only_if_allowed(tmp_path, capsys):
+    records.warn_once.cache_clear()
+    rows = [changed(SLAKE_ROW, qid=i, img_name=f"xmlab{i // 2}/source.jpg") for i in range(7)]
+    spec = slake(tmp_path, *rows)  # xmlab0 is there; xmlab1, xmlab2 and xmlab3 are not
+    told = "3 of 4 images are missing: xmlab1/source.jpg, xmlab2/source.jpg, xmlab3/source.jpg"
+    for allowed in (0, 2):
+        with pytest.raises(UserError, match=f"{spec}: {told}; --max-missing 3 leaves"):
+            load_samples([spec], "vqa", "train", max_missing=allowed)
+    for what, n in (("vqa", 2), ("captions", 1)):
+        assert len(load_samples([spec], what, "train", max_missing=3)) == n
+    assert f"{told}; 5 of 7 questions are left out" in capsys.readouterr().err
+
+
+def test_weights_are_read_from_the_source_and_belong_to_each_sample(tmp_path):
+    spec = slake(tmp_path, SLAKE_ROW)
+    samples = load_samples([f"{spec}@0.25", "phantoms:10@3"], "captions", "train")
+    assert [s.weight for s in samples] == [0.25] + [3.0] * 10
+    for weight in ("0", "1001"):
+        with pytest.raises(UserError, match=f"phantoms@{weight}: its weight must be above 0"):
+            load_samples([f"phantoms@{weight}"], "vqa", "train")
+
+
+def test_router_labels_name_images_by_the_end_of_their_path(tmp_path, capsys):
+    rows = [changed(SLAKE_ROW, qid=1), changed(SLAKE_ROW, qid=2, img_name="b/source.jpg")]
+    spec = slake(tmp_path, *rows)
+    (tmp_path / "imgs" / "b").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "imgs" / "b" / "source.jpg")
+    file = tmp_path / "labels.json"
+
+    def modalities(labels):
+        file.write_text(json.dumps(labels))
+        found = load_samples([spec], "vqa", "train", router_labels=str(file))
+        return [s.modality for s in found]
+
+    assert modalities({"b/source.jpg": "mri", "c.jpg": "CT"}) == ["X-ray", "MRI"]
+    assert "1 of 2 labels are of images that are not in the data" in capsys.readouterr().err
+    assert modalities({"source.jpg": "CT"}) == ["CT", "CT"]
+    for labels, told in (
+        ({"b/source.jpg": "PET"}, '"b/source.jpg": "PET"; must be one of CT, MRI'),
+        ({"b/source.jpg": None}, "null; must be one of"),
+        ({"else.jpg": "CT"}, "none of its 1 images is in the data"),
+        ([], "must be an object"),
+    ):
+        with pytest.raises(UserError, match=told):
+            modalities(labels)
 
 
 def test_an_empty_source_is_named_but_vqa_rad_may_lack_a_val_split(tmp_path):
@@ -248,7 +297,7 @@ def test_an_empty_source_is_named_but_vqa_rad_may_lack_a_val_split(tmp_path):
 
 
 def test_reading_all_languages_warns_of_the_leak(tmp_path, capsys):
-    sources.warn_once.cache_clear()
+    records.warn_once.cache_clear()
     spec = slake(tmp_path, SLAKE_ROW, changed(SLAKE_ROW, qid=12, q_lang="zh"))
     assert len(load_samples([spec], "vqa", "train", lang="all")) == 2
     assert "images of the test split are in training" in capsys.readouterr().err

@@ -1,0 +1,192 @@
+"""SLAKE, VQA-RAD and PathVQA in the forms their owners publish.
+
+A reader yields rows: a sample with one question, and how a caption of its image would begin.
+"""
+
+import pickle
+import pickletools
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from config import MODALITIES, UserError
+from records import Record, Sample, open_file, read_records, shown, warn_once
+
+SLAKE_FILES = {"train": "train.json", "val": "validate.json", "test": "test.json"}
+RAD_FILE = "VQA_RAD Dataset Public.json"
+RAD_FOLDERS = ("images", "VQA_RAD Image Folder")
+RAD_ORGANS = {"HEAD": "head", "CHEST": "chest", "ABD": "abdomen"}
+# All that lists, dictionaries, strings and numbers take. Nothing that names or calls a thing.
+PLAIN_OPCODES = frozenset(
+    re.split(
+        r"\s+",
+        """PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2
+        LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE SHORT_BINUNICODE
+        BINUNICODE BINUNICODE8 EMPTY_LIST APPEND APPENDS LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2
+        TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET
+        MEMOIZE""",
+    )
+)
+
+
+class Row(NamedTuple):
+    sample: Sample
+    title: str
+
+
+def distinct(seen: dict[str, int], record: Record, name: str) -> str:
+    """A record's identifier as text. Raises UserError where an earlier record has it too."""
+    qid = record.text_or_number(name)
+    if seen.setdefault(qid, record.number) != record.number:
+        record.fail(name, f"another than that of record {seen[qid]}")
+    return qid
+
+
+def read_slake(folder: Path, split: str, lang: str) -> Iterator[Row]:
+    """SLAKE 1.0 (Liu et al. 2021): DIR/{train,validate,test}.json, DIR/imgs/xmlabN/source.jpg."""
+    if lang == "all":
+        warn_once(
+            "SLAKE splits its English and Chinese questions differently: with --lang all, "
+            "images of the test split are in training"
+        )
+    seen: dict[str, int] = {}
+    for record in read_records(folder / SLAKE_FILES[split]):
+        if lang not in ("all", record.choice("q_lang", ("en", "zh"))):
+            continue
+        modality = record.choice("modality", MODALITIES)
+        article = "an" if modality in ("MRI", "X-ray") else "a"
+        place = record.text("location").replace("_", " ").lower()
+        sample = Sample(
+            distinct(seen, record, "qid"), "slake", split,
+            record.image("img_name", folder / "imgs"),
+            ((record.text("question"), record.text_or_number("answer")),), modality,
+            record.choice("answer_type", ("open", "closed")), record.text("content_type").lower(),
+        )  # fmt: skip
+        yield Row(sample, f"{article} {modality} of the {place}.")
+
+
+def read_vqa_rad(folder: Path, split: str, framed: bool = False) -> Iterator[Row]:
+    """VQA-RAD (Lau et al. 2018): one JSON file and a folder of images, all English.
+
+    Its owners name a test split only: the rest is "train", and "val" is empty. The split is by
+    question, so that nearly every test image is a training image too. framed=True adds the 1 267
+    questions of the field question_frame to training: the 3 515-pair version, of which Med-MoE
+    trains on 3 064.
+    """
+    images = next((folder / name for name in RAD_FOLDERS if (folder / name).is_dir()), None)
+    if images is None:
+        raise UserError(f"--data vqa-rad:{folder}: no folder {' or '.join(RAD_FOLDERS)} in it")
+    seen: dict[str, int] = {}
+    n_restated = 0
+    for record in read_records(folder / RAD_FILE):
+        is_test = record.text("phrase_type").startswith("test")
+        organ = record.text("image_organ")
+        title = f"an image of the {RAD_ORGANS.get(organ, organ.lower())}."
+        qid, answer = distinct(seen, record, "qid"), record.text_or_number("answer")
+        sample = Sample(
+            qid, "vqa-rad", split, record.image("image_name", images),
+            ((record.text("question"), answer),), None,
+            record.choice("answer_type", ("open", "closed")),
+            record.text("question_type").split(",")[0].lower(),
+        )  # fmt: skip
+        if split == ("test" if is_test else "train"):
+            yield Row(sample, title)
+        if framed and split == "train":
+            frame = record.text("question_frame")
+            if frame != "NULL":
+                n_restated += is_test
+                turns = ((frame, answer),)
+                yield Row(replace(sample, id=f"{qid}-frame", turns=turns), title)
+    if n_restated:
+        warn_once(
+            f"VQA-RAD's 3 515 pairs: {n_restated} of the framed questions in training restate "
+            "questions of the test split, with their answers"
+        )
+
+
+def read_pathvqa(folder: Path, split: str) -> Iterator[Row]:
+    """PathVQA (He et al. 2020), as released or as converted for LXMERT.
+
+    DIR/qas/SPLIT/SPLIT_qa.pkl, a pickled list of {image, question, answer}; or DIR/pvqa_SPLIT.json,
+    a list of {img_id, sentf: {pvqa: [question]}, labelf: {pvqa: [{answer: score}]}}. Images are
+    DIR/images/SPLIT/IMAGE.jpg. Neither form numbers its questions: n of an image is IMAGE-n here.
+    """
+    pickled, converted = folder / "qas" / split / f"{split}_qa.pkl", folder / f"pvqa_{split}.json"
+    if pickled.is_file():
+        triples = pathvqa_pickle(pickled)
+    elif converted.is_file():
+        triples = pathvqa_json(converted)
+    else:
+        raise UserError(f"--data pathvqa:{folder}: neither {pickled} nor {converted} is there")
+    count: Counter[str] = Counter()
+    images = folder / "images" / split
+    for record, name, question, answer in triples:
+        path = (images / f"{name}.jpg").resolve()
+        if not path.is_relative_to(images.resolve()):
+            raise UserError(f"{record.place}: image {shown(name)} must lie inside {images}")
+        is_closed = answer.lower() in ("yes", "no")
+        kind = "yes/no" if is_closed else question.split()[0].lower()
+        sample = Sample(
+            f"{name}-{count[name]}", "pathvqa", split, path, ((question, answer),), "pathology",
+            "closed" if is_closed else "open", kind,
+        )  # fmt: skip
+        count[name] += 1
+        yield Row(sample, "a pathology picture.")
+
+
+def pathvqa_pickle(file: Path) -> Iterator[tuple[Record, str, str, str]]:
+    values = read_pickle(file)
+    if not isinstance(values, list):
+        raise UserError(f"{file}: must be a list of records, is {shown(values)}")
+    for number, value in enumerate(values):
+        record = Record(file, number, value)
+        yield (
+            record,
+            *(record.text(n) for n in ("image", "question")),
+            record.text_or_number("answer"),
+        )
+
+
+def pathvqa_json(file: Path) -> Iterator[tuple[Record, str, str, str]]:
+    for record in read_records(file):
+        name = record.text("img_id")
+        asked, said = (
+            part.get("pvqa") if isinstance(part := record.values.get(field), dict) else None
+            for field in ("sentf", "labelf")
+        )
+        if not (isinstance(asked, list) and isinstance(said, list) and len(asked) == len(said)):
+            record.fail("sentf", 'as long a list under "pvqa" as that of "labelf"')
+        for question, scores in zip(asked, said, strict=True):
+            if not (isinstance(scores, dict) and scores):
+                record.fail("labelf", "a list of {answer: score}")
+            one = Record(file, record.number, {"question": question, "answer": best(scores)})
+            yield record, name, one.text("question"), one.text_or_number("answer")
+
+
+def best(scores: dict[str, Any]) -> str:
+    """The answer with the highest score, the first of equals."""
+    return max(scores, key=lambda a: scores[a] if isinstance(scores[a], int | float) else 0)
+
+
+def read_pickle(file: Path) -> Any:
+    """Lists, dictionaries, strings and numbers out of a pickle, and nothing else.
+
+    A pickle is a program. It is read first, not run: an instruction that looks up or calls
+    anything is refused by name. Raises UserError.
+    """
+    data = open_file(file)
+    try:
+        for n, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if opcode.name not in PLAIN_OPCODES:
+                raise UserError(f"{file}: a pickle that does more than hold data: {opcode.name} "
+                                f"{argument if isinstance(argument, str) else ''}")  # fmt: skip
+            if "PUT" in opcode.name and int(argument) > n:
+                raise UserError(f"{file}: a broken pickle: it numbers its value {argument}")
+        return pickle.loads(data, encoding="utf-8")
+    except UserError:
+        raise
+    except Exception as error:  # a broken pickle raises anything
+        raise UserError(f"{file}: not a pickle that can be read: {error}") from error
