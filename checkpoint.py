@@ -3,6 +3,7 @@
     config.json          the model's dimensions, the flags it was trained with, what was measured
     model.safetensors    every parameter, under our names
     tokenizer.json       as it came with the decoder
+    seen.safetensors     hashes of the pictures and answers it was trained on
     router.safetensors   phase 2 only: the router it trained
     trainer.safetensors  unfinished runs only: optimizer and random generators
 
@@ -103,6 +104,12 @@ def load_model(
         raise UserError(f"{directory / 'config.json'}: not a possible model: {error}") from error
     load_checkpoint(model, directory)
     return model.eval().to(device), Text(directory / "tokenizer.json"), meta
+
+
+def read_seen(directory: Path) -> dict[str, Tensor] | None:
+    """What training saw, for benchmarks/leaks.py; None if the checkpoint does not say."""
+    file = directory / "seen.safetensors"
+    return dict(open_tensors(file)) if file.is_file() else None
 
 
 class Run:

@@ -21,6 +21,13 @@ class Cache:
         self.held: list[Routing | None] = [None] * n_layers  # (B, 1, E)
         self.mask: Tensor | None = None  # (B, C) bool
 
+    def fork(self) -> "Cache":
+        """A cache that goes its own way from here; nothing is copied, as keys are only added."""
+        other = Cache(len(self.keys))
+        other.keys, other.values, other.held = self.keys[:], self.values[:], self.held[:]
+        other.mask = self.mask
+        return other
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v (B, G, T, K) of a layer; returns all of them, (B, G, C, K)."""
         if self.keys[layer] is not None:

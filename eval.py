@@ -1,204 +1,73 @@
 """Score a checkpoint on held-out questions: python eval.py runs/tiny/phase3
 
-Closed questions get an accuracy, open ones the recall of the true answer's words, both with 95 %
-intervals; then the same by modality and by kind of question; whether the router names the
-modality; which experts each modality visits; how many parameters all of it takes. --blind asks
-everything again with every image replaced by their mean: what is left is guessing.
+First whether the questions or their images were in training; then the scores, under the released
+protocols too, by modality and by kind of question; whether the router names the modality; which
+experts each modality visits; how many parameters all of it takes. --blind asks everything again
+with every image replaced by their mean: what is left is guessing. Without a checkpoint:
 
-Shapes: B batch, T positions, S image side, L sparse layers, E experts.
+    python eval.py --predictions FILE.jsonl --data SOURCE    scores anyone's answers
+    python eval.py --compare A B --data SOURCE               two sets of answers, paired
+
 """
 
+import shlex
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from checkpoint import load_model
-from config import IGNORE, MODALITIES, UserError
-from data import Images, Text, collate, encode_prompt
-from flags import Common, argument, flag, parse, user_errors, write_json
-from metrics import bootstrap, format_confusion, is_exact, is_right, recall, router_report, wilson
-from model import MedMoE, Step, choose_device, count_parameters, generate, precision, sparse_layers
-from sources import Sample, load_samples
-from vision import normalise
+from asking import Asker, expert_load, judge_router
+from benchmarks import leaks
+from checkpoint import load_model, read_seen
+from classify import judge_classes, show_classes
+from config import UserError
+from flags import (
+    Common,
+    TrainConfig,
+    argument,
+    command_line,
+    flag,
+    parse,
+    reading,
+    user_errors,
+    write_json,
+    write_lines,
+)
+from metrics import format_confusion
+from model import choose_device, count_parameters, sparse_layers
+from records import Sample, read_json_file
+from scoring import (
+    HEADER,
+    compare,
+    majority,
+    question_ids,
+    read_predictions,
+    show,
+    show_comparison,
+    show_protocols,
+    split_by,
+    under_all,
+)
+from sources import has_splits, load_samples
 
 SEVEN_B = 7_000_000_000  # the model whose cost the paper compares with, LLaVA-Med
 
 
 @dataclass(frozen=True)
 class EvalConfig(Common):
-    """Score a checkpoint on held-out questions."""
+    """Score a checkpoint, or a file of answers, on held-out questions."""
 
-    checkpoint: str = argument("DIR of a finished phase")
+    checkpoint: str | None = argument("DIR of a finished phase", optional=True)
+    predictions: str | None = flag(None, 'score this JSONL of {"question_id", "text"} instead')
+    compare: tuple[str, str] | None = flag(None, "two files of answers: JSONL, or --json's")
+    answers: str | None = flag(None, "write the answers to this FILE.jsonl")
     split: Literal["test", "val", "train"] = flag("test", "which questions")
     blind: bool = flag(False, "ask again with every image replaced by the mean image")
     limit: int | None = flag(None, "only the first N questions")
     max_new: int = flag(48, "longest answer, in tokens")
     router_level: Literal["trained", "token", "sequence"] = flag(
         "trained", "decide as trained, or so"
-    )
-
-
-class Prediction(NamedTuple):
-    answer: str
-    votes: Tensor  # (E,) router logits, mean over prompt and sparse layers; (0,) if dense
-    load: Tensor  # (L, E) visits of the prompt's and the answer's positions to each expert
-
-
-def unpack(steps: list[Step], mask: Tensor, text: Text) -> list[Prediction]:
-    """What generate() yielded for a batch, and its prompts' mask (B, T) -> one Prediction each."""
-    tokens = torch.stack([step.tokens for step in steps], dim=1)  # (B, steps)
-    alive = (tokens != text.eos_id).cumprod(dim=1).bool()  # (B, steps) part of the answer
-    answers = [
-        text.decode(row[keep].tolist()).strip() for row, keep in zip(tokens, alive, strict=True)
-    ]
-    if not steps[0].routings:
-        return [Prediction(answer, torch.zeros(0), torch.zeros(0, 0)) for answer in answers]
-    real = mask[:, None, :, None]  # (B, 1, T, 1)
-    logits = torch.stack([r.logits for r in steps[0].routings], dim=1)  # (B, L, T, E)
-    gates = torch.stack([r.gates for r in steps[0].routings], dim=1)
-    votes = (logits * real).sum(dim=(1, 2)) / real.sum(dim=(1, 2))  # (B, E), times L: same argmax
-    load = ((gates != 0) & real).sum(dim=2)  # (B, L, E)
-    for i, step in enumerate(steps[1:]):  # its routings are of the token said in the step before
-        gates = torch.stack([r.gates for r in step.routings], dim=1)[:, :, 0]  # (B, L, E)
-        load += (gates != 0) & alive[:, i, None, None]
-    return [Prediction(*row) for row in zip(answers, votes.cpu(), load.cpu(), strict=True)]
-
-
-class Asker:
-    """A loaded model, and what it takes to put questions to it."""
-
-    def __init__(self, model: MedMoE, text: Text, flags: EvalConfig):
-        self.model, self.text, self.flags = model, text, flags
-        self.device, self.dtype = choose_device(flags.device, flags.dtype)
-        self.images = Images(model.config.vision.image_size, pad=True)
-        self.batch_size = flags.batch_size or 64
-
-    def answer(self, samples: Sequence[Sample], picture: Tensor | None = None) -> list[Prediction]:
-        """Greedy answers to the first questions. picture (3, S, S): shown to all of them."""
-        config, text = self.model.config, self.text
-        n_patches, system = config.vision.n_patches, config.system
-        prompts = [
-            encode_prompt(s.turns[0][0], s.image is not None, text, n_patches, system)
-            for s in samples
-        ]
-        order = sorted(range(len(samples)), key=lambda i: len(prompts[i]))  # little padding
-        found: dict[int, Prediction] = {}
-        for start in tqdm(range(0, len(order), self.batch_size), desc="answering", file=sys.stderr):
-            rows = order[start : start + self.batch_size]
-            encoded = [(prompts[r], [IGNORE] * len(prompts[r])) for r in rows]
-            chosen = [samples[r] for r in rows]
-            batch = collate(chosen, encoded, self.images, text.eos_id, side="left")
-            if picture is not None:
-                batch = batch._replace(images=picture.expand_as(batch.images))
-            batch = batch.to(self.device)
-            with precision(self.device, self.dtype):
-                steps = list(generate(self.model, batch, text.eos_id, self.flags.max_new))
-            found |= dict(zip(rows, unpack(steps, batch.mask, text), strict=True))
-        return [found[i] for i in range(len(samples))]
-
-    def mean_picture(self, samples: Sequence[Sample]) -> Tensor:
-        """(3, S, S) CLIP-normalised mean of the samples' different images."""
-        unique = {s.image: s for s in samples if s.image is not None}
-        total = sum(self.images.get(s).double() for s in unique.values())
-        mean = (total / max(1, len(unique))).round().to(torch.uint8)
-        return normalise(mean[None])[0]
-
-
-def score(samples: Sequence[Sample], answers: Sequence[str]) -> dict:
-    """Closed accuracy, open recall, both together, and exact answers, with intervals and counts."""
-    closed = [(s, a) for s, a in zip(samples, answers, strict=True) if s.answer_type == "closed"]
-    opened = [(s, a) for s, a in zip(samples, answers, strict=True) if s.answer_type != "closed"]
-    right = [float(is_right(a, s.turns[0][1])) for s, a in closed]
-    recalls = [recall(a, s.turns[0][1]) for s, a in opened]
-    exact = [float(is_exact(a, s.turns[0][1])) for s, a in opened]
-    images = [[str(s.image) for s, _ in part] for part in (closed, opened)]
-    both, every = right + recalls, right + exact
-    groups = images[0] + images[1]
-    return {
-        "n": len(samples),
-        "overall": mean(both),
-        "overall_ci95": bootstrap(both, groups),
-        "accuracy": mean(every),  # open answers count only when exact: as classifiers report it
-        "accuracy_ci95": bootstrap(every, groups),
-        "closed": {
-            "n": len(right),
-            "accuracy": mean(right),
-            "ci95": wilson(int(sum(right)), len(right)),
-        },
-        "open": {
-            "n": len(recalls),
-            "recall": mean(recalls),
-            "ci95": bootstrap(recalls, images[1]),
-            "exact": mean(exact),
-        },
-    }
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
-def majority(samples: Sequence[Sample], train: Sequence[Sample]) -> list[str]:
-    """A control that sees neither image nor question: the kind's commonest training answer."""
-    counts: dict[tuple, Counter] = defaultdict(Counter)
-    for s in train:
-        for key in ((s.kind, s.answer_type), (s.answer_type,)):
-            counts[key][s.turns[0][1]] += 1
-    best = {key: found.most_common(1)[0][0] for key, found in counts.items()}
-    return [best.get((s.kind, s.answer_type)) or best.get((s.answer_type,), "") for s in samples]
-
-
-def split_by(samples: Sequence[Sample], answers: list[str], key: Callable[[Sample], str]) -> dict:
-    groups: dict[str, list[int]] = defaultdict(list)
-    for i, s in enumerate(samples):
-        groups[key(s)].append(i)
-    return {
-        name: score([samples[i] for i in rows], [answers[i] for i in rows])
-        for name, rows in sorted(groups.items())
-    }
-
-
-def judge_router(samples: Sequence[Sample], found: Sequence[Prediction]) -> dict:
-    """Does the likeliest expert, over an image's prompts and layers, carry the image's modality?"""
-    votes: dict = {}
-    for s, p in zip(samples, found, strict=True):
-        if s.modality and s.image is not None and len(p.votes):
-            votes[s.image] = (s.modality, votes.get(s.image, (None, 0))[1] + p.votes)
-    n_experts = len(found[0].votes)
-    truth = [MODALITIES.index(name) % max(1, n_experts) for name, _ in votes.values()]
-    said = [int(vote.argmax()) for _, vote in votes.values()]
-    names = [*MODALITIES, *(f"expert {e}" for e in range(len(MODALITIES), n_experts))]
-    return router_report(truth, said, names[:n_experts] if n_experts else names)
-
-
-def expert_load(samples: Sequence[Sample], found: Sequence[Prediction]) -> dict[str, list]:
-    """Modality -> (L, E) share of the layer's visits that go to each expert."""
-    total: dict[str, Tensor] = {}
-    for s, p in zip(samples, found, strict=True):
-        name = s.modality or "unknown"
-        total[name] = total.get(name, 0) + p.load.double()
-    return {name: (t / t.sum(1, keepdim=True)).tolist() for name, t in sorted(total.items())}
-
-
-def show(name: str, s: dict) -> str:
-    """One line of the table of scores."""
-
-    def part(value: float, low: float, high: float, n: int) -> str:
-        cell = f"{value:6.1%} [{low:.1%}, {high:.1%}] {n:>5}" if n else "-"
-        return f"{cell:<30}"
-
-    closed, opened = s["closed"], s["open"]
-    cells = part(closed["accuracy"], *closed["ci95"], closed["n"])
-    cells += part(opened["recall"], *opened["ci95"], opened["n"])
-    return (
-        f"  {name:<22}{cells}{part(s['overall'], *s['overall_ci95'], s['n'])}{s['accuracy']:6.1%}"
     )
 
 
@@ -221,65 +90,171 @@ def show_parameters(p: dict) -> str:
     )
 
 
-def load_questions(flags: EvalConfig, meta: dict) -> tuple[EvalConfig, list[Sample], list[Sample]]:
-    """The questions to ask and those of the training split; --data as in training by default."""
+def load_questions(flags: EvalConfig, meta: dict) -> tuple[EvalConfig, list[Sample]]:
+    """The questions to ask; --data and how to read it as in training, if nothing else is said.
+
+    meta: config.json of a checkpoint, or what --json wrote; {} if there is neither.
+    """
     trained = meta.get("flags", {})
     if not flags.data:
-        flags = replace(flags, data=tuple(trained["data"]), lang=trained["lang"])
-    samples = load_samples(flags.data, "vqa", flags.split, flags.lang)
-    samples = samples[: flags.limit]
+        held_out = tuple(spec for spec in trained.get("data", ()) if has_splits(spec))
+        if not held_out:
+            raise UserError("--data SOURCE is needed: nothing says which questions these are")
+        names = ("lang", "max_missing", "image_folder", "router_labels")
+        known = {n: trained[n] for n in names if n in trained and n != "router_labels"}
+        labels = trained.get("router_labels")
+        known["router_labels"] = labels if isinstance(labels, str) else None
+        flags = replace(flags, data=held_out, **known)
+    samples = load_samples(flags.data, "vqa", flags.split, **reading(flags))[: flags.limit]
     if not samples:
         raise UserError(f"--data {' '.join(flags.data)}: no questions in its {flags.split} split")
-    return flags, samples, load_samples(flags.data, "vqa", "train", flags.lang)
+    return flags, samples
 
 
-def report(asker: Asker, samples: list[Sample], train: list[Sample], meta: dict) -> dict:
-    """Ask everything once, or twice with --blind; print the tables, return what --json writes."""
-    model, flags = asker.model, asker.flags
-    found = asker.answer(samples)
-    answers = [p.answer for p in found]
-    result = score(samples, answers) | {
-        "checkpoint": flags.checkpoint, "data": list(flags.data), "split": flags.split,
-        "device": str(asker.device), "dtype": str(asker.dtype), "seed": meta["flags"]["seed"],
+def training_questions(flags: EvalConfig, meta: dict) -> list[Sample]:
+    """For the majority control: the train split of --data, or what the checkpoint learnt from."""
+    specs = flags.data
+    if not all(has_splits(spec) for spec in specs):
+        specs = tuple(meta.get("flags", {}).get("data", ()))
+    return load_samples(specs, "vqa", "train", **reading(flags)) if specs else []
+
+
+def check_leaks(samples: list[Sample], checkpoint: Path | None, meta: dict) -> dict:
+    """Are these questions or their images in what the checkpoint says it was trained on?"""
+    report: dict[str, Any] = {"fingerprint": leaks.fingerprint(samples)}
+    print(f"split {report['fingerprint']}, {len(samples)} questions")
+    if checkpoint is None:
+        print("leaks: not checked, nothing says what these answers were trained on")
+        return report
+    seen = read_seen(checkpoint)
+    if seen is None:  # an older or converted checkpoint: look at the files it names, if any
+        specs = meta.get("flags", {}).get("data", ())
+        try:
+            seen = leaks.seen_by(load_samples(specs, "vqa", "train", meta["flags"]["lang"]))
+        except (UserError, KeyError):
+            print(f"leaks: not checked, {checkpoint} does not say what it was trained on")
+            return report
+        print(f"leaks: compared with {' '.join(specs)}, {checkpoint} has no record of its own")
+    report = leaks.check(samples, seen)
+    print(leaks.show(report))
+    return report
+
+
+def report_scores(samples: list[Sample], answers: list[str], flags: EvalConfig) -> dict:
+    """Print the tables of one set of answers; return what --json writes of them."""
+    result = {
+        "data": list(flags.data), "split": flags.split, "lang": flags.lang, "n": len(samples),
+        "protocols": under_all(samples, answers),
         "by_modality": split_by(samples, answers, lambda s: s.modality or "unknown"),
         "by_kind": split_by(samples, answers, lambda s: f"{s.kind} ({s.answer_type})"),
-        "params": count_parameters(model),
+        "answers": dict(zip(question_ids(samples), answers, strict=True)),
     }  # fmt: skip
-    print(f"{len(samples)} questions, {' '.join(flags.data)} {flags.split}, {flags.checkpoint}")
-    print(" " * 24 + "closed accuracy, 95 %, n".ljust(30) + "open recall, 95 %, n".ljust(30)
-          + "together, 95 %, n".ljust(30) + " exact")  # fmt: skip
-    print(show("all", result))
+    print(HEADER)
+    print(show("all", result["protocols"]["strict"]))
     for name, part in (result["by_modality"] | result["by_kind"]).items():
         print(show(name, part))
+    print(show_protocols(result["protocols"]))
+    return result
+
+
+def classification(asker: Asker, samples: list[Sample], answers: list[str]) -> dict[str, dict]:
+    """Set -> accuracy and AUC, for the questions that have options."""
+    found = {}
+    for name in dict.fromkeys(s.source for s in samples if s.options):
+        rows = [i for i, s in enumerate(samples) if s.source == name]
+        part = [samples[i] for i in rows]
+        likely = asker.choose(part).double().numpy()
+        found[name] = judge_classes(part, [answers[i] for i in rows], likely)
+        print(show_classes(name, found[name]))
+    return found
+
+
+def report(asker: Asker, samples: list[Sample], flags: EvalConfig, meta: dict) -> dict:
+    """Ask everything once, or twice with --blind; print the tables, return what --json writes."""
+    model = asker.model
+    found = asker.answer(samples)
+    answers = [p.answer for p in found]
+    result = report_scores(samples, answers, flags) | {
+        "checkpoint": flags.checkpoint, "preset": meta["flags"]["preset"], "phase": meta["phase"],
+        "seed": meta["flags"]["seed"], "device": str(asker.device), "dtype": str(asker.dtype),
+        "trained_with": command_line(TrainConfig, meta["flags"], "train.py"),
+        "params": count_parameters(model),
+    }  # fmt: skip
+    result["classification"] = classification(asker, samples, answers)
     if flags.blind:
         blind = [p.answer for p in asker.answer(samples, asker.mean_picture(samples))]
-        result["blind"] = score(samples, blind)
-        print(show("blind control", result["blind"]))
-    result["majority"] = score(samples, majority(samples, train))
-    print(show("majority answer", result["majority"]))
+        result["blind"] = {"protocols": under_all(samples, blind)}
+        print(show("blind control", result["blind"]["protocols"]["strict"]))
+    if train := training_questions(flags, meta):
+        result["majority"] = {"protocols": under_all(samples, majority(samples, train))}
+        print(show("majority answer", result["majority"]["protocols"]["strict"]))
     if model.config.moe is not None:
         result["router"] = judge_router(samples, found)
         result["load"] = expert_load(samples, found)
         print(f"router: names the modality of {result['router']['accuracy']:.1%} of "
               f"{result['router']['n']} images")  # fmt: skip
-        print(format_confusion(result["router"]))
+        if result["router"]["n"]:
+            print(format_confusion(result["router"]))
         blocks = sparse_layers(model.config, model.config.moe)
         print(show_load(result["load"], model.config.moe.n_experts, blocks))
     print(show_parameters(result["params"]))
     return result
 
 
-@user_errors
-def main(argv: list[str] | None = None) -> dict:
-    flags = parse(EvalConfig, argv, "eval.py")
+def evaluate_checkpoint(flags: EvalConfig) -> dict:
     device, dtype = choose_device(flags.device, flags.dtype)
     model, text, meta = load_model(Path(flags.checkpoint), device, dtype)
     if flags.router_level != "trained":
         for block in model.decoder.blocks:
             if block.is_sparse:
                 block.mlp.router.level = flags.router_level
-    flags, samples, train = load_questions(flags, meta)
-    result = report(Asker(model, text, flags), samples, train, meta)
+    flags, samples = load_questions(flags, meta)
+    print(f"{flags.checkpoint} on {' '.join(flags.data)} {flags.split}")
+    leaked = check_leaks(samples, Path(flags.checkpoint), meta)
+    asker = Asker(model, text, device, dtype, flags.batch_size or 64, flags.max_new)
+    return {"leaks": leaked} | report(asker, samples, flags, meta)
+
+
+def evaluate_predictions(flags: EvalConfig) -> dict:
+    flags, samples = load_questions(flags, {})
+    answers = read_predictions(Path(flags.predictions), samples)
+    print(f"{flags.predictions} on {' '.join(flags.data)} {flags.split}")
+    leaked = check_leaks(samples, None, {})
+    return {"leaks": leaked} | report_scores(samples, answers, flags)
+
+
+def compare_answers(flags: EvalConfig) -> dict:
+    first, second = (Path(name) for name in flags.compare)
+    meta = {}
+    if first.suffix == ".json" and not flags.data:
+        said = read_json_file(first)
+        meta = {"flags": said if isinstance(said, dict) else {}}
+        flags = replace(flags, split=meta["flags"].get("split", flags.split))
+    flags, samples = load_questions(flags, meta)
+    found = compare(samples, *(read_predictions(file, samples) for file in (first, second)))
+    print(f"{first} and {second} on {' '.join(flags.data)} {flags.split}")
+    print(show_comparison(found))
+    return {"compared": list(flags.compare), "data": list(flags.data)} | found
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> dict:
+    flags = parse(EvalConfig, argv, "eval.py")
+    given = {"DIR": flags.checkpoint, "--predictions": flags.predictions,
+             "--compare": flags.compare}  # fmt: skip
+    if sum(value is not None for value in given.values()) != 1:
+        raise UserError("eval.py takes one of: a checkpoint DIR, --predictions FILE, --compare A B")
+    if flags.compare:
+        result = compare_answers(flags)
+    elif flags.predictions:
+        result = evaluate_predictions(flags)
+    else:
+        result = evaluate_checkpoint(flags)
+    argv = sys.argv[1:] if argv is None else argv
+    result["command"] = shlex.join(["python", "eval.py", *argv])
+    if flags.answers:
+        lines = ({"question_id": q, "text": a} for q, a in result.get("answers", {}).items())
+        write_lines(Path(flags.answers), lines)
     if flags.json:
         write_json(Path(flags.json), result)
     return result

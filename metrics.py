@@ -4,17 +4,20 @@ An answer is compared after `words`: lower case, no punctuation, no articles. Cl
 right or wrong; open ones get the recall of the true answer's words, as LLaVA-Med reports them.
 """
 
+import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 ARTICLES = {"a", "an", "the"}
+WORD = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")
 
 
 def words(text: str) -> list[str]:
-    """'The left lung, lower.' -> ['left', 'lung', 'lower']."""
-    return [w for w in re.findall(r"[^\W_]+", text.lower()) if w not in ARTICLES]
+    """'The left lung, lower.' -> ['left', 'lung', 'lower']; a Chinese character is a word."""
+    return [w for w in WORD.findall(text.lower()) if w not in ARTICLES]
 
 
 def is_exact(answer: str, truth: str) -> bool:
@@ -39,6 +42,33 @@ def recall(answer: str, truth: str) -> float:
     return len(wanted & set(words(answer))) / len(wanted) if wanted else float(not words(answer))
 
 
+def precision(answer: str, truth: str) -> float:
+    """The share of the answer's different words that the truth says."""
+    return recall(truth, answer) if words(answer) else float(not words(truth))
+
+
+def overlap(answer: str, truth: str) -> int:
+    """Words in common, each as often as both say it."""
+    return (Counter(words(answer)) & Counter(words(truth))).total()
+
+
+def token_f1(answer: str, truth: str) -> float:
+    """2 * common words / all words of both (Rajpurkar et al. 2016, SQuAD)."""
+    total = len(words(answer)) + len(words(truth))
+    return 2 * overlap(answer, truth) / total if total else 1.0
+
+
+def bleu1(answer: str, truth: str) -> float:
+    """Share of the answer's words that the truth has, less for answers that are too short.
+
+    BLEU with single words (Papineni et al. 2002), one sentence, not smoothed.
+    """
+    said, wanted = len(words(answer)), len(words(truth))
+    if said == 0:
+        return float(wanted == 0)
+    return overlap(answer, truth) / said * min(1.0, math.exp(1 - wanted / said))
+
+
 def wilson(right: int, n: int) -> tuple[float, float]:
     """95 % interval of a share right / n (Wilson 1927); (0, 1) where n is 0."""
     if n == 0:
@@ -60,10 +90,22 @@ def bootstrap(values: Sequence[float], groups: Sequence[str], draws: int = 2000)
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     totals = np.bincount(index, weights=np.asarray(values, float))  # (G,) per group
     sizes = np.bincount(index)  # (G,)
-    picks = np.random.default_rng(0).integers(len(totals), size=(draws, len(totals)))
-    means = totals[picks].sum(1) / sizes[picks].sum(1)
+    rng, means = np.random.default_rng(0), []
+    for _ in range(draws):  # one at a time: all at once are gigabytes for a large split
+        picks = rng.integers(len(totals), size=len(totals))
+        means.append(totals[picks].sum() / sizes[picks].sum())
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p of as uneven a split of the questions that only one of two got right.
+
+    McNemar 1947, with the binomial distribution in place of chi squared.
+    """
+    n, k = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(n, i) for i in range(k + 1))
+    return min(1.0, 2 * (tail / 2**n if n < 1000 else math.exp(math.log(tail) - n * math.log(2))))
 
 
 def confusion(truth: Sequence[int], said: Sequence[int], n_classes: int) -> np.ndarray:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import Run, load_checkpoint, read_meta
+from benchmarks import leaks
+from checkpoint import Run, load_checkpoint, read_meta, read_seen
 from config import (
     IGNORE,
     PHASES,
@@ -30,12 +31,12 @@ from config import (
     preset,
     to_dict,
 )
-from data import Dataset, Text, epoch_batches
-from flags import TrainConfig, parse, user_errors
+from data import Dataset, Text
+from flags import TrainConfig, parse, reading, user_errors
 from model import MedMoE, describe, freeze_all_but, make_router, make_sparse, precision
 from moe import get_router, load_balancing_loss, router_z_loss
 from router_training import learn_router
-from sources import load_samples
+from sources import has_splits, load_samples
 from tensorfiles import open_tensors, read_json
 from vision import jitter
 from weights import load_published
@@ -65,7 +66,7 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
     """The loop of every phase: batch, forward, backward, clip, step, log; checkpoints between."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(named.values(), lr=recipe.lr, weight_decay=0.0, fused=True)
-    per_epoch = len(epoch_batches(data.lengths, recipe.batch_size, flags.seed, 0))
+    per_epoch = len(data.epoch(recipe.batch_size, flags.seed, 0))
     n_steps = flags.steps or max(1, round(recipe.epochs * per_epoch))
     first = run.resume(model, optimizer, named) if flags.resume else 0
     run.begin_log(first, n_steps, per_epoch, named)
@@ -75,8 +76,9 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
         if step % flags.save_every == 0 and step > first:
             run.save_step(model, optimizer, named, step)
         if step == first or step % per_epoch == 0:
-            order = epoch_batches(data.lengths, recipe.batch_size, flags.seed, step // per_epoch)
+            order = data.epoch(recipe.batch_size, flags.seed, step // per_epoch)
         rows = order[step % per_epoch]
+        data.prefetch(order[step % per_epoch + 1 :][:2])
         start = time.perf_counter()
         loss, n_positions = forward_backward(model, data, rows, flags, run)
         norm = torch.nn.utils.clip_grad_norm_(named.values(), flags.clip_grad or math.inf)
@@ -177,17 +179,21 @@ def run_phase(number: int, flags: TrainConfig, source: Path | None) -> Path:
     recipe = (chosen.long if flags.tune_vision else chosen.recipes)[number]
     given = {k: getattr(flags, k) for k in ("lr", "epochs", "batch_size")}
     recipe = replace(recipe, **{k: v for k, v in given.items() if v is not None})
-    samples = load_samples(flags.data, phase.data, "train", flags.lang)
-    data = Dataset(samples, text, model.config, phase.plain)
+    samples = load_samples(flags.data, phase.data, "train", **reading(flags))
+    data = Dataset(samples, text, model.config, phase.plain, flags.workers)
     print(f"\nphase {number}, {phase.title}: {len(data.samples)} samples, {recipe}")
     print(f"  on {run.device}, matmuls in {run.dtype}; starts from {source or 'pretrained parts'}")
     print("\n".join(describe(model)))
-    train(model, data, flags, recipe, run)
+    before = read_seen(source) if source else {}
     extra, meta = {}, {}
+    if before is not None:  # else the checkpoint before does not say what it has seen
+        extra["seen"] = leaks.merge(before, leaks.seen_by(samples, flags.workers or 1))
+    train(model, data, flags, recipe, run)
     if number == 2:
-        questions = load_samples(flags.data, "vqa", "train", flags.lang)
+        questions = load_samples(flags.data, "vqa", "train", **reading(flags))
         weights, report = learn_router(model, questions, text, flags, run.device, run.dtype)
-        extra, meta = ({"router": weights} if weights else {}), {"router": report}
+        extra |= {"router": weights} if weights else {}
+        meta = {"router": report}
     path = run.folder / f"phase{number}"
     run.save(path, model, extra, **meta)
     run.remove(run.checkpoints())
@@ -210,8 +216,10 @@ def resolve(flags: TrainConfig) -> TrainConfig:
     model = preset(flags.preset).model
     out = flags.out or f"runs/{flags.preset}"
     flags = replace(flags, data=flags.data or ("phantoms",), out=out)
-    for name, least in (("accumulate", 1), ("experts", 1), ("save_every", 1), ("batch_size", 1),
-                        ("steps", 1), ("router_labels", 1)):  # fmt: skip
+    counts = dict.fromkeys(
+        ("accumulate", "experts", "save_every", "batch_size", "steps", "router_images"), 1
+    )
+    for name, least in (counts | {"workers": 0, "max_missing": 0}).items():
         if (value := getattr(flags, name)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if flags.tune_vision is None and flags.init:
@@ -227,11 +235,13 @@ def resolve(flags: TrainConfig) -> TrainConfig:
     if flags.phase == 3:
         make_router(model, sparse_config(flags))
         if flags.router == "modality" and flags.init is None:
-            questions = load_samples(flags.data, "vqa", "train", flags.lang)
-            if not any(s.modality for s in questions):
+            questions = load_samples(flags.data, "vqa", "train", **reading(flags))
+            if len(known := {s.modality for s in questions} - {None}) < 2:
+                found = f"only one modality, {known.pop()}" if known else "no modalities"
                 sources = " ".join(flags.data)
                 raise UserError(
-                    f"--router modality: {sources} has no modalities: use --router topk"
+                    f"--router modality: {sources} has {found}: use --router topk, or label the "
+                    "images with --router-labels FILE"
                 )
     return flags
 
@@ -267,7 +277,9 @@ def main(argv: list[str] | None = None) -> None:
         source = earlier_phase(number, flags) or run_phase(number, flags, source)
     done = earlier_phase(flags.phase, flags) if flags.resume else None
     path = done or run_phase(flags.phase, flags, source)
-    if flags.eval:
+    if flags.eval and not any(has_splits(spec) for spec in flags.data):
+        print(f"{' '.join(flags.data)} has no held-out split: name one with eval.py {path} --data")
+    elif flags.eval:
         command = [str(Path(__file__).with_name("eval.py")), str(path), "--blind"]
         command += ["--device", flags.device, "--dtype", flags.dtype]
         command += ["--json", flags.json] if flags.json else []

@@ -1,20 +1,25 @@
 """Scoring a checkpoint, and asking it: python -m pytest tests/test_eval.py"""
 
 import json
+import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import asking
 import chat
 import eval as evaluation  # the script; the builtin keeps its name
+import scoring
 import train
 from checkpoint import load_model
 from config import MODALITIES
 from model import Step
 from moe import Routing
-from sources import Sample, load_samples
+from records import Sample
+from sources import load_samples
 
 EOS = 9
 
@@ -22,39 +27,6 @@ EOS = 9
 def sample(answer: str, answer_type: str, image: int, kind: str = "side", modality: str = "CT"):
     turns = (("What?", answer),)
     return Sample(str(image), "test", "test", image, turns, modality, answer_type, kind)
-
-
-def test_a_score_counts_closed_and_open_answers_apart():
-    samples = [
-        sample("yes", "closed", 1),
-        sample("no", "closed", 1),
-        sample("upper left", "open", 2),
-        sample("CT", "open", 3),
-    ]
-    result = evaluation.score(samples, ["yes", "normal", "left", "ct"])
-    assert result["n"] == 4
-    assert result["closed"]["n"] == 2 and result["closed"]["accuracy"] == 0.5
-    assert result["open"] | {"ci95": None} == {"n": 2, "recall": 0.75, "exact": 0.5, "ci95": None}
-    assert result["overall"] == (1 + 0 + 0.5 + 1) / 4
-    assert result["accuracy"] == (1 + 0 + 0 + 1) / 4
-    low, high = result["overall_ci95"]
-    assert 0 <= low <= result["overall"] <= high <= 1
-
-
-def test_an_answer_of_no_type_counts_as_open_and_intervals_are_by_image():
-    samples = [sample("left", "open", 2), sample("right", "open", 2), sample("axial", "", 2)]
-    samples.append(sample("yes", "closed", 2))
-    result = evaluation.score(samples, ["left", "left", "axial", "yes"])
-    assert result["closed"]["n"] == 1 and result["open"]["n"] == 3
-    assert result["open"]["ci95"] == (2 / 3, 2 / 3)  # one image: drawing it again changes nothing
-    assert result["closed"]["ci95"] == evaluation.wilson(1, 1)
-
-
-def test_the_majority_control_sees_the_training_answers_only():
-    learnt = [sample(a, "open", i) for i, a in enumerate(["left", "left", "right"])]
-    learnt += [sample("yes", "closed", 9, kind="presence")]
-    asked = [sample("right", "open", 1), sample("no", "closed", 1, kind="unseen")]
-    assert evaluation.majority(asked, learnt) == ["left", "yes"]
 
 
 def test_unpack_counts_the_visits_of_prompt_and_answer_but_not_of_padding_or_the_end():
@@ -71,7 +43,7 @@ def test_unpack_counts_the_visits_of_prompt_and_answer_but_not_of_padding_or_the
     tokens = [torch.tensor(t) for t in ([4, 5], [6, EOS], [EOS, 8])]
     steps = [Step(t, r) for t, r in zip(tokens, [prompt, *later], strict=True)]
     text = SimpleNamespace(eos_id=EOS, decode=lambda ids: " ".join(map(str, ids)))
-    first, second = evaluation.unpack(steps, mask, text)
+    first, second = asking.unpack(steps, mask, text)
     assert (first.answer, second.answer) == ("4 6", "5")
     assert first.load.tolist() == [[1, 3, 1]] * 2  # 0 1 1, then 2 for "4" and 1 for "6"
     assert second.load.tolist() == [[1, 0, 2]] * 2  # padding's 2 is left out, "5" visits 2
@@ -83,7 +55,7 @@ def test_unpack_counts_the_visits_of_prompt_and_answer_but_not_of_padding_or_the
 def checkpoint(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     train.main(["--data", "phantoms:32", "--out", str(out), "--steps", "2", "--batch-size", "8",
-                "--no-eval", "--router-labels", "32"])  # fmt: skip
+                "--no-eval", "--router-images", "32"])  # fmt: skip
     return out / "phase3"
 
 
@@ -92,22 +64,27 @@ def test_evaluation_writes_everything_it_measured(checkpoint, tmp_path, capsys):
     evaluation.main([str(checkpoint), "--limit", "60", "--max-new", "4", "--blind", "--json",
                      str(file)])  # fmt: skip
     result = json.loads(file.read_text())
-    assert result["n"] == 60 == result["closed"]["n"] + result["open"]["n"]
-    assert {"n", "accuracy", "ci95"} <= result["closed"].keys()
-    assert {"n", "recall", "ci95"} <= result["open"].keys()
+    assert set(result["protocols"]) == {"strict", "med-moe", "llava-med"}
+    for found in (result, result["blind"], result["majority"]):
+        for part in found["protocols"].values():
+            assert part["n"] == 60 == part["n_closed"] + part["n_open"]
+            assert part.keys() - {"n", "n_closed", "n_open", "ci95"} == part["ci95"].keys()
+    assert len(result["answers"]) == 60 and result["leaks"]["questions"] == 60
+    assert result["leaks"]["images_seen"] == result["leaks"]["questions_seen"] == 0
+    assert result["command"].startswith(f"python eval.py {checkpoint} --limit 60")
+    assert result["trained_with"].startswith("python train.py --data phantoms:32 --batch-size 8")
     assert {"n", "accuracy", "confusion", "f1"} <= result["router"].keys()
     assert {"total", "activated", "dense_base"} <= result["params"].keys()
     n_images = len({s.image for s in load_samples(["phantoms:32"], "vqa", "test")[:60]})
     assert result["router"]["n"] == n_images == sum(map(sum, result["router"]["confusion"]))
     assert sum(part["n"] for part in result["by_modality"].values()) == 60
     assert sum(part["n"] for part in result["by_kind"].values()) == 60
-    assert result["blind"]["n"] == result["majority"]["n"] == 60
     asked, learnt = (load_samples(["phantoms:32"], "vqa", split) for split in ("test", "train"))
     fair, cheat = (
-        evaluation.score(asked[:60], evaluation.majority(asked[:60], seen))["overall"]
+        scoring.score(asked[:60], scoring.majority(asked[:60], seen))["overall"]
         for seen in (learnt, asked[:60])
     )
-    assert result["majority"]["overall"] == fair != cheat
+    assert result["majority"]["protocols"]["strict"]["overall"] == fair != cheat
     for layers in result["load"].values():
         assert [pytest.approx(1.0)] * 2 == [sum(layer) for layer in layers]
     said = capsys.readouterr().out
@@ -119,10 +96,8 @@ def test_answers_do_not_depend_on_the_batch(checkpoint):
     samples = load_samples(["phantoms:32"], "vqa", "test")[:10]
     found = []
     for size in (1, 4, 10):
-        flags = evaluation.EvalConfig(
-            checkpoint=str(checkpoint), batch_size=size, max_new=5, dtype="float32"
-        )
-        found.append(evaluation.Asker(model, text, flags).answer(samples))
+        asker = asking.Asker(model, text, torch.device("cpu"), torch.float32, size, max_new=5)
+        found.append(asker.answer(samples))
     for other in found[1:]:
         assert [p.answer for p in other] == [p.answer for p in found[0]]
         for a, b in zip(found[0], other, strict=True):
@@ -131,8 +106,7 @@ def test_answers_do_not_depend_on_the_batch(checkpoint):
 
 def test_the_blind_control_shows_every_question_the_same_picture(checkpoint):
     model, text, _ = load_model(checkpoint, torch.device("cpu"))
-    flags = evaluation.EvalConfig(checkpoint=str(checkpoint), max_new=2, dtype="float32")
-    asker = evaluation.Asker(model, text, flags)
+    asker = asking.Asker(model, text, torch.device("cpu"), torch.float32, max_new=2)
     samples = load_samples(["phantoms:32"], "vqa", "test")[:21]
     assert len({s.image for s in samples}) == 3 and len(samples) % 3 == 0
     samples = samples[:20]  # not equally many questions an image
@@ -140,7 +114,7 @@ def test_the_blind_control_shows_every_question_the_same_picture(checkpoint):
     pixels = torch.stack(
         [asker.images.get(s).float() for s in {s.image: s for s in samples}.values()]
     )
-    wanted = evaluation.normalise(pixels.mean(0).round()[None])[0]
+    wanted = asking.normalise(pixels.mean(0).round()[None])[0]
     torch.testing.assert_close(mean, wanted)
     seen = []
     model.vision.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
@@ -179,3 +153,123 @@ def test_the_stream_waits_for_whole_characters(capsys):
     for token in range(4):
         stream.add(token)
     assert capsys.readouterr().out == "grün"
+
+
+# ---- without a model, and what was seen in training
+
+
+def picture(path, seed):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    coarse = np.random.default_rng(seed).integers(256, size=(6, 6, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC).save(path)
+
+
+def llava(folder, split, *rows):
+    """Rows of (image's seed, question, answer) -> a LLaVA file and its images."""
+    items = []
+    for i, (seed, question, answer) in enumerate(rows):
+        picture(folder / "images" / f"{split}{seed}.png", seed)
+        said = [
+            {"from": "human", "value": f"<image>\n{question}"},
+            {"from": "gpt", "value": answer},
+        ]
+        items.append({"id": i, "image": f"{split}{seed}.png", "conversations": said})
+    (folder / f"{split}.json").write_text(json.dumps(items))
+    return f"llava:{folder / split}.json"
+
+
+def test_a_planted_test_question_is_found_and_another_split_is_clean(tmp_path, capsys):
+    seen = [(i, f"What is number {i}?", "a lung") for i in range(4)]
+    train_spec = llava(tmp_path, "train", *seen)
+    planted = llava(tmp_path, "planted", (9, "New?", "yes"), (2, "what is Number 2", "A lung."))
+    clean = llava(tmp_path, "clean", (7, "New?", "yes"), (8, "What is number 3?", "a lung"))
+    run = ["--phase", "1", "--steps", "1", "--batch-size", "4", "--no-eval"]
+    train.main([*run, "--data", train_spec, "--out", str(tmp_path / "run")])
+    checkpoint = str(tmp_path / "run" / "phase1")
+    capsys.readouterr()
+    found = evaluation.main([checkpoint, "--data", planted, "--max-new", "1"])["leaks"]
+    said = capsys.readouterr().out
+    assert (found["images"], found["images_seen"]) == (2, 1) and "LEAK: 1 of 2 images" in said
+    # Phase 1 saw captions, so the question itself is not on record yet; phase 2 sees it.
+    assert found["questions_seen"] == 0
+    again = ["--phase", "2", *run[2:], "--init", checkpoint, "--data", train_spec]
+    train.main([*again, "--out", str(tmp_path / "run2")])
+    checkpoint = str(tmp_path / "run2" / "phase2")
+    found = evaluation.main([checkpoint, "--data", planted, "--max-new", "1"])["leaks"]
+    assert found["questions_seen"] == 1 and found["first"][0]["id"] == "1"
+    found = evaluation.main([checkpoint, "--data", clean, "--max-new", "1"])["leaks"]
+    assert found["images_seen"] == found["questions_seen"] == 0 and found["pairs_seen"] == 1
+    assert "LEAK" not in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_checkpoint_without_a_record_is_compared_with_the_data_it_names(
+    checkpoint, tmp_path, capsys
+):
+    other = tmp_path / "phase3"
+    shutil.copytree(checkpoint, other)
+    (other / "seen.safetensors").unlink()
+    ask = ["--split", "train", "--limit", "9", "--max-new", "1"]
+    found = [evaluation.main([str(path), *ask])["leaks"] for path in (checkpoint, other)]
+    assert found[0] == found[1] and found[0]["questions_seen"] == 9
+    assert "phase3 has no record of its own" in capsys.readouterr().out
+    meta = json.loads((other / "config.json").read_text())
+    meta["flags"]["data"] = [f"slake:{tmp_path / 'gone'}"]
+    (other / "config.json").write_text(json.dumps(meta))
+    alone = evaluation.main([str(other), *ask, "--data", "phantoms:32"])["leaks"]
+    assert alone == {"fingerprint": found[0]["fingerprint"]}
+
+
+def test_anyones_answers_are_scored_without_a_model(tmp_path, capsys):
+    spec = llava(tmp_path, "test", (1, "Is it?", "no"), (2, "What?", "left lung"))
+    answers = tmp_path / "answers.jsonl"
+    lines = [{"question_id": 1, "text": "left"}, {"question_id": "0", "text": "abnormal"}]
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out.json"
+    evaluation.main(["--predictions", str(answers), "--data", spec, "--json", str(out)])
+    found = json.loads(out.read_text())["protocols"]
+    assert {name: s["closed_accuracy"] for name, s in found.items()} == {
+        "strict": 0.0, "med-moe": 1.0, "llava-med": 1.0}  # fmt: skip
+    assert {name: s["open_recall"] for name, s in found.items()} == dict.fromkeys(found, 0.5)
+    assert "not checked" in capsys.readouterr().out
+
+
+def test_two_sets_of_answers_are_compared_from_files_of_either_kind(checkpoint, tmp_path, capsys):
+    ask = [str(checkpoint), "--limit", "12", "--max-new", "2"]
+    first, second = tmp_path / "a.json", tmp_path / "b.jsonl"
+    evaluation.main([*ask, "--json", str(first), "--answers", str(second)])
+    lines = [json.loads(line) for line in second.read_text().splitlines()]
+    assert {line["question_id"]: line["text"] for line in lines} == json.loads(first.read_text())[
+        "answers"
+    ]
+    found = evaluation.main(["--compare", str(first), str(second), "--limit", "12"])
+    assert found["overall"]["difference"] == 0 and found["overall"]["n"] == 12
+    asked = load_samples(["phantoms:32"], "vqa", "test")[:12]
+    right = [{"question_id": s.id, "text": s.turns[0][1]} for s in asked]
+    second.write_text("".join(json.dumps(line) + "\n" for line in right))
+    found = evaluation.main(["--compare", str(first), str(second), "--limit", "12"])
+    before = scoring.read_predictions(first, asked)
+    assert found["overall"]["difference"] == 1 - scoring.score(asked, before)["overall"] > 0
+    assert "McNemar" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # the other split's identifiers
+        evaluation.main(
+            ["--compare", str(first), str(second), "--split", "val", "--data", "phantoms"]
+        )
+    assert "another split?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ([], "takes one of: a checkpoint DIR, --predictions FILE, --compare A B"),
+        (["runs", "--predictions", "x"], "takes one of"),
+        (["--predictions", "x.jsonl"], "--data SOURCE is needed"),
+        (["--predictions", "none.jsonl", "--data", "phantoms"], "none.jsonl: No such file"),
+        (["--compare", "a.json", "b.json"], "a.json: No such file"),
+        (["--compare", "a.json"], "expected 2 arguments"),
+    ],
+)
+def test_a_wrong_call_is_one_line(argv, told, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main(argv)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and told in error and error.count("\n") == 1

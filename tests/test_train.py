@@ -92,7 +92,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 
 def run(out, *argv: str) -> None:
     train.main(["--data", "phantoms:48", "--out", str(out), "--batch-size", "8", "--no-eval",
-                "--router-labels", "40", "--dtype", "float32", *argv])  # fmt: skip
+                "--router-images", "40", "--dtype", "float32", *argv])  # fmt: skip
 
 
 def weights_of(path) -> dict:

@@ -1,0 +1,134 @@
+"""Put questions to a model, in batches: answers, options, and which experts they visited.
+
+Shapes: B batch, T positions, S image side, L sparse layers, E experts, C options.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from classify import option_likelihoods
+from config import IGNORE, MODALITIES
+from data import Batch, Images, Text, collate, encode_prompt
+from metrics import router_report
+from model import MedMoE, Step, generate, precision
+from records import Sample
+from vision import normalise
+
+
+class Prediction(NamedTuple):
+    answer: str
+    votes: Tensor  # (E,) router logits, mean over prompt and sparse layers; (0,) if dense
+    load: Tensor  # (L, E) visits of the prompt's and the answer's positions to each expert
+
+
+def unpack(steps: list[Step], mask: Tensor, text: Text) -> list[Prediction]:
+    """What generate() yielded for a batch, and its prompts' mask (B, T) -> one Prediction each."""
+    tokens = torch.stack([step.tokens for step in steps], dim=1)  # (B, steps)
+    alive = (tokens != text.eos_id).cumprod(dim=1).bool()  # (B, steps) part of the answer
+    answers = [
+        text.decode(row[keep].tolist()).strip() for row, keep in zip(tokens, alive, strict=True)
+    ]
+    if not steps[0].routings:
+        return [Prediction(answer, torch.zeros(0), torch.zeros(0, 0)) for answer in answers]
+    real = mask[:, None, :, None]  # (B, 1, T, 1)
+    logits = torch.stack([r.logits for r in steps[0].routings], dim=1)  # (B, L, T, E)
+    gates = torch.stack([r.gates for r in steps[0].routings], dim=1)
+    votes = (logits * real).sum(dim=(1, 2)) / real.sum(dim=(1, 2))  # (B, E), times L: same argmax
+    load = ((gates != 0) & real).sum(dim=2)  # (B, L, E)
+    for i, step in enumerate(steps[1:]):  # its routings are of the token said in the step before
+        gates = torch.stack([r.gates for r in step.routings], dim=1)[:, :, 0]  # (B, L, E)
+        load += (gates != 0) & alive[:, i, None, None]
+    return [Prediction(*row) for row in zip(answers, votes.cpu(), load.cpu(), strict=True)]
+
+
+class Asker:
+    """A loaded model, and what it takes to put questions to it."""
+
+    def __init__(
+        self,
+        model: MedMoE,
+        text: Text,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int = 64,
+        max_new: int = 48,
+    ):
+        self.model, self.text, self.device, self.dtype = model, text, device, dtype
+        self.batch_size, self.max_new = batch_size, max_new
+        self.images = Images(model.config.vision.image_size, pad=True, workers=2)
+
+    def batches(
+        self, samples: Sequence[Sample], title: str, picture: Tensor | None = None
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """Prompts of similar lengths together, with their places. picture: see answer."""
+        config, text = self.model.config, self.text
+        encoded = []
+        for s in samples:
+            ids = encode_prompt(
+                s.turns[0][0], s.image is not None, text, config.vision.n_patches, config.system
+            )
+            encoded.append((ids, [IGNORE] * len(ids)))
+        order = sorted(range(len(samples)), key=lambda i: len(encoded[i][0]))
+        groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        bar = tqdm(groups, desc=title, file=sys.stderr, mininterval=1)
+        for rows, ahead in zip(bar, [*groups[1:], []], strict=True):
+            self.images.prefetch(samples[i] for i in ahead)
+            part = [samples[i] for i in rows], [encoded[i] for i in rows]
+            batch = collate(*part, self.images, text.eos_id, side="left")
+            if picture is not None:
+                batch = batch._replace(images=picture.expand_as(batch.images))
+            yield rows, batch.to(self.device)
+
+    def answer(self, samples: Sequence[Sample], picture: Tensor | None = None) -> list[Prediction]:
+        """Greedy answers to the first questions. picture (3, S, S): shown to all of them."""
+        found: dict[int, Prediction] = {}
+        for rows, batch in self.batches(samples, "answers", picture):
+            with precision(self.device, self.dtype):
+                steps = list(generate(self.model, batch, self.text.eos_id, self.max_new))
+            found |= dict(zip(rows, unpack(steps, batch.mask, self.text), strict=True))
+        return [found[i] for i in range(len(samples))]
+
+    def choose(self, samples: Sequence[Sample]) -> Tensor:
+        """Probability of each of the options, which are the same for all samples, (n, C)."""
+        text = self.text
+        options = [[*text.encode(f" {name}"), text.eos_id] for name in samples[0].options]
+        found = torch.zeros(len(samples), len(options))
+        for rows, batch in self.batches(samples, "options"):
+            with precision(self.device, self.dtype):
+                scores = option_likelihoods(self.model, batch, options)
+            found[rows] = scores.softmax(dim=-1).cpu()
+        return found
+
+    def mean_picture(self, samples: Sequence[Sample]) -> Tensor:
+        """(3, S, S) CLIP-normalised mean of the samples' different images."""
+        unique = {s.image: s for s in samples if s.image is not None}
+        total = sum(self.images.get(s).double() for s in unique.values())
+        mean = (total / max(1, len(unique))).round().to(torch.uint8)
+        return normalise(mean[None])[0]
+
+
+def judge_router(samples: Sequence[Sample], found: Sequence[Prediction]) -> dict:
+    """Does the likeliest expert, over an image's prompts and layers, carry the image's modality?"""
+    votes: dict = {}
+    for s, p in zip(samples, found, strict=True):
+        if s.modality and s.image is not None and len(p.votes):
+            votes[s.image] = (s.modality, votes.get(s.image, (None, 0))[1] + p.votes)
+    n_experts = len(found[0].votes)
+    truth = [MODALITIES.index(name) % max(1, n_experts) for name, _ in votes.values()]
+    said = [int(vote.argmax()) for _, vote in votes.values()]
+    names = [*MODALITIES, *(f"expert {e}" for e in range(len(MODALITIES), n_experts))]
+    return router_report(truth, said, names[:n_experts] if n_experts else names)
+
+
+def expert_load(samples: Sequence[Sample], found: Sequence[Prediction]) -> dict[str, list]:
+    """Modality -> (L, E) share of the layer's visits that go to each expert."""
+    total: dict[str, Tensor] = {}
+    for s, p in zip(samples, found, strict=True):
+        name = s.modality or "unknown"
+        total[name] = total.get(name, 0) + p.load.double()
+    return {name: (t / t.sum(1, keepdim=True)).tolist() for name, t in sorted(total.items())}
