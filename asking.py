@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from classify import option_likelihoods
 from config import IGNORE, MODALITIES
-from data import Batch, Images, Text, collate, encode_prompt
+from data import Batch, Text, collate, encode_prompt
 from metrics import router_report
 from model import MedMoE, Step, generate, precision
+from pictures import Images
 from records import Sample
 from vision import normalise
 

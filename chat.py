@@ -16,9 +16,10 @@ from torch import Tensor
 
 from checkpoint import load_model
 from config import IGNORE, IMAGE_ID, MODALITIES, UserError
-from data import Batch, Images, Text, collate, encode_prompt
+from data import Batch, Text, collate, encode_prompt
 from flags import Common, argument, flag, parse, user_errors
 from model import MedMoE, Step, choose_device, generate, precision, sparse_layers
+from pictures import Images
 from records import Sample
 
 

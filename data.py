@@ -217,7 +217,7 @@ def epoch_batches(
     epoch: int,
     weights: Sequence[float] | None = None,
 ) -> list[list[int]]:
-    """Every index as often as it weighs (once), in batches of similar lengths.
+    """Every index as often as it weighs (once), in batches of similar lengths, to pad little.
 
     The same for the same seed and epoch. Lengths are sorted within windows of 50 batches only, so
     that epochs still differ.
@@ -246,7 +246,9 @@ class Dataset:
         n_patches, max_len = config.vision.n_patches, config.decoder.max_len
         self.samples = samples
         self.encoded = encode_all(samples, text, n_patches, config.system, plain, max_len)
-        self.lengths = [len(ids) for ids, _ in self.encoded]
+        # Of what is given, image and questions. Sorted with its answers' lengths too, a batch of a
+        # classification would hold a single class.
+        self.lengths = [labels.count(IGNORE) for _, labels in self.encoded]
         self.weights = [s.weight for s in samples]
         # As released: captions are learnt on cropped pictures, everything else on padded ones.
         self.images = Images(config.vision.image_size, pad=not plain, workers=workers)

@@ -96,8 +96,9 @@ def bench_loader(flags: BenchConfig) -> dict:
                 rates[name].append(n / (time.perf_counter() - start))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, values in rates.items():
-        print(f"{name:<10} {medians[name]:8.0f} images/s (from {min(values):.0f} to "
-              f"{max(values):.0f}), {medians[name] / medians['training']:.1f} x training")  # fmt: skip
+        ratio = medians[name] / medians["training"]
+        spread = f"from {min(values):.0f} to {max(values):.0f}"
+        print(f"{name:<10} {medians[name]:8.0f} images/s ({spread}), {ratio:.1f} x training")
     return {"data": list(specs), "preset": flags.preset, "size": size, "rounds": flags.rounds,
             "threads": torch.get_num_threads(), "images_per_s": medians}  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The result tables of arXiv 2404.10237v3 as printed, and which of our columns stand beside them."""
+"""The result tables of arXiv 2404.10237v3 as printed, and our columns beside them."""
 
 SIX = "RAD open | RAD closed | SLAKE open | SLAKE closed | PathVQA open | PathVQA closed"
 VQA, SETS = ("vqa-rad", "slake", "pathvqa"), ("pneumoniamnist", "organcmnist")

@@ -17,7 +17,7 @@ import data
 import phantoms
 import records
 import router_training
-from config import IGNORE, IMAGE_ID, LLAVA_SYSTEM, MODALITIES, UserError
+from config import IGNORE, IMAGE_ID, LLAVA_SYSTEM, MODALITIES, PRESETS, UserError
 from pictures import Images
 from records import Packed, Sample
 from sources import load_samples
@@ -320,6 +320,17 @@ def test_a_weight_is_how_often_a_sample_comes_in_an_epoch():
     alone = data.epoch_batches(lengths, 7, 3, 5)
     assert alone == data.epoch_batches(lengths, 7, 3, 5, [1.0] * 90)
     assert sorted(r for b in alone for r in b) == list(range(90))
+
+
+def test_batches_do_not_sort_samples_by_their_answers(text):
+    """One question, two classes whose names have different lengths: every batch has both."""
+    names = ["no", "a rather long name of a class"]
+    samples = [Sample(str(i), "", "", None, (("Which?", names[i % 2]),)) for i in range(64 * 8)]
+    config = PRESETS["tiny"].model
+    dataset = data.Dataset(samples, text, config, plain=False)
+    for epoch in range(3):
+        for rows in dataset.epoch(64, 0, epoch):
+            assert 12 < sum(r % 2 for r in rows) < 52
 
 
 @pytest.mark.parametrize("workers", [0, 2])
