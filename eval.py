@@ -26,6 +26,8 @@ from flags import (
     Common,
     TrainConfig,
     argument,
+    at_least,
+    check_writable,
     command_line,
     flag,
     parse,
@@ -130,8 +132,11 @@ def check_leaks(samples: list[Sample], checkpoint: Path | None, meta: dict) -> d
     if seen is None:  # an older or converted checkpoint: look at the files it names, if any
         specs = meta.get("flags", {}).get("data", ())
         try:
-            seen = leaks.seen_by(load_samples(specs, "vqa", "train", meta["flags"]["lang"]))
-        except (UserError, KeyError):
+            lang = meta.get("flags", {}).get("lang", "en")
+            seen = leaks.seen_by(load_samples(specs, "vqa", "train", lang))
+        except UserError:
+            specs = ()
+        if not specs:
             print(f"leaks: not checked, {checkpoint} does not say what it was trained on")
             return report
         print(f"leaks: compared with {' '.join(specs)}, {checkpoint} has no record of its own")
@@ -177,7 +182,8 @@ def report(asker: Asker, samples: list[Sample], flags: EvalConfig, meta: dict) -
     result = report_scores(samples, answers, flags) | {
         "checkpoint": flags.checkpoint, "preset": meta["flags"]["preset"], "phase": meta["phase"],
         "seed": meta["flags"]["seed"], "device": str(asker.device), "dtype": str(asker.dtype),
-        "trained_with": command_line(TrainConfig, meta["flags"], "train.py"),
+        "trained_with": f"converted from {meta['from']}" if "from" in meta
+                        else command_line(TrainConfig, meta["flags"], "train.py"),
         "params": count_parameters(model),
     }  # fmt: skip
     result["classification"] = classification(asker, samples, answers)
@@ -244,6 +250,9 @@ def main(argv: list[str] | None = None) -> dict:
              "--compare": flags.compare}  # fmt: skip
     if sum(value is not None for value in given.values()) != 1:
         raise UserError("eval.py takes one of: a checkpoint DIR, --predictions FILE, --compare A B")
+    at_least(flags, limit=1, max_new=1, batch_size=1, max_missing=0)
+    for file in filter(None, (flags.json, flags.answers)):
+        check_writable(Path(file))
     if flags.compare:
         result = compare_answers(flags)
     elif flags.predictions:

@@ -6,6 +6,7 @@ Every field is a flag, in kebab-case; a mistake is one line on stderr and exit c
 import argparse
 import functools
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -125,6 +126,19 @@ def reading(flags: Common) -> dict[str, Any]:
     """How to read --data, as the keywords of sources.load_samples."""
     names = ("lang", "max_missing", "image_folder", "router_labels")
     return {name: getattr(flags, name) for name in names}
+
+
+def at_least(flags: Common, **least: int) -> None:
+    """Raise UserError for a number below its least value; None is the default and passes."""
+    for name, minimum in least.items():
+        if (value := getattr(flags, name)) is not None and value < minimum:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
+
+
+def check_writable(file: Path) -> None:
+    """Before long work: raise UserError where its result could not be written."""
+    if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise UserError(f"{file}: cannot be written there")
 
 
 def user_errors(main: Callable) -> Callable:

@@ -32,7 +32,7 @@ from config import (
     to_dict,
 )
 from data import Dataset, Text
-from flags import TrainConfig, parse, reading, user_errors
+from flags import TrainConfig, at_least, check_writable, parse, reading, user_errors
 from model import MedMoE, describe, freeze_all_but, make_router, make_sparse, precision
 from moe import get_router, load_balancing_loss, router_z_loss
 from router_training import learn_router
@@ -216,12 +216,10 @@ def resolve(flags: TrainConfig) -> TrainConfig:
     model = preset(flags.preset).model
     out = flags.out or f"runs/{flags.preset}"
     flags = replace(flags, data=flags.data or ("phantoms",), out=out)
-    counts = dict.fromkeys(
-        ("accumulate", "experts", "save_every", "batch_size", "steps", "router_images"), 1
-    )
-    for name, least in (counts | {"workers": 0, "max_missing": 0}).items():
-        if (value := getattr(flags, name)) is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    at_least(flags, accumulate=1, experts=1, save_every=1, batch_size=1, steps=1, router_images=1,
+             workers=0, max_missing=0)  # fmt: skip
+    if flags.json:
+        check_writable(Path(flags.json))
     if flags.tune_vision is None and flags.init:
         flags = replace(flags, tune_vision=read_meta(Path(flags.init))[1]["flags"]["tune_vision"])
     elif flags.tune_vision is None:

@@ -248,7 +248,8 @@ def test_two_sets_of_answers_are_compared_from_files_of_either_kind(checkpoint, 
     second.write_text("".join(json.dumps(line) + "\n" for line in right))
     found = evaluation.main(["--compare", str(first), str(second), "--limit", "12"])
     before = scoring.read_predictions(first, asked)
-    assert found["overall"]["difference"] == 1 - scoring.score(asked, before)["overall"] > 0
+    gap = 1 - scoring.score(asked, before)["overall"]
+    assert gap > 0 and found["overall"]["difference"] == pytest.approx(gap)
     assert "McNemar" in capsys.readouterr().out
     with pytest.raises(SystemExit):  # the other split's identifiers
         evaluation.main(
@@ -266,6 +267,9 @@ def test_two_sets_of_answers_are_compared_from_files_of_either_kind(checkpoint, 
         (["--predictions", "none.jsonl", "--data", "phantoms"], "none.jsonl: No such file"),
         (["--compare", "a.json", "b.json"], "a.json: No such file"),
         (["--compare", "a.json"], "expected 2 arguments"),
+        (["runs", "--limit", "0"], "--limit 0: must be at least 1"),
+        (["runs", "--json", "nowhere/x.json"], "nowhere/x.json: cannot be written there"),
+        (["runs", "--answers", "."], ".: cannot be written there"),
     ],
 )
 def test_a_wrong_call_is_one_line(argv, told, capsys):
