@@ -68,11 +68,10 @@ class Asker:
     ) -> Iterator[tuple[list[int], Batch]]:
         """Prompts of similar lengths together, with their places. picture: see answer."""
         config, text = self.model.config, self.text
+        limits = config.vision.n_patches, config.system, config.decoder.max_len
         encoded = []
         for s in samples:
-            ids = encode_prompt(
-                s.turns[0][0], s.image is not None, text, config.vision.n_patches, config.system
-            )
+            ids = encode_prompt(s.turns[0][0], s.image is not None, text, *limits)
             encoded.append((ids, [IGNORE] * len(ids)))
         order = sorted(range(len(samples)), key=lambda i: len(encoded[i][0]))
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
@@ -108,7 +107,9 @@ class Asker:
     def mean_picture(self, samples: Sequence[Sample]) -> Tensor:
         """(3, S, S) CLIP-normalised mean of the samples' different images."""
         unique = {s.image: s for s in samples if s.image is not None}
-        total = sum(self.images.get(s).double() for s in unique.values())
+        total = torch.zeros(3, self.images.size, self.images.size, dtype=torch.float64)
+        for s in unique.values():
+            total += self.images.get(s)
         mean = (total / max(1, len(unique))).round().to(torch.uint8)
         return normalise(mean[None])[0]
 

@@ -92,9 +92,8 @@ def ask(model: MedMoE, text: Text, images: Images, flags: ChatConfig, question: 
     config = model.config
     device, dtype = choose_device(flags.device, flags.dtype)
     sample = as_sample(flags.image, question)
-    ids = encode_prompt(
-        question, sample.image is not None, text, config.vision.n_patches, config.system
-    )
+    limits = config.vision.n_patches, config.system, config.decoder.max_len
+    ids = encode_prompt(question, sample.image is not None, text, *limits)
     encoded = [(ids, [IGNORE] * len(ids))]
     batch = collate([sample], encoded, images, text.eos_id, side="left").to(device)
     dice = torch.Generator(device).manual_seed(flags.seed)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from config import ModelConfig, UserError, model_config, to_dict
 from data import Text
-from flags import TrainConfig
+from flags import TrainConfig, how_read
 from model import MedMoE, choose_device, empty_model
 from tensorfiles import open_tensors, read_json, tensor_dtype
 from weights import fill
@@ -73,6 +73,10 @@ def read_meta(directory: Path) -> tuple[ModelConfig, dict]:
         raise UserError(f"checkpoint {directory}: no such directory{hint}")
     meta = read_json(directory / "config.json")
     try:
+        flags, phase = meta["flags"], meta["phase"]
+        if not isinstance(phase, int) or not isinstance(flags["seed"] + 0, int):
+            raise TypeError("phase and seed must be numbers")
+        how_read(flags, directory / "config.json")
         return model_config(meta.pop("model")), meta
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -109,7 +113,20 @@ def load_model(
 def read_seen(directory: Path) -> dict[str, Tensor] | None:
     """What training saw, for benchmarks/leaks.py; None if the checkpoint does not say."""
     file = directory / "seen.safetensors"
-    return dict(open_tensors(file)) if file.is_file() else None
+    if not file.is_file():
+        return None
+    seen = dict(open_tensors(file))
+    shapes = {"images": 1, "looks": 2, "pairs": 2}
+    is_whole = seen.keys() == shapes.keys() and all(
+        t.dtype == torch.int64 and t.dim() == shapes[name] for name, t in seen.items()
+    )
+    if is_whole:
+        images, looks, pairs = (seen[name] for name in shapes)
+        is_whole = looks.shape == (len(images), 4) and pairs.shape[1] == 2
+        is_whole &= bool(((pairs[:, 1:] >= -1) & (pairs[:, 1:] < len(images))).all())
+    if not is_whole:
+        raise UserError(f"{file}: not a record of what was seen in training")
+    return seen
 
 
 class Run:

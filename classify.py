@@ -7,6 +7,7 @@ answer that is generated freely is the class's name.
 Shapes: B batch, C options, n tokens of an option, V vocabulary, N images.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,16 +52,23 @@ def option_likelihoods(model: MedMoE, batch: Batch, options: Sequence[Sequence[i
 def judge_classes(samples: Sequence[Sample], answers: Sequence[str], likely: np.ndarray) -> dict:
     """Accuracy and AUC of one set's questions, with 95 % intervals.
 
+    {} where --limit leaves no image with all of its labels.
+
     likely (n, C): probability of each option; one row a question, a label's yes-or-no included.
     """
-    task = medmnist.SETS[samples[0].source].task
+    task, n_labels = (medmnist.SETS[samples[0].source].task,
+                      len(medmnist.SETS[samples[0].source].classes))  # fmt: skip
+    if task == "multi-label":  # L questions an image, in order; --limit may cut the last one's
+        count = Counter(s.image for s in samples)
+        whole = [i for i, s in enumerate(samples) if count[s.image] == n_labels]
+        samples, answers = [samples[i] for i in whole], [answers[i] for i in whole]
+        likely = likely[whole]
+        if not samples:
+            return {}
     right = [float(is_exact(a, s.turns[0][1])) for s, a in zip(samples, answers, strict=True)]
     images = [str(s.image) for s in samples]
     truth = np.array([s.options.index(s.turns[0][1]) for s in samples])
-    if task == "multi-label":  # L questions an image, in order
-        n_labels = len(medmnist.SETS[samples[0].source].classes)
-        if len(truth) % n_labels:
-            raise ValueError(f"{len(truth)} questions are not {n_labels} for every image")
+    if task == "multi-label":
         truth, likely = truth.reshape(-1, n_labels), likely[:, 1].reshape(-1, n_labels)
     by_score = medmnist.accuracy(truth, likely, task)
     if task == "multi-label":

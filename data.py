@@ -123,10 +123,22 @@ def encode_sample(
 
 
 def encode_prompt(
-    question: str, has_image: bool, text: Text, n_patches: int, system: str = ""
+    question: str,
+    has_image: bool,
+    text: Text,
+    n_patches: int,
+    system: str = "",
+    max_len: int | None = None,
 ) -> list[int]:
-    """The same up to "ASSISTANT:", for the model to go on from."""
-    return encode(chat([(question, None)], has_image, system, text.eos_id), text, n_patches)[0]
+    """The same up to "ASSISTANT:", for the model to go on from.
+
+    Raises UserError if it leaves no room for an answer within max_len.
+    """
+    ids, _ = encode(chat([(question, None)], has_image, system, text.eos_id), text, n_patches)
+    if max_len is not None and len(ids) >= max_len:
+        begins = f"the question that begins {question[:60]!r}"
+        raise UserError(f"{begins} takes {len(ids)} positions; the model reads {max_len}")
+    return ids
 
 
 def encode_all(

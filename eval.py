@@ -23,6 +23,7 @@ from checkpoint import load_model, read_seen
 from classify import judge_classes, show_classes
 from config import UserError
 from flags import (
+    READING,
     Common,
     TrainConfig,
     argument,
@@ -30,6 +31,7 @@ from flags import (
     check_writable,
     command_line,
     flag,
+    how_read,
     parse,
     reading,
     user_errors,
@@ -38,7 +40,7 @@ from flags import (
 )
 from metrics import format_confusion
 from model import choose_device, count_parameters, sparse_layers
-from records import Sample, read_json_file
+from records import Sample, read_json_file, warn_once
 from scoring import (
     HEADER,
     compare,
@@ -92,36 +94,36 @@ def show_parameters(p: dict) -> str:
     )
 
 
-def load_questions(flags: EvalConfig, meta: dict) -> tuple[EvalConfig, list[Sample]]:
-    """The questions to ask; --data and how to read it as in training, if nothing else is said.
+def load_questions(flags: EvalConfig, known: dict) -> tuple[EvalConfig, list[Sample]]:
+    """The questions to ask. Without --data they are those of `known`, read as it says.
 
-    meta: config.json of a checkpoint, or what --json wrote; {} if there is neither.
+    known: what flags.how_read found in a checkpoint or a result; {} if there is neither.
     """
-    trained = meta.get("flags", {})
     if not flags.data:
-        held_out = tuple(spec for spec in trained.get("data", ()) if has_splits(spec))
-        if not held_out:
+        data = tuple(spec for spec in known.get("data", ()) if has_splits(spec))
+        if not data:
             raise UserError("--data SOURCE is needed: nothing says which questions these are")
-        names = ("lang", "max_missing", "image_folder", "router_labels")
-        known = {n: trained[n] for n in names if n in trained and n != "router_labels"}
-        labels = trained.get("router_labels")
-        known["router_labels"] = labels if isinstance(labels, str) else None
-        flags = replace(flags, data=held_out, **known)
+        default = EvalConfig()
+        said = {n: v for n, v in known.items() if getattr(flags, n) == getattr(default, n)}
+        flags = replace(flags, **said | {"data": data})  # flags that were given win
     samples = load_samples(flags.data, "vqa", flags.split, **reading(flags))[: flags.limit]
     if not samples:
         raise UserError(f"--data {' '.join(flags.data)}: no questions in its {flags.split} split")
+    question_ids(samples)  # doubles are found before anything is asked
     return flags, samples
 
 
-def training_questions(flags: EvalConfig, meta: dict) -> list[Sample]:
+def training_questions(flags: EvalConfig, trained: Sequence[str]) -> list[Sample]:
     """For the majority control: the train split of --data, or what the checkpoint learnt from."""
-    specs = flags.data
-    if not all(has_splits(spec) for spec in specs):
-        specs = tuple(meta.get("flags", {}).get("data", ()))
-    return load_samples(specs, "vqa", "train", **reading(flags)) if specs else []
+    specs = flags.data if all(has_splits(spec) for spec in flags.data) else trained
+    try:
+        return load_samples(specs, "vqa", "train", **reading(replace(flags, router_labels=None)))
+    except UserError as error:
+        warn_once(f"no majority control: {error}")
+        return []
 
 
-def check_leaks(samples: list[Sample], checkpoint: Path | None, meta: dict) -> dict:
+def check_leaks(samples: list[Sample], checkpoint: Path | None, known: dict) -> dict:
     """Are these questions or their images in what the checkpoint says it was trained on?"""
     report: dict[str, Any] = {"fingerprint": leaks.fingerprint(samples)}
     print(f"split {report['fingerprint']}, {len(samples)} questions")
@@ -130,10 +132,9 @@ def check_leaks(samples: list[Sample], checkpoint: Path | None, meta: dict) -> d
         return report
     seen = read_seen(checkpoint)
     if seen is None:  # an older or converted checkpoint: look at the files it names, if any
-        specs = meta.get("flags", {}).get("data", ())
+        specs = known.get("data", ())
         try:
-            lang = meta.get("flags", {}).get("lang", "en")
-            seen = leaks.seen_by(load_samples(specs, "vqa", "train", lang))
+            seen = leaks.seen_by(load_samples(specs, "vqa", "train", known.get("lang", "en")))
         except UserError:
             specs = ()
         if not specs:
@@ -148,7 +149,7 @@ def check_leaks(samples: list[Sample], checkpoint: Path | None, meta: dict) -> d
 def report_scores(samples: list[Sample], answers: list[str], flags: EvalConfig) -> dict:
     """Print the tables of one set of answers; return what --json writes of them."""
     result = {
-        "data": list(flags.data), "split": flags.split, "lang": flags.lang, "n": len(samples),
+        **{name: getattr(flags, name) for name in READING}, "n": len(samples),
         "protocols": under_all(samples, answers),
         "by_modality": split_by(samples, answers, lambda s: s.modality or "unknown"),
         "by_kind": split_by(samples, answers, lambda s: f"{s.kind} ({s.answer_type})"),
@@ -169,14 +170,15 @@ def classification(asker: Asker, samples: list[Sample], answers: list[str]) -> d
         rows = [i for i, s in enumerate(samples) if s.source == name]
         part = [samples[i] for i in rows]
         likely = asker.choose(part).double().numpy()
-        found[name] = judge_classes(part, [answers[i] for i in rows], likely)
-        print(show_classes(name, found[name]))
+        if judged := judge_classes(part, [answers[i] for i in rows], likely):
+            found[name] = judged
+            print(show_classes(name, judged))
     return found
 
 
 def report(asker: Asker, samples: list[Sample], flags: EvalConfig, meta: dict) -> dict:
     """Ask everything once, or twice with --blind; print the tables, return what --json writes."""
-    model = asker.model
+    model, train = asker.model, training_questions(flags, meta["flags"]["data"])
     found = asker.answer(samples)
     answers = [p.answer for p in found]
     result = report_scores(samples, answers, flags) | {
@@ -191,7 +193,7 @@ def report(asker: Asker, samples: list[Sample], flags: EvalConfig, meta: dict) -
         blind = [p.answer for p in asker.answer(samples, asker.mean_picture(samples))]
         result["blind"] = {"protocols": under_all(samples, blind)}
         print(show("blind control", result["blind"]["protocols"]["strict"]))
-    if train := training_questions(flags, meta):
+    if train:
         result["majority"] = {"protocols": under_all(samples, majority(samples, train))}
         print(show("majority answer", result["majority"]["protocols"]["strict"]))
     if model.config.moe is not None:
@@ -214,30 +216,39 @@ def evaluate_checkpoint(flags: EvalConfig) -> dict:
         for block in model.decoder.blocks:
             if block.is_sparse:
                 block.mlp.router.level = flags.router_level
-    flags, samples = load_questions(flags, meta)
+    known = how_read(meta["flags"], Path(flags.checkpoint))
+    flags, samples = load_questions(flags, known)
     print(f"{flags.checkpoint} on {' '.join(flags.data)} {flags.split}")
-    leaked = check_leaks(samples, Path(flags.checkpoint), meta)
+    leaked = check_leaks(samples, Path(flags.checkpoint), known)
     asker = Asker(model, text, device, dtype, flags.batch_size or 64, flags.max_new)
     return {"leaks": leaked} | report(asker, samples, flags, meta)
 
 
+def read_answers(files: Sequence[str], samples: list[Sample]) -> list[list[str]]:
+    """Raises UserError where a result of ours was of other questions, whatever its identifiers."""
+    found = [read_predictions(Path(file), samples) for file in files]
+    for file in files:
+        result = read_json_file(Path(file)) if file.endswith(".json") else {}
+        said = result["leaks"].get("fingerprint") if isinstance(result.get("leaks"), dict) else None
+        if said not in (None, ours := leaks.fingerprint(samples)):
+            raise UserError(f"{file}: answers to the split {said}, these questions are {ours}")
+    return found
+
+
 def evaluate_predictions(flags: EvalConfig) -> dict:
     flags, samples = load_questions(flags, {})
-    answers = read_predictions(Path(flags.predictions), samples)
+    (answers,) = read_answers([flags.predictions], samples)
     print(f"{flags.predictions} on {' '.join(flags.data)} {flags.split}")
     leaked = check_leaks(samples, None, {})
     return {"leaks": leaked} | report_scores(samples, answers, flags)
 
 
 def compare_answers(flags: EvalConfig) -> dict:
-    first, second = (Path(name) for name in flags.compare)
-    meta = {}
-    if first.suffix == ".json" and not flags.data:
-        said = read_json_file(first)
-        meta = {"flags": said if isinstance(said, dict) else {}}
-        flags = replace(flags, split=meta["flags"].get("split", flags.split))
-    flags, samples = load_questions(flags, meta)
-    found = compare(samples, *(read_predictions(file, samples) for file in (first, second)))
+    first, second = flags.compare
+    is_result = first.endswith(".json") and not flags.data
+    known = how_read(read_json_file(Path(first)), Path(first)) if is_result else {}
+    flags, samples = load_questions(flags, known)
+    found = compare(samples, *read_answers(flags.compare, samples))
     print(f"{first} and {second} on {' '.join(flags.data)} {flags.split}")
     print(show_comparison(found))
     return {"compared": list(flags.compare), "data": list(flags.data)} | found
@@ -251,8 +262,15 @@ def main(argv: list[str] | None = None) -> dict:
     if sum(value is not None for value in given.values()) != 1:
         raise UserError("eval.py takes one of: a checkpoint DIR, --predictions FILE, --compare A B")
     at_least(flags, limit=1, max_new=1, batch_size=1, max_missing=0)
-    for file in filter(None, (flags.json, flags.answers)):
-        check_writable(Path(file))
+    if flags.answers and not flags.checkpoint:
+        raise UserError("--answers: only a checkpoint gives new answers")
+    written = [Path(file) for file in (flags.json, flags.answers) if file]
+    read = [Path(file) for file in (flags.predictions, *(flags.compare or ())) if file]
+    for file in written:
+        check_writable(file)
+    places = [file.absolute() for file in written + read]
+    if any(places.count(file.absolute()) > 1 for file in written):
+        raise UserError(f"{written[0]}: would be written over another file of this command")
     if flags.compare:
         result = compare_answers(flags)
     elif flags.predictions:

@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from config import PRESETS, UserError
+from records import one_line
 
 
 def flag(default: Any, help: str, **extra: Any) -> Any:
@@ -128,6 +129,32 @@ def reading(flags: Common) -> dict[str, Any]:
     return {name: getattr(flags, name) for name in names}
 
 
+READING = {"data": (list, tuple), "lang": str, "max_missing": int, "image_folder": str,
+           "router_labels": str, "split": str, "limit": int}  # fmt: skip
+
+
+def how_read(values: Any, file: Path) -> dict[str, Any]:
+    """What a checkpoint's flags or a result of eval.py say about their data; fields may lack.
+
+    Raises UserError for a field of another kind. Older checkpoints have a number in router_labels.
+    """
+    found = {}
+    for name, kind in READING.items():
+        value = values.get(name) if isinstance(values, dict) else None
+        if value is None or (name == "router_labels" and isinstance(value, int)):
+            continue
+        is_right = isinstance(value, kind)
+        if is_right and name == "data":
+            is_right = all(isinstance(spec, str) for spec in value)
+        if not is_right:
+            raise UserError(f'{file}: field "{name}" {value!r} is of the wrong kind')
+        found[name] = tuple(value) if name == "data" else value
+    for name, allowed in (("lang", ("en", "zh", "all")), ("split", ("train", "val", "test"))):
+        if found.get(name, allowed[0]) not in allowed:
+            raise UserError(f'{file}: field "{name}" must be one of {", ".join(allowed)}')
+    return found
+
+
 def at_least(flags: Common, **least: int) -> None:
     """Raise UserError for a number below its least value; None is the default and passes."""
     for name, minimum in least.items():
@@ -146,11 +173,20 @@ def user_errors(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a file's name need not be text
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
         except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            raise SystemExit(2) from None
+            told = str(error)
+        except BrokenPipeError:  # whoever reads our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise SystemExit(1) from None
+        except OSError as error:  # a name too long, a full disk, no permission
+            told = f"{error.filename or main.__module__}: {error.strerror or error}"
+        print(f"error: {one_line(told)}", file=sys.stderr)
+        raise SystemExit(2)
 
     return wrapped
 

@@ -104,8 +104,9 @@ def mcnemar(only_first: int, only_second: int) -> float:
     McNemar 1947, with the binomial distribution in place of chi squared.
     """
     n, k = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(n, i) for i in range(k + 1))
-    return min(1.0, 2 * (tail / 2**n if n < 1000 else math.exp(math.log(tail) - n * math.log(2))))
+    whole = math.lgamma(n + 1) - n * math.log(2)
+    logs = (whole - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1))
+    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
 def confusion(truth: Sequence[int], said: Sequence[int], n_classes: int) -> np.ndarray:

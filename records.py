@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 from config import UserError
 
 MAX_FILE = 4_000_000_000  # bytes of one JSON file; LLaVA-Med's largest has 0.4e9
-MAX_LINE = 10_000_000  # bytes of one JSON line
+MAX_LINE = 1_000_000  # bytes of one JSON line
 
 
 class Packed(NamedTuple):
@@ -70,7 +70,10 @@ class Record:
             self.fail(name, "a text or a number")
         if isinstance(value, float) and not math.isfinite(value):
             self.fail(name, "a text or a finite number")
-        return self.whole(name, str(value))
+        try:
+            return self.whole(name, str(value))
+        except ValueError:  # over 4 300 digits
+            self.fail(name, "a text or a number of fewer digits")
 
     def whole(self, name: str, value: str) -> str:
         """Without spaces at its ends; half a surrogate pair is no character of any language."""
@@ -90,37 +93,75 @@ class Record:
 
     def image(self, name: str, folder: Path) -> Path:
         """A path inside the folder, links followed; whether the file is there is asked later."""
-        path = (folder / self.text(name)).resolve()
+        try:
+            path = (folder / self.text(name)).resolve()
+            path.is_file()
+        except (OSError, ValueError, RuntimeError):  # too long; a null byte; links in a circle
+            self.fail(name, "a usable file name")
         if not path.is_relative_to(folder.resolve()):
             self.fail(name, f"inside {folder}")
         return path
 
 
 def shown(value: Any) -> str:
+    """The first 60 characters of its JSON, and no more is made: it may be endless."""
+    text = ""
     try:
-        return json.dumps(value)[:60]
+        for chunk in json.JSONEncoder().iterencode(value):
+            text += chunk
+            if len(text) > 60:
+                break
+        return text[:60]
     except (TypeError, ValueError, RecursionError):  # no JSON value, a list within itself
         return f"a {type(value).__name__}"
 
 
+def one_line(text: str, most: int = 2000) -> str:
+    """What a file says may neither break a line, nor steer the terminal, nor fill it."""
+    line = "".join(c if c.isprintable() else " " for c in " ".join(text[: 2 * most].split()))
+    return line if len(line) <= most else line[:most] + " ..."
+
+
 @functools.cache
 def warn_once(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
-def open_file(file: Path) -> bytes:
-    """A whole file of at most MAX_FILE bytes."""
+def check_regular(file: Path) -> None:
+    """Raise UserError for what is no file of a known size: a folder, a pipe, a device."""
     try:
-        if file.stat().st_size > MAX_FILE:
-            raise UserError(f"{file}: {file.stat().st_size} bytes; at most {MAX_FILE} are read")
-        return file.read_bytes()
+        if not file.exists():
+            raise FileNotFoundError(2, "No such file or directory")
+        if not file.is_file():
+            raise OSError(0, "is not a regular file")
+        if (size := file.stat().st_size) > MAX_FILE:
+            raise OSError(0, f"{size} bytes; at most {MAX_FILE} are read")
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise UserError(f"{file}: {getattr(error, 'strerror', None) or error}") from error
 
 
+def open_file(file: Path) -> bytes:
+    """A whole file of at most MAX_FILE bytes."""
+    check_regular(file)
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names all differ; JSON itself would let the last of equals win."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object holds {shown(twice)} twice")
+    return values
+
+
 def read_json_file(file: Path) -> Any:
     try:
-        return json.loads(open_file(file).decode("utf-8-sig"))
+        return json.loads(open_file(file).decode("utf-8-sig"), object_pairs_hook=once)
     except json.JSONDecodeError as e:
         raise UserError(f"{file}: not JSON: line {e.lineno}, column {e.colno}: {e.msg}") from e
     except (ValueError, RecursionError) as error:  # not UTF-8; nested too deeply
@@ -137,6 +178,7 @@ def read_records(file: Path) -> list[Record]:
 
 def read_lines(file: Path) -> Iterator[Record]:
     """A JSONL file: an object a line, empty lines apart; lines are counted from 1."""
+    check_regular(file)
     try:
         with file.open("rb") as lines:
             number = 0
@@ -152,7 +194,8 @@ def read_lines(file: Path) -> Iterator[Record]:
 
 def parse_line(file: Path, number: int, line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else error
         raise UserError(f"{file}: line {number} is not JSON: {reason}") from error

@@ -26,7 +26,7 @@ from metrics import (
     wilson,
     words,
 )
-from records import Record, Sample, read_json_file, read_lines, warn_once
+from records import Record, Sample, one_line, read_json_file, read_lines, warn_once
 
 OPEN = {"recall": recall, "precision": precision, "f1": token_f1, "exact_match": is_exact,
         "bleu1": bleu1}  # fmt: skip
@@ -192,7 +192,7 @@ def show(name: str, s: dict) -> str:
         return f"{cell:<30}"
 
     cells = part("closed_accuracy", s["n_closed"]) + part("open_recall", s["n_open"])
-    return f"  {name:<22}{cells}{part('overall', s['n'])}{s['accuracy']:6.1%}"
+    return f"  {one_line(name, 40):<22}{cells}{part('overall', s['n'])}{s['accuracy']:6.1%}"
 
 
 HEADER = (" " * 24 + "closed accuracy, 95 %, n".ljust(30) + "open recall, 95 %, n".ljust(30)
@@ -202,13 +202,13 @@ HEADER = (" " * 24 + "closed accuracy, 95 %, n".ljust(30) + "open recall, 95 %, 
 def show_protocols(found: dict[str, dict]) -> str:
     """The same answers under each protocol, all their numbers."""
     names = ["closed_accuracy", *(f"open_{name}" for name in OPEN)]
-    lines = [" " * 24 + "".join(name.replace("_", " ").ljust(22) for name in names)]
+    lines = [" " * 24 + "".join(name.replace("_", " ").ljust(24) for name in names)]
     for protocol, s in found.items():
         cells = ""
         for name in names:
             low, high = s["ci95"][name]
             n = s["n_closed" if name.startswith("closed") else "n_open"]
-            cells += (f"{s[name]:.1%} [{low:.1%}, {high:.1%}]" if n else "-").ljust(22)
+            cells += (f"{s[name]:.1%} [{low:.1%}, {high:.1%}]" if n else "-").ljust(24)
         lines.append(f"  {protocol:<22}{cells}")
     return "\n".join(lines)
 

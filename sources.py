@@ -19,7 +19,7 @@ from benchmarks import medmnist
 from benchmarks.llava import read_llava
 from benchmarks.vqa import Row, read_pathvqa, read_slake, read_vqa_rad
 from config import MODALITIES, UserError
-from records import Packed, Sample, read_json_file, shown, warn_once
+from records import Image, Packed, Sample, read_json_file, shown, warn_once
 
 N_TRAIN, N_VAL, N_TEST = 4000, 200, 500  # phantoms
 MAX_TURNS = 4  # questions in one dialogue
@@ -42,7 +42,7 @@ def truth(seed: int) -> phantoms.Phantom:
 
 def read_phantoms(where: str, what: str, split: str) -> Iterator[Sample]:
     """Pictures drawn from seeds (phantoms.py), N_TRAIN or as many as the user says for training."""
-    if where and not (where.isdecimal() and 0 < int(where) <= 10**6):
+    if where and not (where.isdecimal() and len(where) < 8 and 0 < int(where) <= 10**6):
         raise UserError(f"--data phantoms:{where}: must be phantoms:N, N from 1 to 1000000")
     n = {"train": int(where or N_TRAIN), "val": N_VAL, "test": N_TEST}[split]
     for seed in phantoms.seeds(split, n):
@@ -161,7 +161,9 @@ def make_dialogues(samples: Iterable[Sample]) -> Iterator[Sample]:
 def parse_spec(spec: str) -> tuple[str, str, float]:
     """SOURCE, KIND:WHERE or either with @W -> kind, where, weight."""
     source, weight = spec, 1.0
-    if found := re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", spec):
+    found = re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", spec)
+    where = spec.partition(":")[2]
+    if found and not (where and Path(where).exists()):  # else a folder that is named so
         source, weight = found[1], float(found[2])
         if not 0 < weight <= 1000:
             raise UserError(f"--data {spec}: its weight must be above 0 and at most 1000")
@@ -225,6 +227,15 @@ def load_samples(
     return label(samples, Path(router_labels)) if router_labels else samples
 
 
+def ends(image: Image | None) -> list[str]:
+    """a/b/c.jpg -> "a/b/c.jpg", "b/c.jpg", "c.jpg"; of an npz "x.npz/test/0", "test/0", "0"."""
+    if isinstance(image, Packed):
+        parts = (*image.file.parts, image.split, str(image.index))
+    else:
+        parts = image.parts if isinstance(image, Path) else (str(image),)
+    return [str(Path(*parts[i:])) for i in range(len(parts))]
+
+
 def label(samples: list[Sample], file: Path) -> list[Sample]:
     """Modalities from --router-labels FILE: {"image": "CT", ...}, an image by the end of its path.
 
@@ -238,16 +249,17 @@ def label(samples: list[Sample], file: Path) -> list[Sample]:
         if not isinstance(modality, str) or modality.lower() not in known:
             allowed = ", ".join(MODALITIES)
             raise UserError(f"{file}: {shown(name)}: {shown(modality)}; must be one of {allowed}")
-    used, labelled = set(), []
+    used: dict[str, Image] = {}
+    labelled = []
     for s in samples:
-        parts = s.image.parts if isinstance(s.image, Path) else (str(s.image),)
-        ends = ["/".join(parts[i:]) for i in range(len(parts))]
-        name = next((end for end in ends if end in given), None)
-        used.add(name)
+        name = next((end for end in ends(s.image) if end in given), None)
+        if name is not None and used.setdefault(name, s.image) != s.image:
+            two = f"{used[name]} and {s.image}"
+            raise UserError(f"{file}: {shown(name)} fits {two}: write more of the path")
         labelled.append(replace(s, modality=known[given[name].lower()]) if name else s)
-    if not used & set(given):
+    if not used:
         raise UserError(f"{file}: none of its {len(given)} images is in the data")
-    if n_unused := len(given.keys() - used):
+    if n_unused := len(given.keys() - used.keys()):
         warn_once(
             f"{file}: {n_unused} of {len(given)} labels are of images that are not in the data"
         )

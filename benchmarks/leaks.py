@@ -142,6 +142,18 @@ def signs(looks: np.ndarray) -> np.ndarray:
     return bits.astype(np.float32) * 2 - 1
 
 
+def look_classes(looks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 4) -> the different looks there are, and the class of each row.
+
+    What looks the same is one class; what has no look is a class of its own.
+    """
+    different, classes = np.unique(looks, axis=0, return_inverse=True)
+    classes = classes.reshape(-1)
+    flat = ~looks.any(axis=1)
+    classes[flat] = len(different) + np.arange(flat.sum())
+    return different, classes
+
+
 def alike(asked: np.ndarray, trained: np.ndarray) -> Iterator[tuple[int, int]]:
     """(row of asked, row of trained) wherever two looks, (n, 4) and (m, 4), are within LOOK.
 
@@ -171,15 +183,19 @@ def check(samples: Sequence[Sample], seen: dict[str, Tensor]) -> dict:
     With seen = {} nothing is found; that there is no record is for the caller to say.
     """
     seen = seen or seen_by([])
-    pairs = set(map(tuple, seen["pairs"].tolist()))
+    trained, classes = look_classes(seen["looks"].numpy())
+    classes = np.append(classes, -1)  # text only: row -1 is class -1
+    pairs = {(text, int(classes[image])) for text, image in seen["pairs"].tolist()}
     texts = {text for text, _ in pairs}
     known = marks(samples)
     asked = list(dict.fromkeys(known.values()))  # two files may be one image
-    row = {exact: i for i, exact in enumerate(seen["images"].tolist())}
-    rows = {m: {row[m.exact]} if m.exact in row else set() for m in asked}
-    looks = np.array([m.look for m in asked], np.int64).reshape(-1, 4)
-    for i, j in alike(looks, seen["looks"].numpy()):
-        rows[asked[i]].add(j)
+    row = {exact: int(classes[i]) for i, exact in enumerate(seen["images"].tolist())}
+    looks = np.array(sorted({m.look for m in asked}), np.int64).reshape(-1, 4)
+    like: dict[tuple, set[int]] = {}  # a look -> the classes of training images like it
+    for i, j in alike(looks, trained):
+        like.setdefault(tuple(looks[i].tolist()), set()).add(j)
+    rows = {m: ({row[m.exact]} if m.exact in row else set()) | like.get(m.look, set())
+            for m in asked}  # fmt: skip
     found = sorted((m for m in asked if rows[m]), key=lambda m: m.exact not in row)  # same first
     names = {m: name_of(image) for image, m in known.items() if rows[m]}
     rows[None] = {-1}  # text only

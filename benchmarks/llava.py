@@ -83,6 +83,8 @@ def dialogue(record: Record) -> tuple[tuple[str, str], ...]:
             record.fail(key, f"a list of turns, human and gpt by turns (not {shown(turn)})")
         part = Record(record.file, record.number, turn)
         texts.append(part.text("value").replace("<image>", "").strip())
+        if not texts[-1]:
+            part.fail("value", "more than <image>")
     return tuple(zip(texts[::2], texts[1::2], strict=True))
 
 

@@ -115,6 +115,8 @@ def read_header(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...],
         start = io.BytesIO(stream.read(MAX_HEADER))
     try:
         major, minor = np.lib.format.read_magic(start)
+        if (major, minor) not in ((1, 0), (2, 0)):
+            raise ValueError(f"version {major}.{minor}, must be 1.0 or 2.0")
         parse = getattr(np.lib.format, f"read_array_header_{major}_{minor}")  # 1.0, 2.0
         shape, _, dtype = parse(start)
     except Exception as error:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint import load_model, save_checkpoint
-from config import LLAVA_SYSTEM, ModelConfig, MoEConfig, UserError
+from config import LLAVA_SYSTEM, PRESETS, ModelConfig, MoEConfig, UserError
 from data import Text
 from flags import TrainConfig, argument, flag, parse, user_errors
 from model import MedMoE, empty_model, sparse_layers
@@ -226,7 +226,9 @@ def to_ours(flags: ConvertConfig, source: Path, out: Path, dtype: torch.dtype) -
     tokenizer = Path(flags.tokenizer) if flags.tokenizer else found
     tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     Text(tokenizer)
-    meta = {"phase": phase, "flags": asdict(TrainConfig(phase=phase)), "from": source.name}
+    name = next((n for n, p in PRESETS.items() if p.model.decoder == model.config.decoder), "other")
+    meta = {"phase": phase, "flags": asdict(TrainConfig(phase=phase, preset=name))}
+    meta["from"] = source.name
     save_checkpoint(out, model, model.config, meta, tokenizer, {})
     return model
 

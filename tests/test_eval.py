@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import asking
 import chat
 import eval as evaluation  # the script; the builtin keeps its name
 import scoring
 import train
-from checkpoint import load_model
-from config import MODALITIES
+from checkpoint import load_model, read_seen
+from config import MODALITIES, UserError
 from model import Step
 from moe import Routing
 from records import Sample
@@ -202,6 +203,92 @@ def test_a_planted_test_question_is_found_and_another_split_is_clean(tmp_path, c
     assert "LEAK" not in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda seen: {},
+        lambda seen: {k: v for k, v in seen.items() if k != "pairs"},
+        lambda seen: {k: v.float() for k, v in seen.items()},
+        lambda seen: seen | {"looks": seen["looks"][1:]},
+        lambda seen: seen | {"looks": seen["looks"][:, :3].contiguous()},
+        lambda seen: seen | {"images": seen["images"][0]},
+        lambda seen: seen | {"pairs": seen["pairs"].flatten()},
+        lambda seen: seen | {"pairs": seen["pairs"] * 0 + len(seen["images"])},
+        lambda seen: seen | {"pairs": seen["pairs"] * 0 - 2},
+        lambda seen: b"damaged",
+    ],
+)
+def test_a_damaged_record_of_what_was_seen_is_no_clean_bill(checkpoint, tmp_path, damage):
+    shutil.copytree(checkpoint, tmp_path / "x")
+    file = tmp_path / "x" / "seen.safetensors"
+    found = damage(read_seen(tmp_path / "x"))
+    if isinstance(found, bytes):
+        file.write_bytes(found)
+    else:
+        save_file(found, file)
+    with pytest.raises(UserError, match=r"seen\.safetensors: "):
+        read_seen(tmp_path / "x")
+
+
+def test_flags_that_are_given_win_over_those_of_training(checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluation.main([str(checkpoint), "--router-labels", str(tmp_path / "none.json")])
+    assert "none.json: No such file" in capsys.readouterr().err
+
+
+def test_no_majority_control_where_the_training_split_is_not_there(checkpoint, tmp_path, capsys):
+    (tmp_path / "only").mkdir()
+    llava(tmp_path / "only", "test", (1, "Is it?", "no"), (2, "What?", "left lung"))
+    found = evaluation.main(
+        [str(checkpoint), "--data", f"llava:{tmp_path / 'only'}", "--max-new", "1"]
+    )
+    assert "majority" not in found and found["n"] == 2
+    assert "warning: no majority control: " in capsys.readouterr().err
+
+
+def test_text_only_questions_and_too_long_ones(checkpoint, tmp_path, capsys):
+    said = [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "no"}]
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps([{"id": 1, "conversations": said}]))
+    ask = [str(checkpoint), "--data", f"llava:{file}", "--max-new", "1", "--blind"]
+    assert evaluation.main(ask)["n"] == 1
+    said[0]["value"] = "word " * 1000
+    file.write_text(json.dumps([{"id": 1, "conversations": said}]))
+    with pytest.raises(SystemExit):
+        evaluation.main(ask)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the question that begins 'word word" in error and "the model reads 512" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"flags": None}, "not a checkpoint of ours"),
+        ({"flags": {}}, "not a checkpoint of ours: 'seed'"),
+        ({"phase": "x"}, "phase and seed must be numbers"),
+        ({"data": 5}, '"data" 5 is of the wrong kind'),
+        ({"data": [1]}, '"data" [1] is of the wrong kind'),
+        ({"data": "slake:x"}, "is of the wrong kind"),
+        ({"max_missing": "x"}, "\"max_missing\" 'x' is of the wrong kind"),
+        ({"lang": "fr"}, '"lang" must be one of en, zh, all'),
+    ],
+)
+def test_a_damaged_config_is_told_before_anything_is_asked(
+    checkpoint, tmp_path, capsys, change, told
+):
+    shutil.copytree(checkpoint, tmp_path / "x")
+    meta = json.loads((tmp_path / "x" / "config.json").read_text())
+    if change.keys() <= {"flags", "phase"}:
+        meta |= change
+    else:
+        meta["flags"] |= change
+    (tmp_path / "x" / "config.json").write_text(json.dumps(meta))
+    with pytest.raises(SystemExit):
+        evaluation.main([str(tmp_path / "x")])
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1 and "config.json" in error
+
+
 def test_a_checkpoint_without_a_record_is_compared_with_the_data_it_names(
     checkpoint, tmp_path, capsys
 ):
@@ -251,6 +338,20 @@ def test_two_sets_of_answers_are_compared_from_files_of_either_kind(checkpoint, 
     gap = 1 - scoring.score(asked, before)["overall"]
     assert gap > 0 and found["overall"]["difference"] == pytest.approx(gap)
     assert "McNemar" in capsys.readouterr().out
+    other = json.loads(first.read_text())
+    other["leaks"]["fingerprint"] = "0" * 16  # other questions behind the same identifiers
+    (tmp_path / "c.json").write_text(json.dumps(other))
+    for compared, told in (
+        (
+            [first, tmp_path / "c.json"],
+            "answers to the split 0000000000000000, these questions are",
+        ),
+        ([first, first, "--answers", tmp_path / "x"], "only a checkpoint gives new answers"),
+        ([first, second, "--json", second], "would be written over another file"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluation.main(["--compare", *map(str, compared), "--limit", "12"])
+        assert told in capsys.readouterr().err
     with pytest.raises(SystemExit):  # the other split's identifiers
         evaluation.main(
             ["--compare", str(first), str(second), "--split", "val", "--data", "phantoms"]

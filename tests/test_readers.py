@@ -78,9 +78,12 @@ class Attack:
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_a_pickle_holds_plain_data_in_every_protocol_or_is_refused(tmp_path, protocol):
     file = tmp_path / "x.pkl"
-    values = [{"a": "é\ud7ff", "b": [1, -(10**30), 2.5, None, True], "c": ("x",) * 5}] * 3
+    values = [{"a": "é\ud7ff", "b": [1, -(10**30), 2.5, None, True], "c": ["x"] * 5}] * 3
     file.write_bytes(pickle.dumps(values, protocol))
     assert read_pickle(file) == values
+    values[0]["itself"] = values  # a list within itself is a list
+    file.write_bytes(pickle.dumps(values, protocol))
+    assert len(read_pickle(file)) == 3
     file.write_bytes(pickle.dumps([Attack()], protocol))
     with pytest.raises(UserError, match=f"{file}: a pickle that does more than hold data") as told:
         read_pickle(file)
@@ -99,6 +102,8 @@ def test_a_pickle_holds_plain_data_in_every_protocol_or_is_refused(tmp_path, pro
         (b"\x80\x04\x8e" + (10**15).to_bytes(8, "little") + b"x.", "not a pickle"),
         (pickle.dumps({"a": np.float64(1)}), "more than hold data"),
         (pickle.dumps({"a": {1, 2}}), "more than hold data: EMPTY_SET"),
+        (b"\x80\x02]})" + b"2\x86" * 45 + b"Nsa.", "more than hold data: EMPTY_TUPLE"),  # 2^45
+        (b"c" + b"A" * 5_000_000 + b"\nx\n.", "more than hold data: GLOBAL AAAA"),
     ],
 )
 def test_a_hostile_or_broken_pickle_is_told_in_one_line(tmp_path, data, told):
@@ -108,6 +113,14 @@ def test_a_hostile_or_broken_pickle_is_told_in_one_line(tmp_path, data, told):
     with pytest.raises(UserError) as refused:
         load_samples([spec], "vqa", "test")
     assert str(refused.value).startswith(f"{file}: ") and told in str(refused.value)
+
+
+def doubling():
+    """A list that is short in memory and has 2^40 leaves."""
+    values = ["x"]
+    for _ in range(40):
+        values = [values, values]
+    return [values]
 
 
 def within_itself():
@@ -124,7 +137,12 @@ def within_itself():
         ([within_itself()], "record 0 (from 0) is not an object: a list"),
         ([QA[0], {**QA[1], "image": 3}], 'record 1 (from 0): field "image" 3; must be a text'),
         ([{**QA[0], "answer": float("nan")}], '"answer" NaN; must be a text or a finite number'),
-        ([{**QA[0], "image": "../../../x"}], 'image "../../../x" must lie inside'),
+        ([{**QA[0], "image": "../../../x"}], '"image" "../../../x.jpg"; must be inside'),
+        ([{**QA[0], "image": "a\0b"}], '"image" "a\\u0000b.jpg"; must be a usable file name'),
+        ([{**QA[0], "image": "a" * 5000}], "must be a usable file name"),
+        ([{**QA[0], "answer": 10**5000}], "must be a text or a number of fewer digits"),
+        (doubling(), "record 0 (from 0) is not an object: [["),
+        ({"a": doubling()}, 'must be a list of records, is {"a": [['),
         ([{"image": "test_0001"}], '"question" is missing'),
     ],
 )
@@ -149,7 +167,7 @@ def test_an_image_that_is_a_link_out_of_the_folder_is_refused(tmp_path):
     link = tmp_path / "images" / "test" / "test_0002.jpg"
     link.unlink()
     link.symlink_to(outside)
-    with pytest.raises(UserError, match='image "test_0002" must lie inside'):
+    with pytest.raises(UserError, match=r'"image" "test_0002\.jpg"; must be inside'):
         load_samples([spec], "vqa", "test")
 
 
@@ -303,6 +321,7 @@ HUMAN, GPT = {"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}
         ({"conversations": [GPT, HUMAN]}, "human and gpt by turns (not "),
         ({"conversations": [HUMAN, "x"]}, 'human and gpt by turns (not "x")'),
         ({"conversations": [HUMAN, GPT | {"value": " "}]}, '"value" " "; must be a text that is'),
+        ({"conversations": [HUMAN, GPT | {"value": "<image>"}]}, "must be more than <image>"),
         ({"conversations": None}, "a list of turns"),
         ({"image": ["x.jpg", "y.jpg"]}, '"image" ["x.jpg", "y.jpg"]; must be a text'),
         ({"image": "../test.json"}, "must be inside"),

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +100,11 @@ def test_mcnemar_is_the_sign_test_of_the_unequal_pairs(first, second):
     assert mcnemar(first, second) == pytest.approx(expected, rel=1e-9)
 
 
+def test_mcnemar_of_a_hundred_thousand_pairs_is_that_of_the_normal_distribution():
+    z = (61_000 - 60_000 - 1) / math.sqrt(121_000)
+    assert mcnemar(60_000, 61_000) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=1e-3)
+
+
 def test_a_bootstrap_interval_is_that_of_a_mean_of_images():
     values, groups = [0.0, 1.0] * 200, [str(i) for i in range(400)]
     low, high = bootstrap(values, groups)
@@ -172,7 +179,8 @@ GOOD = {"question_id": "b", "text": "left"}
         (["{"], "line 1 is not JSON"),
         (["[1]"], "line 1 is not an object: [1]"),
         (["[" * 100_000], "line 1 is not JSON"),
-        ([GOOD, "x" * 11_000_000], "line 2 is longer than 10000000 bytes"),
+        (['{"question_id": "b", "text": "x", "text": "y"}'], 'an object holds "text" twice'),
+        ([GOOD, "x" * 1_100_000], "line 2 is longer than 1000000 bytes"),
     ],
 )
 def test_what_is_wrong_with_predictions_is_told_with_its_line(tmp_path, lines, told):
@@ -183,11 +191,11 @@ def test_what_is_wrong_with_predictions_is_told_with_its_line(tmp_path, lines, t
     assert message.startswith(f"{file}: ") and told in message and len(message) < 400
 
 
-def test_a_file_of_100_megabytes_in_one_line_is_refused_after_its_first_ten(tmp_path):
+def test_a_file_of_100_megabytes_in_one_line_is_refused_after_its_first(tmp_path):
     file = tmp_path / "x.jsonl"
     with file.open("wb") as f:
         f.truncate(100_000_000)
-    with pytest.raises(UserError, match="line 1 is longer than 10000000 bytes"):
+    with pytest.raises(UserError, match="line 1 is longer than 1000000 bytes"):
         scoring.read_predictions(file, QUESTIONS)
 
 
@@ -196,6 +204,17 @@ def test_prompts_that_ask_something_else_are_told(tmp_path, capsys):
     other = GOOD | {"prompt": "Where is it?"}
     scoring.read_predictions(write(tmp_path / "x.jsonl", asked, other), QUESTIONS)
     assert "1 of 2 prompts do not hold the question" in capsys.readouterr().err
+
+
+def test_results_of_another_kind_are_told(tmp_path):
+    for content, told in (({"scores": 1}, 'no "answers" in it'), ([1], 'no "answers" in it'),
+                          ({"answers": {"7": 1}}, '"text" 1; must be a text')):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            scoring.read_predictions(write(tmp_path / "x.json", content), QUESTIONS)
+    os.mkfifo(tmp_path / "x.jsonl")
+    for place in (tmp_path / "x.jsonl", Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match=f"{place}: is not a regular file"):
+            scoring.read_predictions(place, QUESTIONS)
 
 
 def test_not_utf8_and_missing_files_are_told(tmp_path):

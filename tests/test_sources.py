@@ -256,6 +256,10 @@ def test_weights_are_read_from_the_source_and_belong_to_each_sample(tmp_path):
     spec = slake(tmp_path, SLAKE_ROW)
     samples = load_samples([f"{spec}@0.25", "phantoms:10@3"], "captions", "train")
     assert [s.weight for s in samples] == [0.25] + [3.0] * 10
+    (tmp_path / "odd@2" / "x").mkdir(parents=True)
+    odd = slake(tmp_path / "odd@2", SLAKE_ROW)
+    assert [s.weight for s in load_samples([odd], "vqa", "train")] == [1.0]
+    assert [s.weight for s in load_samples([f"{odd}@0.5"], "vqa", "train")] == [0.5]
     for weight in ("0", "1001"):
         with pytest.raises(UserError, match=f"phantoms@{weight}: its weight must be above 0"):
             load_samples([f"phantoms@{weight}"], "vqa", "train")
@@ -275,7 +279,10 @@ def test_router_labels_name_images_by_the_end_of_their_path(tmp_path, capsys):
 
     assert modalities({"b/source.jpg": "mri", "c.jpg": "CT"}) == ["X-ray", "MRI"]
     assert "1 of 2 labels are of images that are not in the data" in capsys.readouterr().err
-    assert modalities({"source.jpg": "CT"}) == ["CT", "CT"]
+    with pytest.raises(UserError, match=r'"source\.jpg" fits .*xmlab0/source.jpg and .*b/source'):
+        modalities({"source.jpg": "CT"})
+    whole = str(tmp_path / "imgs" / "xmlab0" / "source.jpg")
+    assert modalities({whole: "CT", "b/source.jpg": "MRI"}) == ["CT", "MRI"]
     for labels, told in (
         ({"b/source.jpg": "PET"}, '"b/source.jpg": "PET"; must be one of CT, MRI'),
         ({"b/source.jpg": None}, "null; must be one of"),
