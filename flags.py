@@ -199,6 +199,8 @@ def command_line(cls: type, values: dict, prog: str) -> str:
         value = tuple(value) if isinstance(value, list) else value
         if value == f.default or value is None:
             continue
+        if f.name == "router_labels" and isinstance(value, int):
+            continue  # an older checkpoint's --router-images
         if isinstance(value, bool):
             words.append(name if value else name.replace("--", "--no-", 1))
         else:

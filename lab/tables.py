@@ -24,7 +24,7 @@ COMMANDS = ("trained_with", "command")
 # Flags that change neither what is learnt nor what is asked, or that follow from what a row tells.
 TRAIN_SKIPS = {"phase", "preset", "data", "out", "seed", "init", "device", "dtype", "resume",
                "save-every", "no-eval", "workers", "max-missing", "tune-vision", "no-tune-vision",
-               "jitter", "no-jitter"}  # fmt: skip
+               "jitter", "no-jitter", "json"}  # fmt: skip
 FLAG = r"(?<!\S)--([\w-]+)(?:[ =](?!--)(\S+))?"
 EVAL_KEEPS = {"lang", "limit", "max-new", "router-level"}
 SCORERS = ("strict", "med-moe", "llava-med")
