@@ -248,13 +248,13 @@ def test_llava_items_become_captions_dialogues_and_questions(tmp_path):
     more = [{"from": "human", "value": "Is it large?"}, {"from": "gpt", "value": "Yes."}]
     long = item("long", question="What is it?\n<image>")
     long["conversations"] += more
-    misspelt = item(2, answer="no", answer_type="CLOSED", modality="x-ray")
+    misspelt = item(2, answer="left", answer_type="CLOSED", modality="x-ray")
     misspelt["conversatons"] = misspelt.pop("conversations")
     spec = llava(tmp_path, long, misspelt)
     captions, dialogues, questions = (
         load_samples([spec], what, "train") for what in ("captions", "instructions", "vqa")
     )
-    assert [s.turns for s in captions] == [(("", "A lung."),), (("", "no"),)]
+    assert [s.turns for s in captions] == [(("", "A lung."),), (("", "left"),)]
     assert dialogues[0].turns == (("What is it?", "A lung."), ("Is it large?", "Yes."))
     assert [(s.id, s.answer_type) for s in questions] == [
         ("long", "open"), ("long-1", "closed"), ("2", "closed")]  # fmt: skip
