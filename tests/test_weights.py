@@ -339,6 +339,8 @@ def test_published_directories_that_lack_something_are_user_errors(build, publis
 
 # Checkpoints of our own
 
+META = {"phase": 3, "step": 7, "flags": {"seed": 0, "data": ["phantoms"], "lang": "en"}}
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
@@ -350,7 +352,7 @@ def tokenizer(tmp_path_factory):
 
 
 def save(directory, model, tokenizer, **extra):
-    save_checkpoint(directory, model, model.config, {"phase": 3, "step": 7}, tokenizer, extra)
+    save_checkpoint(directory, model, model.config, META, tokenizer, extra)
 
 
 MODELS = pytest.mark.parametrize(
@@ -368,7 +370,7 @@ def test_a_checkpoint_is_read_back_bitwise_with_its_config(build, tmp_path, toke
     assert [p.name for p in folder.parent.iterdir()] == ["phase3"]
     config, meta = read_meta(folder)
     assert config == model.config
-    assert meta == {"phase": 3, "step": 7}
+    assert meta == META
     other = MedMoE(config)
     load_checkpoint(other, folder)
     assert same(tensors_of(other), tensors_of(model))
