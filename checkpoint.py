@@ -73,11 +73,11 @@ def read_meta(directory: Path) -> tuple[ModelConfig, dict]:
         raise UserError(f"checkpoint {directory}: no such directory{hint}")
     meta = read_json(directory / "config.json")
     try:
-        flags, phase = meta["flags"], meta["phase"]
+        config, flags, phase = model_config(meta.pop("model")), meta["flags"], meta["phase"]
         if not isinstance(phase, int) or not isinstance(flags["seed"] + 0, int):
             raise TypeError("phase and seed must be numbers")
         how_read(flags, directory / "config.json")
-        return model_config(meta.pop("model")), meta
+        return config, meta
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{directory / 'config.json'}: not a checkpoint of ours: {error}"
