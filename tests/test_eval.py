@@ -1,7 +1,9 @@
 """Scoring a checkpoint, and asking it: python -m pytest tests/test_eval.py"""
 
+import itertools
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +19,7 @@ import scoring
 import train
 from checkpoint import load_model, read_seen
 from config import MODALITIES, UserError
+from data import collate, encode_sample
 from model import Step
 from moe import Routing
 from records import Sample
@@ -103,6 +106,25 @@ def test_answers_do_not_depend_on_the_batch(checkpoint):
         assert [p.answer for p in other] == [p.answer for p in found[0]]
         for a, b in zip(found[0], other, strict=True):
             assert torch.equal(a.load, b.load)
+
+
+def test_options_are_chosen_by_the_likelihood_of_the_whole_answer(checkpoint):
+    """Batches of sorted prompts, cached, against one plain text at a time."""
+    model, text, _ = load_model(checkpoint, torch.device("cpu"))
+    asker = asking.Asker(model, text, torch.device("cpu"), torch.float32, batch_size=2)
+    options = ("yes", "no", "upper left")
+    samples = load_samples(["phantoms:32"], "vqa", "test")[:7]
+    samples = [replace(s, options=options) for s in samples]
+    assert len({len(s.turns[0][0]) for s in samples}) > 2
+    expected = torch.zeros(7, 3)
+    for (i, s), (j, option) in itertools.product(enumerate(samples), enumerate(options)):
+        said = replace(s, turns=((s.turns[0][0], option),))
+        encoded = encode_sample(said, text, model.config.vision.n_patches)
+        batch = collate([said], [encoded], asker.images, text.eos_id)
+        with torch.no_grad():
+            expected[i, j] = -model.loss(batch).total
+    found = asker.choose(samples)
+    torch.testing.assert_close(found, expected.softmax(dim=1), atol=1e-4, rtol=0)
 
 
 def test_the_blind_control_shows_every_question_the_same_picture(checkpoint):
@@ -200,7 +222,12 @@ def test_a_planted_test_question_is_found_and_another_split_is_clean(tmp_path, c
     assert found["questions_seen"] == 1 and found["first"][0]["id"] == "1"
     found = evaluation.main([checkpoint, "--data", clean, "--max-new", "1"])["leaks"]
     assert found["images_seen"] == found["questions_seen"] == 0 and found["pairs_seen"] == 1
-    assert "LEAK" not in capsys.readouterr().out.splitlines()[-1]
+    more = ["--phase", "2", *run[2:], "--init", checkpoint, "--data", clean]
+    train.main([*more, "--out", str(tmp_path / "run3")])  # what earlier phases saw is kept
+    later = evaluation.main(
+        [str(tmp_path / "run3" / "phase2"), "--data", planted, "--max-new", "1"]
+    )
+    assert later["leaks"]["questions_seen"] == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -303,3 +304,16 @@ def test_a_run_does_not_mix_phases_of_different_data(tmp_path):
     with pytest.raises(SystemExit) as stop:
         train.main(["--data", "phantoms:49", "--out", str(tmp_path), "--no-eval"])
     assert stop.value.code == 2
+
+
+def test_a_router_of_modalities_needs_two_of_them(tmp_path, capsys):
+    pixels = np.zeros((4, 28, 28), np.uint8)
+    labels = np.array([[0], [1], [0], [1]], np.uint8)
+    parts = {f"{split}_{name}": values for split in ("train", "val", "test")
+             for name, values in (("images", pixels), ("labels", labels))}  # fmt: skip
+    np.savez(tmp_path / "pneumoniamnist.npz", **parts)
+    with pytest.raises(SystemExit):
+        train.main(
+            ["--data", f"medmnist:{tmp_path / 'pneumoniamnist.npz'}", "--out", str(tmp_path)]
+        )
+    assert "has only one modality, X-ray: use --router topk" in capsys.readouterr().err
