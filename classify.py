@@ -4,7 +4,7 @@ A class's score is the likelihood of its name as the whole answer, end token inc
 and question. Accuracy and AUC of the scores are MedMNIST's; beside them stands how often the
 answer that is generated freely is the class's name.
 
-Shapes: B batch, C options, n tokens of an option, V vocabulary, N images.
+Shapes: B batch, C options, n tokens of an option, V vocabulary, N images, L labels an image.
 """
 
 from collections import Counter
@@ -52,12 +52,11 @@ def option_likelihoods(model: MedMoE, batch: Batch, options: Sequence[Sequence[i
 def judge_classes(samples: Sequence[Sample], answers: Sequence[str], likely: np.ndarray) -> dict:
     """Accuracy and AUC of one set's questions, with 95 % intervals.
 
-    {} where --limit leaves no image with all of its labels.
-
     likely (n, C): probability of each option; one row a question, a label's yes-or-no included.
+    {} where --limit leaves no image with all of its labels.
     """
-    task, n_labels = (medmnist.SETS[samples[0].source].task,
-                      len(medmnist.SETS[samples[0].source].classes))  # fmt: skip
+    known = medmnist.SETS[samples[0].source]
+    task, n_labels = known.task, len(known.classes)
     if task == "multi-label":  # L questions an image, in order; --limit may cut the last one's
         count = Counter(s.image for s in samples)
         whole = [i for i, s in enumerate(samples) if count[s.image] == n_labels]
@@ -69,7 +68,7 @@ def judge_classes(samples: Sequence[Sample], answers: Sequence[str], likely: np.
     images = [str(s.image) for s in samples]
     truth = np.array([s.options.index(s.turns[0][1]) for s in samples])
     if task == "multi-label":
-        truth, likely = truth.reshape(-1, n_labels), likely[:, 1].reshape(-1, n_labels)
+        truth, likely = (x.reshape(-1, n_labels) for x in (truth, likely[:, 1]))  # (N, L)
     by_score = medmnist.accuracy(truth, likely, task)
     if task == "multi-label":
         hits = ((likely > 0.5) == truth).mean(axis=1)

@@ -227,10 +227,11 @@ def evaluate_checkpoint(flags: EvalConfig) -> dict:
 def read_answers(files: Sequence[str], samples: list[Sample]) -> list[list[str]]:
     """Raises UserError where a result of ours was of other questions, whatever its identifiers."""
     found = [read_predictions(Path(file), samples) for file in files]
+    ours = leaks.fingerprint(samples)
     for file in files:
         result = read_json_file(Path(file)) if file.endswith(".json") else {}
         said = result["leaks"].get("fingerprint") if isinstance(result.get("leaks"), dict) else None
-        if said not in (None, ours := leaks.fingerprint(samples)):
+        if said not in (None, ours):
             raise UserError(f"{file}: answers to the split {said}, these questions are {ours}")
     return found
 

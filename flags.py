@@ -83,7 +83,7 @@ class TrainConfig(Common):
 def parse(cls: type, argv: Sequence[str] | None, prog: str) -> Any:
     """Command line -> an instance of the dataclass `cls`; its fields are the flags, kebab-case.
 
-    Raises UserError for anything that is not one of them. A field without default is positional.
+    Raises UserError for anything that is not one of them.
     """
     parser = _Parser(prog=prog, description=cls.__doc__, allow_abbrev=False)
     for f in fields(cls):
@@ -129,12 +129,13 @@ def reading(flags: Common) -> dict[str, Any]:
     return {name: getattr(flags, name) for name in names}
 
 
+# What says which questions were asked, as checkpoints and results keep it.
 READING = {"data": (list, tuple), "lang": str, "max_missing": int, "image_folder": str,
            "router_labels": str, "split": str, "limit": int}  # fmt: skip
 
 
 def how_read(values: Any, file: Path) -> dict[str, Any]:
-    """What a checkpoint's flags or a result of eval.py say about their data; fields may lack.
+    """What a checkpoint's flags or a result of eval.py say about their data; some may be missing.
 
     Raises UserError for a field of another kind. Older checkpoints have a number in router_labels.
     """

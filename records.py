@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -45,11 +46,9 @@ class Sample:
 class Record:
     """One entry of a JSON file. What is wrong with it is told with file, number and field."""
 
-    def __init__(self, file: Path, number: int, values: Any, unit: str = "record"):
+    def __init__(self, file: Path, number: int, values: Any, place: str | None = None):
         self.file, self.number, self.values = file, number, values
-        self.place = (
-            f"{file}: {unit} {number} (from 0)" if unit == "record" else f"{file}: line {number}"
-        )
+        self.place = place or f"{file}: record {number} (from 0)"
         if not isinstance(values, dict):
             raise UserError(f"{self.place} is not an object: {shown(values)}")
 
@@ -130,14 +129,13 @@ def warn_once(message: str) -> None:
 def check_regular(file: Path) -> None:
     """Raise UserError for what is no file of a known size: a folder, a pipe, a device."""
     try:
-        if not file.exists():
-            raise FileNotFoundError(2, "No such file or directory")
-        if not file.is_file():
-            raise OSError(0, "is not a regular file")
-        if (size := file.stat().st_size) > MAX_FILE:
-            raise OSError(0, f"{size} bytes; at most {MAX_FILE} are read")
+        about = file.stat()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise UserError(f"{file}: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(about.st_mode):
+        raise UserError(f"{file}: is not a regular file")
+    if about.st_size > MAX_FILE:
+        raise UserError(f"{file}: {about.st_size} bytes; at most {MAX_FILE} are read")
 
 
 def open_file(file: Path) -> bytes:
@@ -187,7 +185,8 @@ def read_lines(file: Path) -> Iterator[Record]:
                 if len(line) > MAX_LINE:
                     raise UserError(f"{file}: line {number} is longer than {MAX_LINE} bytes")
                 if line.strip():
-                    yield Record(file, number, parse_line(file, number, line), unit="line")
+                    values = parse_line(file, number, line)
+                    yield Record(file, number, values, f"{file}: line {number}")
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from error
 

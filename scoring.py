@@ -50,25 +50,22 @@ def score(samples: Sequence[Sample], answers: Sequence[str], protocol: Protocol 
     truths = [s.turns[0][1] for s in samples]
     is_closed = [s.answer_type == "closed" for s in samples]
     images = [str(s.image) for s in samples]
+    shown_closed = [image for image, c in zip(images, is_closed, strict=True) if c]
+    shown_open = [image for image, c in zip(images, is_closed, strict=True) if not c]
     right = [protocol.closed(a, t) for a, t, c in zip(answers, truths, is_closed, strict=True) if c]
     opened = [
         protocol.opened(a, t) for a, t, c in zip(answers, truths, is_closed, strict=True) if not c
     ]
-    shown = [image for image, c in zip(images, is_closed, strict=True) if not c]
-    order = [i for i, c in enumerate(is_closed) if c] + [
-        i for i, c in enumerate(is_closed) if not c
-    ]
-    groups = [images[i] for i in order]
     result = {"n": len(samples), "n_closed": len(right), "n_open": len(opened)}
     result["closed_accuracy"] = mean(right)
     intervals = {"closed_accuracy": wilson(int(sum(right)), len(right))}
     for name in OPEN:
         values = [scores[name] for scores in opened]
         result[f"open_{name}"] = mean(values)
-        intervals[f"open_{name}"] = bootstrap(values, shown)
+        intervals[f"open_{name}"] = bootstrap(values, shown_open)
     for name, by in (("overall", "recall"), ("accuracy", "exact_match")):
         values = right + [scores[by] for scores in opened]
-        result[name], intervals[name] = mean(values), bootstrap(values, groups)
+        result[name], intervals[name] = mean(values), bootstrap(values, shown_closed + shown_open)
     return result | {"ci95": intervals}
 
 

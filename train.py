@@ -244,7 +244,10 @@ def resolve(flags: TrainConfig) -> TrainConfig:
     return flags
 
 
-SAME = ("preset", "data", "lang", "clip", "llm", "tune_vision")  # of earlier phases that are reused
+# Of earlier phases that are reused.
+SAME = (
+    "preset", "data", "lang", "clip", "llm", "tune_vision", "image_folder", "router_labels",
+)  # fmt: skip
 
 
 def earlier_phase(number: int, flags: TrainConfig) -> Path | None:
@@ -254,9 +257,12 @@ def earlier_phase(number: int, flags: TrainConfig) -> Path | None:
         return None
     before = read_meta(path)[1]["flags"]
     for name in SAME:
-        if before[name] != to_dict(flags)[name]:
+        was = before.get(name)
+        if name == "router_labels" and isinstance(was, int):
+            was = None  # an older checkpoint's --router-images
+        if was != to_dict(flags)[name]:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{path} was trained with {flag} {before[name]}: choose another --out")
+            raise UserError(f"{path} was trained with {flag} {was}: choose another --out")
     print(f"phase {number}: done before, {path}")
     return path
 

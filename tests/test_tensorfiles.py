@@ -241,13 +241,17 @@ def test_a_header_that_lies_is_refused_and_takes_no_memory(llm, kind):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
+def stored_as(form, llm):
+    """The file of the model's weights, rewritten as pytorch_model.bin if that is asked for."""
+    if form == "safetensors":
+        return llm / "model.safetensors"
+    torch.save(without_safetensors(llm), llm / "pytorch_model.bin")
+    return llm / "pytorch_model.bin"
+
+
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_truncated_anywhere_is_refused(llm, form):
-    path = llm / "model.safetensors"
-    if form == "bin":
-        tensors = without_safetensors(llm)
-        path = llm / "pytorch_model.bin"
-        torch.save(tensors, path)
+    path = stored_as(form, llm)
     raw, rng = path.read_bytes(), random.Random(0)
     for n in [0, 1, 7, 8, 9, len(raw) - 1, *(rng.randrange(len(raw)) for _ in range(40))]:
         path.write_bytes(raw[:n])
@@ -257,11 +261,7 @@ def test_truncated_anywhere_is_refused(llm, form):
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_a_flipped_bit_gives_the_shapes_that_are_wanted_or_one_line(llm, form):
     """A flipped weight cannot be seen without a checksum; whatever else is hit must be told."""
-    path = llm / "model.safetensors"
-    if form == "bin":
-        tensors = without_safetensors(llm)
-        path = llm / "pytorch_model.bin"
-        torch.save(tensors, path)
+    path = stored_as(form, llm)
     raw, rng, told = path.read_bytes(), random.Random(0), 0
     shapes = {name: p.shape for name, p in load(llm).items()}
     head = struct.unpack("<Q", raw[:8])[0] + 8 if form == "safetensors" else len(raw)

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 import checkpoint
 import train
 from checkpoint import read_meta
-from config import ASSETS, PHASES, MoEConfig, Recipe, UserError, preset
+from config import ASSETS, PHASES, MoEConfig, Recipe, UserError, preset, to_dict
 from data import Dataset, Text
-from flags import TrainConfig
+from flags import TrainConfig, parse
 from model import MedMoE, freeze_all_but, make_sparse
 from sources import load_samples
 from tensorfiles import open_tensors
@@ -317,3 +317,23 @@ def test_a_router_of_modalities_needs_two_of_them(tmp_path, capsys):
             ["--data", f"medmnist:{tmp_path / 'pneumoniamnist.npz'}", "--out", str(tmp_path)]
         )
     assert "has only one modality, X-ray: use --router topk" in capsys.readouterr().err
+
+
+def test_an_earlier_phase_is_reused_only_if_it_was_trained_alike(tmp_path):
+    flags = train.resolve(parse(TrainConfig, ["--out", str(tmp_path)], "train.py"))
+    file = tmp_path / "phase1" / "config.json"
+    file.parent.mkdir()
+
+    def reused(**changed):
+        said = {k: v for k, v in (to_dict(flags) | changed).items() if v != "missing"}
+        values = {"model": to_dict(preset("tiny").model), "phase": 1, "flags": said}
+        file.write_text(json.dumps(values))
+        return train.earlier_phase(1, flags)
+
+    assert reused() == reused(seed=7) == file.parent
+    assert reused(router_labels=1000) == reused(image_folder="missing") == file.parent  # older ones
+    for name, other in (("preset", "phi2"), ("data", ["slake:x"]), ("lang", "zh"), ("llm", "x"),
+                        ("tune_vision", True), ("image_folder", "x"),
+                        ("router_labels", "x.json")):  # fmt: skip
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} .*: choose another --out"):
+            reused(**{name: other})
