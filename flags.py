@@ -75,7 +75,19 @@ class TrainConfig(Common):
     accumulate: int = flag(1, "micro-batches a step; each holds batch_size / accumulate samples")
     clip_grad: float = flag(1.0, "largest gradient norm; 0: no clipping")
     workers: int = flag(2, "threads that read the pictures of the next batches")
+    cache_features: bool = flag(False, "keep what the frozen tower says of a picture on disk")
+    cache_gb: float = flag(20.0, "largest size of that cache")
+    compile: bool = flag(False, "compile the blocks with torch.compile")
+    activation_checkpointing: bool = flag(
+        False, "compute a block's activations again in backward instead of keeping them"
+    )
+    weights: Literal["float32", "bf16", "bf16-stochastic"] = flag(
+        "float32", "kept so; bf16: with fp32 copies of what is trained, or rounded by chance"
+    )
+    lora_rank: int = flag(0, "train low-rank additions to the FFNs in phases 2 and 3; 0: none")
+    expert_parallel: int = flag(1, "processes that share the experts between them (torchrun)")
     save_every: int = flag(200, "steps between checkpoints")
+    keep: int = flag(2, "how many of an unfinished run's checkpoints stay")
     resume: bool = flag(False, "go on from the last checkpoint in --out")
     eval: bool = flag(True, "score the held-out split at the end")
 

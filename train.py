@@ -7,47 +7,27 @@
 A phase starts from the checkpoint of the phase before; one that is missing is made first.
 """
 
-import math
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks import leaks
-from checkpoint import Run, load_checkpoint, read_meta, read_seen
-from config import (
-    IGNORE,
-    PHASES,
-    RELEASED_EXTRA,
-    ModelConfig,
-    MoEConfig,
-    Recipe,
-    UserError,
-    preset,
-    to_dict,
-)
+from checkpoint import load_checkpoint, read_meta, read_seen
+from config import PHASES, RELEASED_EXTRA, ModelConfig, MoEConfig, UserError, preset, to_dict
 from data import Dataset, Text
+from engine.run import Run
+from engine.step import train
 from flags import TrainConfig, at_least, check_writable, parse, reading, user_errors
-from model import MedMoE, describe, freeze_all_but, make_router, make_sparse, precision
-from moe import get_router, load_balancing_loss, router_z_loss
+from model import MedMoE, describe, freeze_all_but, make_router, make_sparse
+from moe import get_router
 from router_training import learn_router
 from sources import has_splits, load_samples
 from tensorfiles import open_tensors, read_json
-from vision import jitter
 from weights import load_published
-
-
-def lr_scale(step: int, n_steps: int) -> float:
-    """Linear warm-up over the first 3 % of the steps, then a cosine down to 0 (paper, Table 11)."""
-    warm = max(1, round(0.03 * n_steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, n_steps - warm)))
 
 
 def trained_patterns(flags: TrainConfig, number: int, config: ModelConfig) -> tuple[str, ...]:
@@ -60,70 +40,6 @@ def trained_patterns(flags: TrainConfig, number: int, config: ModelConfig) -> tu
     if not get_router(config.moe.router).frozen:
         trains += ("decoder.*.mlp.router.*",)
     return trains
-
-
-def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run: Run) -> None:
-    """The loop of every phase: batch, forward, backward, clip, step, log; checkpoints between."""
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(named.values(), lr=recipe.lr, weight_decay=0.0, fused=True)
-    per_epoch = len(data.epoch(recipe.batch_size, flags.seed, 0))
-    n_steps = flags.steps or max(1, round(recipe.epochs * per_epoch))
-    first = run.resume(model, optimizer, named) if flags.resume else 0
-    run.begin_log(first, n_steps, per_epoch, named)
-    model.train()
-    bar = tqdm(range(first, n_steps), initial=first, total=n_steps, desc=run.title, mininterval=1)
-    for step in bar:
-        if step % flags.save_every == 0 and step > first:
-            run.save_step(model, optimizer, named, step)
-        if step == first or step % per_epoch == 0:
-            order = data.epoch(recipe.batch_size, flags.seed, step // per_epoch)
-        rows = order[step % per_epoch]
-        data.prefetch(order[step % per_epoch + 1 :][:2])
-        start = time.perf_counter()
-        loss, n_positions = forward_backward(model, data, rows, flags, run)
-        norm = torch.nn.utils.clip_grad_norm_(named.values(), flags.clip_grad or math.inf)
-        if not (math.isfinite(loss) and norm.isfinite()):
-            ids = ", ".join(data.samples[r].id for r in rows)
-            where = f"{run.title}, step {step}: loss {loss}, gradient norm {norm.item()}"
-            raise UserError(f"{where}; nothing was updated. The batch: {ids}")
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * lr_scale(step, n_steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        speed = n_positions / (time.perf_counter() - start)
-        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{speed:.0f}", refresh=False)
-        if step % 10 == 0 or step == n_steps - 1:
-            lr = optimizer.param_groups[0]["lr"]
-            run.log(step=step, loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_s=round(speed))
-    model.eval()
-
-
-def forward_backward(
-    model: MedMoE, data: Dataset, rows: list[int], flags: TrainConfig, run: Run
-) -> tuple[float, int]:
-    """Gradients of one step, over flags.accumulate micro-batches -> mean loss, positions seen.
-
-    The mean is over all supervised tokens of the step, so accumulation changes nothing.
-    """
-    size = math.ceil(len(rows) / flags.accumulate)
-    batches = [data.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
-    n_tokens = sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches)
-    total = 0.0
-    for batch in batches:
-        batch = batch.to(run.device)
-        if flags.jitter:
-            batch = batch._replace(images=jitter(batch.images))
-        with precision(run.device, run.dtype):
-            out = model.loss(batch)
-        loss = out.total / n_tokens
-        share = out.n_tokens / n_tokens
-        for routing in out.routings:
-            extra = flags.balance * load_balancing_loss(routing, batch.mask)
-            extra = extra + flags.z_loss * router_z_loss(routing, batch.mask)
-            loss = loss + share * extra / len(out.routings)
-        loss.backward()
-        total += loss.item()
-    return total, sum(int(b.mask.sum()) for b in batches)
 
 
 def start_model(number: int, flags: TrainConfig, source: Path | None) -> tuple[MedMoE, Path, dict]:

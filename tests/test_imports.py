@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ALLOWED = {"torch", "numpy", "safetensors", "tokenizers", "PIL", "tqdm"}
 SCRIPTS = {"train", "eval", "chat"}
+PACKAGES = ("benchmarks", "engine")
 
 
 def reading_order() -> list[str]:
@@ -16,7 +17,7 @@ def reading_order() -> list[str]:
 
 
 def files() -> list[Path]:
-    return [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
+    return [*ROOT.glob("*.py"), *(p for name in PACKAGES for p in ROOT.glob(f"{name}/*.py"))]
 
 
 def imports(file: Path) -> set[str]:
@@ -24,11 +25,11 @@ def imports(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "benchmarks":
-            found |= {f"benchmarks.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module in PACKAGES:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             module = node.module
-            found.add(module if module.startswith("benchmarks.") else module.split(".")[0])
+            found.add(module if module.startswith(PACKAGES) else module.split(".")[0])
     return found
 
 

@@ -14,6 +14,9 @@ import train
 from checkpoint import read_meta
 from config import ASSETS, PHASES, MoEConfig, Recipe, UserError, preset, to_dict
 from data import Dataset, Text
+from engine import step
+from engine.processes import ALONE
+from engine.run import Run
 from flags import TrainConfig, parse
 from model import MedMoE, freeze_all_but, make_sparse
 from sources import load_samples
@@ -84,11 +87,11 @@ def test_a_pattern_that_matches_nothing_is_an_error():
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    scale = [train.lr_scale(step, 100) for step in range(100)]
+    scale = [step.lr_scale(i, 100) for i in range(100)]
     assert scale[:3] == [1 / 3, 2 / 3, 1.0]
     assert scale[3] == 1.0 and scale[-1] < 0.001
     assert scale[3:] == sorted(scale[3:], reverse=True)
-    assert train.lr_scale(0, 1) == 1.0
+    assert step.lr_scale(0, 1) == 1.0
 
 
 def run(out, *argv: str) -> None:
@@ -124,7 +127,7 @@ def test_one_command_runs_the_missing_phases_and_each_changes_only_its_own(name,
     assert 4 <= report["n"] <= 12 and sum(map(sum, report["confusion"])) == report["n"]
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(r["phase"], r["step"]) for r in records if "loss" in r] == [
-        (n, step) for n in (1, 2, 3) for step in (0, 1)
+        (n, i) for n in (1, 2, 3) for i in (0, 1)
     ]
     run(tmp_path, "--preset", name, "--steps", "1")
     assert "phase 2: done before" in capsys.readouterr().out
@@ -133,7 +136,7 @@ def test_one_command_runs_the_missing_phases_and_each_changes_only_its_own(name,
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     steps = ("--phase", "2", "--steps", "7", "--save-every", "3", "--jitter")  # draws by chance
     run(tmp_path / "whole", *steps)
-    forward, calls = train.forward_backward, []
+    forward, calls = step.forward_backward, []
 
     def stop_at_the_17th(*args):
         calls.append(1)
@@ -141,15 +144,15 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return forward(*args)
 
-    monkeypatch.setattr(train, "forward_backward", stop_at_the_17th)
+    monkeypatch.setattr(step, "forward_backward", stop_at_the_17th)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "halves", *steps)
     assert [p.name for p in (tmp_path / "halves").glob("*step*")] == ["phase2-step0000003"]
-    monkeypatch.setattr(train, "forward_backward", forward)
+    monkeypatch.setattr(step, "forward_backward", forward)
     with pytest.raises(SystemExit):  # nothing is lost by forgetting --resume
         run(tmp_path / "halves", *steps)
     again = []
-    monkeypatch.setattr(train, "forward_backward", lambda *a: again.append(a[2]) or forward(*a))
+    monkeypatch.setattr(step, "forward_backward", lambda *a: again.append(a[2]) or forward(*a))
     run(tmp_path / "halves", *steps, "--resume")
     assert len(again) == 7 - 3  # it goes on, and does not begin again
     whole, halves = (tmp_path / name / "phase2" for name in ("whole", "halves"))
@@ -173,6 +176,7 @@ class Where:
     """What forward_backward asks a Run for."""
 
     title, device, dtype = "phase 2", torch.device("cpu"), torch.float32
+    processes = ALONE
 
 
 def test_accumulation_changes_nothing():
@@ -183,7 +187,7 @@ def test_accumulation_changes_nothing():
         data.batch = lambda rows, plain=data.batch: plain(rows)._replace(
             images=plain(rows).images.double()
         )
-        loss, _ = train.forward_backward(model, data, list(range(10)), flags, Where)
+        loss, _ = step.forward_backward(model, data, list(range(10)), flags, Where)
         found.append((loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     for loss, grads in found[1:]:
         assert loss == pytest.approx(found[0][0], abs=1e-6)  # the loss is fp32
@@ -201,7 +205,7 @@ def test_accumulation_weighs_the_router_losses_too():
         for block in model.decoder.blocks[::2]:
             torch.nn.init.normal_(block.mlp.router.proj.weight)  # far from logits of 0
         freeze_all_but(model, PHASES[2].trains)
-        train.forward_backward(model, data, [0, 1, 0, 1], flags, Where)
+        step.forward_backward(model, data, [0, 1, 0, 1], flags, Where)
         found.append(model.decoder.blocks[0].mlp.router.proj.weight.grad)
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
     assert found[0].abs().max() > 1e-2
@@ -220,8 +224,8 @@ def test_gradients_are_clipped_to_the_norm_that_is_given(tmp_path, monkeypatch, 
         return norm
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watch)
-    place = train.Run(2, flags, tmp_path / "tokenizer.json")
-    train.train(model, data, replace(flags, steps=2), Recipe(1e-3, 1, 8), place)
+    place = Run(2, flags, tmp_path / "tokenizer.json")
+    step.train(model, data, replace(flags, steps=2), Recipe(1e-3, 1, 8), place)
     for max_norm, before, after in seen:
         assert max_norm == given and before > 0.3
         assert after == pytest.approx(min(before, given), rel=1e-3)
@@ -237,11 +241,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_batch(
     else:
         model.projector.fc1.weight.register_hook(lambda grad: grad * float("inf"))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    place = train.Run(2, flags, tmp_path / "tokenizer.json")
+    place = Run(2, flags, tmp_path / "tokenizer.json")
     with pytest.raises(
         UserError, match=r"phase 2, step 0: loss .* nothing was updated.*batch: \d+"
     ):
-        train.train(model, data, replace(flags, steps=2), Recipe(1e-3, 1, 8), place)
+        step.train(model, data, replace(flags, steps=2), Recipe(1e-3, 1, 8), place)
     for name, param in model.named_parameters():
         assert torch.equal(param.isnan(), before[name].isnan()), name
         assert torch.equal(param.nan_to_num(), before[name].nan_to_num()), name
@@ -250,7 +254,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_batch(
 @pytest.mark.parametrize("error", [SafetensorError, OSError])
 def test_a_full_disk_is_told_and_the_checkpoint_before_stays_whole(tmp_path, monkeypatch, error):
     flags, model, _ = prepared(out=str(tmp_path))
-    place = train.Run(2, flags, train.pretrained(flags)[1] / "tokenizer.json")
+    place = Run(2, flags, train.pretrained(flags)[1] / "tokenizer.json")
     place.save(tmp_path / "phase2", model, {})
 
     def full(*_):
@@ -264,21 +268,21 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays_whole(tmp_path, mon
 
 def test_the_loss_falls(tmp_path):
     flags, model, data = prepared(out=str(tmp_path))
-    place = train.Run(2, flags, tmp_path / "tokenizer.json")
-    train.train(model, data, replace(flags, steps=30), Recipe(2e-3, 1, 24), place)
+    place = Run(2, flags, tmp_path / "tokenizer.json")
+    step.train(model, data, replace(flags, steps=30), Recipe(2e-3, 1, 24), place)
     records = [json.loads(line) for line in place.path.read_text().splitlines()]
     records = [r for r in records if "loss" in r]
     assert records[-1]["loss"] < 0.6 * records[0]["loss"]
-    expected = [2e-3 * train.lr_scale(r["step"], 30) for r in records]
+    expected = [2e-3 * step.lr_scale(r["step"], 30) for r in records]
     assert [r["lr"] for r in records] == pytest.approx(expected) and len(set(expected)) > 2
 
 
 def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own(tmp_path, monkeypatch):
     flags, model, data = prepared(out=str(tmp_path))
-    forward, shown = train.forward_backward, []
-    monkeypatch.setattr(train, "forward_backward", lambda *a: shown.append(a[2]) or forward(*a))
-    place = train.Run(2, flags, tmp_path / "tokenizer.json")
-    train.train(model, data, flags, Recipe(1e-3, 2, 8), place)
+    forward, shown = step.forward_backward, []
+    monkeypatch.setattr(step, "forward_backward", lambda *a: shown.append(a[2]) or forward(*a))
+    place = Run(2, flags, tmp_path / "tokenizer.json")
+    step.train(model, data, flags, Recipe(1e-3, 2, 8), place)
     epochs = shown[:3], shown[3:]
     assert all(sorted(chain.from_iterable(rows)) == list(range(24)) for rows in epochs)
     assert epochs[0] != epochs[1]

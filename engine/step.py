@@ -1,0 +1,109 @@
+"""The loop of every phase, and one step of it."""
+
+import math
+import time
+
+import torch
+from tqdm import tqdm
+
+from config import IGNORE, Recipe, UserError
+from data import Batch, Dataset
+from engine.processes import Processes
+from engine.run import Run
+from flags import TrainConfig
+from model import MedMoE, precision
+from moe import load_balancing_loss, router_z_loss
+from vision import jitter
+
+
+def lr_scale(step: int, n_steps: int) -> float:
+    """Linear warm-up over the first 3 % of the steps, then a cosine down to 0 (paper, Table 11)."""
+    warm = max(1, round(0.03 * n_steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, n_steps - warm)))
+
+
+def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run: Run) -> None:
+    """The loop of every phase: batch, forward, backward, clip, step, log; checkpoints between."""
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(named.values(), lr=recipe.lr, weight_decay=0.0, fused=True)
+    per_epoch = len(data.epoch(recipe.batch_size, flags.seed, 0))
+    n_steps = flags.steps or max(1, round(recipe.epochs * per_epoch))
+    first = run.resume(model, optimizer, named) if flags.resume else 0
+    run.begin_log(first, n_steps, per_epoch, named)
+    model.train()
+    bar = tqdm(range(first, n_steps), initial=first, total=n_steps, desc=run.title, mininterval=1)
+    for step in bar:
+        if step % flags.save_every == 0 and step > first:
+            run.save_step(model, optimizer, named, step)
+        if step == first or step % per_epoch == 0:
+            order = data.epoch(recipe.batch_size, flags.seed, step // per_epoch)
+        rows = order[step % per_epoch]
+        data.prefetch(order[step % per_epoch + 1 :][:2])
+        start = time.perf_counter()
+        loss, n_positions = forward_backward(model, data, rows, flags, run)
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), flags.clip_grad or math.inf)
+        if not (math.isfinite(loss) and norm.isfinite()):
+            ids = ", ".join(data.samples[r].id for r in rows)
+            where = f"{run.title}, step {step}: loss {loss}, gradient norm {norm.item()}"
+            raise UserError(f"{where}; nothing was updated. The batch: {ids}")
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * lr_scale(step, n_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        speed = n_positions / (time.perf_counter() - start)
+        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{speed:.0f}", refresh=False)
+        if step % 10 == 0 or step == n_steps - 1:
+            lr = optimizer.param_groups[0]["lr"]
+            run.log(step=step, loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_s=round(speed))
+    model.eval()
+
+
+def micro_batches(
+    data: Dataset, rows: list[int], accumulate: int, processes: Processes
+) -> list[Batch]:
+    """This process's part of each micro-batch of a step.
+
+    Where there are fewer samples than processes, one without a sample computes another's, with
+    nothing to learn, so that it takes part in every exchange.
+    """
+    size = math.ceil(len(rows) / accumulate)
+    batches = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        mine = processes.share(part)
+        batch = data.batch(mine or part[:1])
+        batches.append(batch if mine else batch._replace(labels=batch.labels.fill_(IGNORE)))
+    return batches
+
+
+def forward_backward(
+    model: MedMoE, data: Dataset, rows: list[int], flags: TrainConfig, run: Run
+) -> tuple[float, int]:
+    """Gradients of one step, over flags.accumulate micro-batches -> mean loss, positions seen.
+
+    The mean is over all supervised tokens of the step, so neither accumulation nor the number of
+    processes changes anything.
+    """
+    batches = micro_batches(data, rows, flags.accumulate, run.processes)
+    supervised = [int((b.labels[:, 1:] != IGNORE).sum()) for b in batches]
+    n_tokens, n_positions = run.processes.sum(
+        sum(supervised), sum(int(b.mask.sum()) for b in batches)
+    )
+    total = 0.0
+    for batch in batches:
+        batch = batch.to(run.device)
+        if flags.jitter:
+            batch = batch._replace(images=jitter(batch.images))
+        with precision(run.device, run.dtype):
+            out = model.loss(batch)
+        loss = out.total / n_tokens
+        share = out.n_tokens / n_tokens
+        for routing in out.routings:
+            extra = flags.balance * load_balancing_loss(routing, batch.mask)
+            extra = extra + flags.z_loss * router_z_loss(routing, batch.mask)
+            loss = loss + share * extra / len(out.routings)
+        loss.backward()
+        total += loss.item()
+    return run.processes.sum(total)[0], int(n_positions)
