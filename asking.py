@@ -14,6 +14,7 @@ from tqdm import tqdm
 from classify import option_likelihoods
 from config import IGNORE, MODALITIES
 from data import Batch, Text, collate, encode_prompt
+from engine.processes import ALONE, Processes
 from metrics import router_report
 from model import MedMoE, Step, generate, precision
 from pictures import Images
@@ -58,15 +59,19 @@ class Asker:
         dtype: torch.dtype,
         batch_size: int = 64,
         max_new: int = 48,
+        processes: Processes = ALONE,
     ):
         self.model, self.text, self.device, self.dtype = model, text, device, dtype
-        self.batch_size, self.max_new = batch_size, max_new
+        self.batch_size, self.max_new, self.processes = batch_size, max_new, processes
         self.images = Images(model.config.vision.image_size, pad=True, workers=2)
 
     def batches(
         self, samples: Sequence[Sample], title: str, picture: Tensor | None = None
     ) -> Iterator[tuple[list[int], Batch]]:
-        """Prompts of similar lengths together, with their places. picture: see answer."""
+        """Prompts of similar lengths together, with their places. picture: see answer.
+
+        Of several processes, each is given its share of the batches.
+        """
         config, text = self.model.config, self.text
         limits = config.vision.n_patches, config.system, config.decoder.max_len
         encoded = []
@@ -75,7 +80,9 @@ class Asker:
             encoded.append((ids, [IGNORE] * len(ids)))
         order = sorted(range(len(samples)), key=lambda i: len(encoded[i][0]))
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        bar = tqdm(groups, desc=title, file=sys.stderr, mininterval=1)
+        groups = self.processes.share(groups)
+        quiet = not self.processes.is_first
+        bar = tqdm(groups, desc=title, file=sys.stderr, mininterval=1, disable=quiet)
         for rows, ahead in zip(bar, [*groups[1:], []], strict=True):
             self.images.prefetch(samples[i] for i in ahead)
             part = [samples[i] for i in rows], [encoded[i] for i in rows]
@@ -91,18 +98,20 @@ class Asker:
             with precision(self.device, self.dtype):
                 steps = list(generate(self.model, batch, self.text.eos_id, self.max_new))
             found |= dict(zip(rows, unpack(steps, batch.mask, self.text), strict=True))
+        found = self.processes.join(found)
         return [found[i] for i in range(len(samples))]
 
     def choose(self, samples: Sequence[Sample]) -> Tensor:
         """Probability of each of the options, which are the same for all samples, (n, C)."""
         text = self.text
         options = [[*text.encode(f" {name}"), text.eos_id] for name in samples[0].options]
-        found = torch.zeros(len(samples), len(options))
+        found: dict[int, Tensor] = {}
         for rows, batch in self.batches(samples, "options"):
             with precision(self.device, self.dtype):
                 scores = option_likelihoods(self.model, batch, options)
-            found[rows] = scores.softmax(dim=-1).cpu()
-        return found
+            found |= dict(zip(rows, scores.softmax(dim=-1).cpu(), strict=True))
+        found = self.processes.join(found)
+        return torch.stack([found[i] for i in range(len(samples))])
 
     def mean_picture(self, samples: Sequence[Sample]) -> Tensor:
         """(3, S, S) CLIP-normalised mean of the samples' different images."""

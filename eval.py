@@ -22,6 +22,7 @@ from benchmarks import leaks
 from checkpoint import load_model, read_seen
 from classify import judge_classes, show_classes
 from config import UserError
+from engine.processes import Processes, start
 from flags import (
     READING,
     Common,
@@ -209,7 +210,7 @@ def report(asker: Asker, samples: list[Sample], flags: EvalConfig, meta: dict) -
     return result
 
 
-def evaluate_checkpoint(flags: EvalConfig) -> dict:
+def evaluate_checkpoint(flags: EvalConfig, processes: Processes) -> dict:
     device, dtype = choose_device(flags.device, flags.dtype)
     model, text, meta = load_model(Path(flags.checkpoint), device, dtype)
     if flags.router_level != "trained":
@@ -220,7 +221,8 @@ def evaluate_checkpoint(flags: EvalConfig) -> dict:
     flags, samples = load_questions(flags, known)
     print(f"{flags.checkpoint} on {' '.join(flags.data)} {flags.split}")
     leaked = check_leaks(samples, Path(flags.checkpoint), known)
-    asker = Asker(model, text, device, dtype, flags.batch_size or 64, flags.max_new)
+    size = flags.batch_size or 64
+    asker = Asker(model, text, device, dtype, size, flags.max_new, processes)
     return {"leaks": leaked} | report(asker, samples, flags, meta)
 
 
@@ -277,7 +279,11 @@ def main(argv: list[str] | None = None) -> dict:
     elif flags.predictions:
         result = evaluate_predictions(flags)
     else:
-        result = evaluate_checkpoint(flags)
+        processes = start(flags.device)
+        result = evaluate_checkpoint(flags, processes)
+        processes.end()
+        if not processes.is_first:  # all know all answers; one is enough to write them
+            return result
     argv = sys.argv[1:] if argv is None else argv
     result["command"] = shlex.join(["python", "eval.py", *argv])
     if flags.answers:

@@ -84,6 +84,7 @@ class MedMoE(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.together = False  # several processes: each runs every module, images or not
         self.vision = VisionTower(config.vision)
         self.projector = Projector(config.vision.width, config.decoder.d_model)
         self.decoder = Decoder(config.decoder)
@@ -102,9 +103,15 @@ class MedMoE(nn.Module):
         is_patch = ids == IMAGE_ID  # (B, T)
         x = self.decoder.embed(ids.masked_fill(is_patch, 0))  # (B, T, D)
         # A cached step is one token, never a patch: no need to look, which would wait for a GPU.
-        if ids.shape[1] > 1 and (len(images) or is_patch.any()):
-            x = splice(x, self.projector(self.vision(images)), is_patch)
+        if ids.shape[1] > 1 and (len(images) or self.together or is_patch.any()):
+            x = splice(x, self.look(images), is_patch)
         return self.decoder(x, mask, hints, cache)
+
+    def look(self, images: Tensor) -> Tensor:
+        """images (n_images, 3, S, S) -> patches (n_images, P, D)."""
+        if self.together and not len(images):  # the others wait for this process's shares
+            return self.projector(self.vision(images.new_zeros(1, *images.shape[1:])))[:0]
+        return self.projector(self.vision(images))
 
     def loss(self, batch: Batch) -> Loss:
         """Next-token cross-entropy, summed over the supervised tokens (paper, equation 5)."""

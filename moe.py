@@ -191,6 +191,7 @@ class Experts(nn.Module):
     def __init__(self, mlp: nn.Module, n_experts: int):
         super().__init__()
         self.is_gated = isinstance(mlp, GatedMLP)
+        self.exchange = None  # with several processes that share the experts: engine/parallel.py
         for name, layer in mlp.named_children():
             stacked = nn.Module()
             for key, param in layer.named_parameters():
@@ -202,22 +203,25 @@ class Experts(nn.Module):
         """x (N, D), gates (N, E) -> (N, D): the gated sum over the experts each row visits."""
         plan = ops.plan_visits(gates)
         rows = ops.permute(x, plan)  # (R, D)
+        out = self.exchange(rows, plan, self.ffn) if self.exchange else self.ffn(rows, plan)
+        return ops.unpermute(out, gates, plan)
+
+    def ffn(self, rows: Tensor, plan: ops.Plan) -> Tensor:
+        """rows (R, D), sorted by expert -> (R, D)."""
         if self.is_gated:
             hidden = F.silu(self.linear("gate", rows, plan)) * self.linear("up", rows, plan)
-            out = self.linear("down", hidden, plan)  # (R, D)
-        else:
-            hidden = F.gelu(self.linear("fc1", rows, plan), approximate="tanh")  # (R, F)
-            out = self.linear("fc2", hidden, plan)  # (R, D)
-        return ops.unpermute(out, gates, plan)
+            return self.linear("down", hidden, plan)
+        hidden = F.gelu(self.linear("fc1", rows, plan), approximate="tanh")  # (R, F)
+        return self.linear("fc2", hidden, plan)
 
     def linear(self, name: str, rows: Tensor, plan: ops.Plan) -> Tensor:
         layer = getattr(self, name)
         kind = rows.device.type
         autocast = torch.is_autocast_enabled(kind)  # grouped_mm is on no autocast list
         dtype = torch.get_autocast_dtype(kind) if autocast else layer.weight.dtype
-        y = ops.grouped_mm(rows.to(dtype), layer.weight.to(dtype), plan.offs)
+        y = ops.grouped_mm(rows.to(dtype), ops.local(layer.weight).to(dtype), plan.offs)
         if (bias := getattr(layer, "bias", None)) is not None:
-            y = y + bias.to(dtype).index_select(0, plan.expert)
+            y = y + ops.local(bias).to(dtype).index_select(0, plan.expert)
         return y
 
 

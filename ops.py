@@ -70,6 +70,11 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     return torch.cat([x[start:end] @ w.t() for (start, end), w in stretches])
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The share of a tensor that lies in this process: all of it, unless it is spread over some."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def _has_grouped_mm(device: torch.device) -> bool:
     # Below sm_90 torch loops over the experts itself and wants bf16; the loop here is as good.
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)

@@ -7,6 +7,7 @@
 A phase starts from the checkpoint of the phase before; one that is missing is made first.
 """
 
+import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -19,6 +20,8 @@ from benchmarks import leaks
 from checkpoint import load_checkpoint, read_meta, read_seen
 from config import PHASES, RELEASED_EXTRA, ModelConfig, MoEConfig, UserError, preset, to_dict
 from data import Dataset, Text
+from engine.parallel import shard
+from engine.processes import ALONE, Processes, start
 from engine.run import Run
 from engine.step import train
 from flags import TrainConfig, at_least, check_writable, parse, reading, user_errors
@@ -81,16 +84,17 @@ def go_sparse(model: MedMoE, flags: TrainConfig, router: dict[str, Tensor]) -> N
     make_sparse(model, sparse_config(flags), router if learnt else None)
 
 
-def run_phase(number: int, flags: TrainConfig, source: Path | None) -> Path:
+def run_phase(
+    number: int, flags: TrainConfig, source: Path | None, processes: Processes = ALONE
+) -> Path:
     """One phase from start to checkpoint; returns the checkpoint's directory."""
     phase, chosen = PHASES[number], preset(flags.preset)
-    torch.manual_seed(flags.seed + number)
+    torch.manual_seed(flags.seed + number)  # all processes begin with the same model
     model, tokenizer, router = start_model(number, flags, source)
     if number == 3 and model.config.moe is None:
         go_sparse(model, flags, router)
-    text, run = Text(tokenizer), Run(number, flags, tokenizer)
+    text, run = Text(tokenizer), Run(number, flags, tokenizer, processes)
     run.refuse_leftovers()
-    model.to(run.device)
     freeze_all_but(model, trained_patterns(flags, number, model.config))
     recipe = (chosen.long if flags.tune_vision else chosen.recipes)[number]
     given = {k: getattr(flags, k) for k in ("lr", "epochs", "batch_size")}
@@ -100,6 +104,11 @@ def run_phase(number: int, flags: TrainConfig, source: Path | None) -> Path:
     print(f"\nphase {number}, {phase.title}: {len(data.samples)} samples, {recipe}")
     print(f"  on {run.device}, matmuls in {run.dtype}; starts from {source or 'pretrained parts'}")
     print("\n".join(describe(model)))
+    if processes.world == 1:
+        model.to(run.device)
+    shard(model, processes, run.device, flags.expert_parallel)
+    if processes.rank:  # else all would drop out the same
+        torch.manual_seed(flags.seed + number + 1000 * processes.rank)
     before = read_seen(source) if source else {}
     extra, meta = {}, {}
     if before is not None:  # else the checkpoint before does not say what it has seen
@@ -186,6 +195,7 @@ def earlier_phase(number: int, flags: TrainConfig) -> Path | None:
 @user_errors
 def main(argv: list[str] | None = None) -> None:
     flags = resolve(parse(TrainConfig, argv, "train.py"))
+    processes = start(flags.device)
     print(" ".join(f"{k}={v}" for k, v in asdict(flags).items()))
     try:
         Path(flags.out).mkdir(parents=True, exist_ok=True)
@@ -194,9 +204,12 @@ def main(argv: list[str] | None = None) -> None:
     source = Path(flags.init) if flags.init else None
     first = flags.phase if flags.init else 1
     for number in range(first, flags.phase):
-        source = earlier_phase(number, flags) or run_phase(number, flags, source)
+        source = earlier_phase(number, flags) or run_phase(number, flags, source, processes)
     done = earlier_phase(flags.phase, flags) if flags.resume else None
-    path = done or run_phase(flags.phase, flags, source)
+    path = done or run_phase(flags.phase, flags, source, processes)
+    processes.end()
+    if not processes.is_first:
+        return
     if flags.eval and not any(has_splits(spec) for spec in flags.data):
         print(f"{' '.join(flags.data)} has no held-out split: name one with eval.py {path} --data")
     elif flags.eval:
@@ -204,7 +217,8 @@ def main(argv: list[str] | None = None) -> None:
         command += ["--device", flags.device, "--dtype", flags.dtype]
         command += ["--json", flags.json] if flags.json else []
         print(f"\npython eval.py {' '.join(command[1:])}", flush=True)
-        if code := subprocess.run([sys.executable, *command]).returncode:
+        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        if code := subprocess.run([sys.executable, *command], env=alone).returncode:
             raise SystemExit(code)
     print(f"\nask it something: python chat.py {path}")
 

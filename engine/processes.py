@@ -4,10 +4,15 @@ Everything here works alike for one process, where nothing is exchanged.
 """
 
 import os
+import sys
 from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from config import UserError
 
 
 class Processes:
@@ -20,8 +25,8 @@ class Processes:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def share(self, rows: Sequence[int]) -> list[int]:
-        """The part of a batch that this process computes; may be empty."""
+    def share(self, rows: Sequence[Any]) -> list[Any]:
+        """The part of a list that is this process's; may be empty."""
         return list(rows[self.rank :: self.world])
 
     def sum(self, *values: float) -> list[float]:
@@ -32,16 +37,47 @@ class Processes:
         dist.all_reduce(total)
         return total.tolist()
 
+    def join(self, part: dict) -> dict:
+        """The dicts of all processes in one, the same everywhere."""
+        if self.world == 1:
+            return part
+        parts: list[dict] = [{}] * self.world
+        dist.all_gather_object(parts, part)
+        return {key: value for found in parts for key, value in found.items()}
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.world > 1:
             dist.barrier()
 
+    def end(self) -> None:
+        if self.world > 1:
+            self.wait()
+            dist.destroy_process_group()
+
 
 ALONE = Processes()
 
 
-def start() -> Processes:
-    """Join the processes that torchrun started, if it did."""
+def start(device: str) -> Processes:
+    """Join the processes that torchrun started, if it did; the first alone prints.
+
+    device: --device; with GPUs each process takes the one of its local rank.
+    Raises UserError where there are fewer GPUs than processes.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    return Processes(int(os.environ.get("RANK", "0")), world)
+    if world == 1:
+        return ALONE
+    backend = "gloo"
+    if device != "cpu" and torch.cuda.is_available():
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    rank = dist.get_rank()
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+    return Processes(rank, world)
