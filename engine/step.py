@@ -88,9 +88,8 @@ def forward_backward(
     """
     batches = micro_batches(data, rows, flags.accumulate, run.processes)
     supervised = [int((b.labels[:, 1:] != IGNORE).sum()) for b in batches]
-    n_tokens, n_positions = run.processes.sum(
-        sum(supervised), sum(int(b.mask.sum()) for b in batches)
-    )
+    positions = [int(b.mask.sum()) for b, n in zip(batches, supervised, strict=True) if n]
+    n_tokens, n_positions = run.processes.sum(sum(supervised), sum(positions))
     total = 0.0
     for batch in batches:
         batch = batch.to(run.device)
