@@ -20,12 +20,13 @@ from benchmarks import leaks
 from checkpoint import load_checkpoint, read_meta, read_seen
 from config import PHASES, RELEASED_EXTRA, ModelConfig, MoEConfig, UserError, preset, to_dict
 from data import Dataset, Text
+from engine.optim import cast_weights
 from engine.parallel import shard
 from engine.processes import ALONE, Processes, start
 from engine.run import Run
 from engine.step import train
 from flags import TrainConfig, at_least, check_writable, parse, reading, user_errors
-from model import MedMoE, describe, freeze_all_but, make_router, make_sparse
+from model import MedMoE, choose_device, describe, freeze_all_but, make_router, make_sparse
 from moe import get_router
 from router_training import learn_router
 from sources import has_splits, load_samples
@@ -91,6 +92,8 @@ def run_phase(
     phase, chosen = PHASES[number], preset(flags.preset)
     torch.manual_seed(flags.seed + number)  # all processes begin with the same model
     model, tokenizer, router = start_model(number, flags, source)
+    if flags.weights != "float32":
+        cast_weights(model, torch.bfloat16)
     if number == 3 and model.config.moe is None:
         go_sparse(model, flags, router)
     text, run = Text(tokenizer), Run(number, flags, tokenizer, processes)
@@ -145,6 +148,8 @@ def resolve(flags: TrainConfig) -> TrainConfig:
              workers=0, max_missing=0)  # fmt: skip
     if flags.json:
         check_writable(Path(flags.json))
+    if flags.weights != "float32" and choose_device(flags.device, flags.dtype)[1] == torch.float32:
+        raise UserError(f"--weights {flags.weights}: needs --dtype bfloat16, not float32")
     if flags.tune_vision is None and flags.init:
         flags = replace(flags, tune_vision=read_meta(Path(flags.init))[1]["flags"]["tune_vision"])
     elif flags.tune_vision is None:

@@ -52,9 +52,7 @@ class Exchange:
     def __init__(self, mesh: DeviceMesh):
         self.group, self.n = mesh.get_group(), mesh.size()
 
-    def __call__(
-        self, rows: Tensor, plan: Plan, ffn: Callable[[Tensor, Plan], Tensor]
-    ) -> Tensor:
+    def __call__(self, rows: Tensor, plan: Plan, ffn: Callable[[Tensor, Plan], Tensor]) -> Tensor:
         """rows (R, D) sorted by expert -> what their experts make of them, (R, D)."""
         ends = plan.offs.long()
         mine = torch.diff(ends, prepend=ends.new_zeros(1)).view(self.n, -1)  # (n, E / n) rows for
@@ -149,7 +147,9 @@ def write_tensors(values: dict[str, Tensor], file: Path) -> None:
         save_file({n: t.detach().cpu().contiguous() for n, t in values.items()}, file)
         return
     parts = file.with_suffix(".parts")
-    writer = dcp.HuggingFaceStorageWriter(str(parts), save_distributed=True, enable_consolidation=True)
+    writer = dcp.HuggingFaceStorageWriter(
+        str(parts), save_distributed=True, enable_consolidation=True
+    )
     dcp.save(values, storage_writer=writer)
     if dist.get_rank() == 0:
         (whole,) = parts.glob("*.safetensors")

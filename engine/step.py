@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from config import IGNORE, Recipe, UserError
 from data import Batch, Dataset
+from engine.optim import make_optimizer
 from engine.processes import Processes
 from engine.run import Run
 from flags import TrainConfig
@@ -27,7 +28,7 @@ def lr_scale(step: int, n_steps: int) -> float:
 def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run: Run) -> None:
     """The loop of every phase: batch, forward, backward, clip, step, log; checkpoints between."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(named.values(), lr=recipe.lr, weight_decay=0.0, fused=True)
+    optimizer = make_optimizer(named, recipe.lr, flags.weights)
     per_epoch = len(data.epoch(recipe.batch_size, flags.seed, 0))
     n_steps = flags.steps or max(1, round(recipe.epochs * per_epoch))
     first = run.resume(model, optimizer, named) if flags.resume else 0
