@@ -219,7 +219,13 @@ class Experts(nn.Module):
         kind = rows.device.type
         autocast = torch.is_autocast_enabled(kind)  # grouped_mm is on no autocast list
         dtype = torch.get_autocast_dtype(kind) if autocast else layer.weight.dtype
-        y = ops.grouped_mm(rows.to(dtype), ops.local(layer.weight).to(dtype), plan.offs)
+
+        def times(x: Tensor, weight: Tensor) -> Tensor:
+            return ops.grouped_mm(x.to(dtype), ops.local(weight).to(dtype), plan.offs)
+
+        y = times(rows, layer.weight)
+        if hasattr(layer, "lora_a"):  # engine/lora.py
+            y = y + layer.lora_scale * times(times(rows, layer.lora_a), layer.lora_b)
         if (bias := getattr(layer, "bias", None)) is not None:
             y = y + ops.local(bias).to(dtype).index_select(0, plan.expert)
         return y

@@ -20,6 +20,7 @@ from benchmarks import leaks
 from checkpoint import load_checkpoint, read_meta, read_seen
 from config import PHASES, RELEASED_EXTRA, ModelConfig, MoEConfig, UserError, preset, to_dict
 from data import Dataset, Text
+from engine import lora
 from engine.optim import cast_weights
 from engine.parallel import shard
 from engine.processes import ALONE, Processes, start
@@ -36,7 +37,7 @@ from weights import load_published
 
 def trained_patterns(flags: TrainConfig, number: int, config: ModelConfig) -> tuple[str, ...]:
     """Which parameters phase `number` trains, as patterns over their names."""
-    trains = PHASES[number].trains
+    trains = lora.TRAINS[number] if flags.lora_rank else PHASES[number].trains
     if number < 3:
         return trains + (("vision.*",) if flags.tune_vision else ())
     if flags.trains == "released":
@@ -96,6 +97,8 @@ def run_phase(
         cast_weights(model, torch.bfloat16)
     if number == 3 and model.config.moe is None:
         go_sparse(model, flags, router)
+    if flags.lora_rank:
+        lora.add_lora(model, flags.lora_rank, number)
     text, run = Text(tokenizer), Run(number, flags, tokenizer, processes)
     run.refuse_leftovers()
     freeze_all_but(model, trained_patterns(flags, number, model.config))
@@ -122,6 +125,7 @@ def run_phase(
         weights, report = learn_router(model, questions, text, flags, run.device, run.dtype)
         extra |= {"router": weights} if weights else {}
         meta = {"router": report}
+    lora.merge_lora(model)
     path = run.folder / f"phase{number}"
     run.save(path, model, extra, **meta)
     run.remove(run.checkpoints())
@@ -150,6 +154,10 @@ def resolve(flags: TrainConfig) -> TrainConfig:
         check_writable(Path(flags.json))
     if flags.weights != "float32" and choose_device(flags.device, flags.dtype)[1] == torch.float32:
         raise UserError(f"--weights {flags.weights}: needs --dtype bfloat16, not float32")
+    if flags.lora_rank:
+        lora.check_rank(flags.lora_rank, model.decoder)
+        if flags.trains == "released":
+            raise UserError("--lora-rank: --trains released trains whole FFNs; give one of the two")
     if flags.tune_vision is None and flags.init:
         flags = replace(flags, tune_vision=read_meta(Path(flags.init))[1]["flags"]["tune_vision"])
     elif flags.tune_vision is None:
