@@ -1,18 +1,21 @@
 """Checkpoints of our own: a directory, written whole or not at all, that needs nothing beside it.
 
-    config.json          the model's dimensions, the flags it was trained with, what was measured
-    model.safetensors    every parameter, under our names
-    tokenizer.json       as it came with the decoder
-    seen.safetensors     hashes of the pictures and answers it was trained on
-    router.safetensors   phase 2 only: the router it trained
-    trainer.safetensors  unfinished runs only: optimizer and random generators
+    config.json            the model's dimensions, the flags it was trained with, what was measured
+    model.safetensors      every parameter and persistent buffer, under our names
+    tokenizer.json         as it came with the decoder
+    seen.safetensors       hashes of the pictures and answers it was trained on
+    router.safetensors     phase 2 only: the router it trained
+    trainer.safetensors    unfinished runs only: the optimizer
+    processN.safetensors   unfinished runs only: the random generators of process N
+    checksums.json         of all these; whoever reads one of them compares it first
 
 A run's folder holds phase1, phase2, phase3 (finished) and phaseN-stepS (to go on from), log.jsonl.
 """
 
 import json
-import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,46 +24,44 @@ from torch import Tensor, nn
 
 from config import ModelConfig, UserError, model_config, to_dict
 from data import Text
+from engine.durable import verify, write_directory
+from engine.processes import ALONE, Processes
 from flags import how_read
 from model import MedMoE, empty_model
 from tensorfiles import open_tensors, read_json, tensor_dtype
-from weights import fill
+from weights import fill, stored
+
+
+def write_whole(values: dict[str, Tensor], file: Path) -> None:
+    save_file({name: t.cpu().contiguous() for name, t in values.items()}, file)
 
 
 def save_checkpoint(
     directory: Path, model: nn.Module, config: ModelConfig, meta: dict, tokenizer: Path,
     extra: dict[str, dict[str, Tensor]],
+    own: dict[str, Tensor] | None = None,
+    write_tensors: Callable[[dict[str, Tensor], Path], None] = write_whole,
+    processes: Processes = ALONE,
 ) -> None:  # fmt: skip
-    """Write a whole checkpoint or none: a temporary sibling, flushed to disk, then renamed.
+    """Write a whole checkpoint or none. Every process calls it.
 
-    extra: {"router": {...}, "trainer": {...}} become further safetensors files.
+    extra          {"router": {...}, "trainer": {...}} become further safetensors files
+    own            tensors that each process has for itself
+    write_tensors  called in every process for model and extra; one file must come of it
     """
-    part = directory.with_name(f".{directory.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    tensors = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
-    for name, values in {"model": tensors, **extra}.items():
-        save_file(values, part / f"{name}.safetensors")
-    shutil.copyfile(tokenizer, part / "tokenizer.json")
-    (part / "config.json").write_text(json.dumps({"model": to_dict(config), **meta}, indent=1))
-    for path in [*part.iterdir(), part]:
-        sync(path)
-    if directory.exists():  # a rename cannot replace a full directory: step aside, then go
-        old = directory.with_name(f".{directory.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
-    part.rename(directory)
-    sync(directory.parent)
-    shutil.rmtree(directory.with_name(f".{directory.name}.old"), ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Force a file or a directory's entries onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    tensors = {n: t.detach() for n, t in stored(model).items()}
+    text = json.dumps({"model": to_dict(config), **meta}, indent=1)
+    by_all = {
+        f"{name}.safetensors": partial(write_tensors, values)
+        for name, values in {"model": tensors, **extra}.items()
+    }
+    if own is not None:
+        by_all[f"process{processes.rank}.safetensors"] = partial(save_file, own)
+    by_first = {
+        "tokenizer.json": partial(shutil.copyfile, tokenizer),
+        "config.json": lambda path: path.write_text(text),
+    }
+    write_directory(directory, by_all, by_first, processes)
 
 
 def read_meta(directory: Path) -> tuple[ModelConfig, dict]:
@@ -69,6 +70,7 @@ def read_meta(directory: Path) -> tuple[ModelConfig, dict]:
         old = directory.with_name(f".{directory.name}.old")
         hint = f" (but {old}, left by an interrupted save)" if old.is_dir() else ""
         raise UserError(f"checkpoint {directory}: no such directory{hint}")
+    verify(directory, "config.json")
     meta = read_json(directory / "config.json")
     try:
         config, flags, phase = model_config(meta.pop("model")), meta["flags"], meta["phase"]
@@ -82,10 +84,17 @@ def read_meta(directory: Path) -> tuple[ModelConfig, dict]:
         ) from error
 
 
-def load_checkpoint(model: nn.Module, directory: Path) -> None:
-    """Fill every parameter from our model.safetensors, each exactly once."""
+def load_checkpoint(
+    model: nn.Module, directory: Path, put: Callable[[Tensor, Tensor], object] = Tensor.copy_
+) -> None:
+    """Fill every parameter and persistent buffer from our model.safetensors, each exactly once.
+
+    put    copies a tensor of the file to its place
+    Raises UserError, before anything is filled, if any file of the checkpoint is not as written.
+    """
+    verify(directory)
     try:
-        fill(model, "", open_tensors(directory / "model.safetensors"), table=None)
+        fill(model, "", open_tensors(directory / "model.safetensors"), table=None, put=put)
     except (KeyError, ValueError) as error:
         raise UserError(f"{directory / 'model.safetensors'}: {error.args[0]}") from error
 
@@ -113,6 +122,7 @@ def read_seen(directory: Path) -> dict[str, Tensor] | None:
     file = directory / "seen.safetensors"
     if not file.is_file():
         return None
+    verify(directory, file.name)
     seen = dict(open_tensors(file))
     shapes = {"images": 1, "looks": 2, "pairs": 2}
     is_whole = seen.keys() == shapes.keys() and all(

@@ -182,7 +182,10 @@ def check_writable(file: Path) -> None:
 
 
 def user_errors(main: Callable) -> Callable:
-    """Wrap a script's main(argv): a UserError becomes one line on stderr and exit code 2."""
+    """Wrap a script's main(argv): a UserError becomes one line on stderr and exit code 2.
+
+    So does Ctrl-C, with exit code 130.
+    """
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> Any:
@@ -193,6 +196,9 @@ def user_errors(main: Callable) -> Callable:
             return main(argv)
         except UserError as error:
             told = str(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
         except BrokenPipeError:  # whoever reads our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise SystemExit(1) from None

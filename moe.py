@@ -191,7 +191,7 @@ class Experts(nn.Module):
     def __init__(self, mlp: nn.Module, n_experts: int):
         super().__init__()
         self.is_gated = isinstance(mlp, GatedMLP)
-        self.exchange = None  # with several processes that share the experts: engine/parallel.py
+        self.exchange = None  # where several processes share the experts: engine/parallel.py
         for name, layer in mlp.named_children():
             stacked = nn.Module()
             for key, param in layer.named_parameters():
@@ -206,8 +206,7 @@ class Experts(nn.Module):
         out = self.exchange(rows, plan, self.ffn) if self.exchange else self.ffn(rows, plan)
         return ops.unpermute(out, gates, plan)
 
-    def ffn(self, rows: Tensor, plan: ops.Plan) -> Tensor:
-        """rows (R, D), sorted by expert -> (R, D)."""
+    def ffn(self, rows: Tensor, plan: ops.Plan) -> Tensor:  # (R, D) -> (R, D)
         if self.is_gated:
             hidden = F.silu(self.linear("gate", rows, plan)) * self.linear("up", rows, plan)
             return self.linear("down", hidden, plan)
@@ -215,8 +214,7 @@ class Experts(nn.Module):
         return self.linear("fc2", hidden, plan)
 
     def linear(self, name: str, rows: Tensor, plan: ops.Plan) -> Tensor:
-        layer = getattr(self, name)
-        kind = rows.device.type
+        layer, kind = getattr(self, name), rows.device.type
         autocast = torch.is_autocast_enabled(kind)  # grouped_mm is on no autocast list
         dtype = torch.get_autocast_dtype(kind) if autocast else layer.weight.dtype
 

@@ -13,7 +13,6 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from benchmarks import leaks
@@ -21,10 +20,11 @@ from checkpoint import load_checkpoint, read_meta, read_seen
 from config import PHASES, RELEASED_EXTRA, ModelConfig, MoEConfig, UserError, preset, to_dict
 from data import Dataset, Text
 from engine import lora
+from engine.generators import seed_all
 from engine.optim import cast_weights
 from engine.parallel import shard
 from engine.processes import ALONE, Processes, start
-from engine.run import Run
+from engine.run import Run, claim, refuse_changed_flags, unfinished
 from engine.step import train
 from flags import TrainConfig, at_least, check_writable, parse, reading, user_errors
 from model import MedMoE, choose_device, describe, freeze_all_but, make_router, make_sparse
@@ -91,7 +91,7 @@ def run_phase(
 ) -> Path:
     """One phase from start to checkpoint; returns the checkpoint's directory."""
     phase, chosen = PHASES[number], preset(flags.preset)
-    torch.manual_seed(flags.seed + number)  # all processes begin with the same model
+    seed_all(flags.seed + number)  # all processes begin with the same model
     model, tokenizer, router = start_model(number, flags, source)
     if flags.weights != "float32":
         cast_weights(model, torch.bfloat16)
@@ -114,7 +114,7 @@ def run_phase(
         model.to(run.device)
     shard(model, processes, run.device, flags.expert_parallel)
     if processes.rank:  # else all would drop out the same
-        torch.manual_seed(flags.seed + number + 1000 * processes.rank)
+        seed_all(flags.seed + number + 1000 * processes.rank)
     before = read_seen(source) if source else {}
     extra, meta = {}, {}
     if before is not None:  # else the checkpoint before does not say what it has seen
@@ -148,8 +148,8 @@ def resolve(flags: TrainConfig) -> TrainConfig:
     model = preset(flags.preset).model
     out = flags.out or f"runs/{flags.preset}"
     flags = replace(flags, data=flags.data or ("phantoms",), out=out)
-    at_least(flags, accumulate=1, experts=1, save_every=1, batch_size=1, steps=1, router_images=1,
-             workers=0, max_missing=0)  # fmt: skip
+    at_least(flags, accumulate=1, experts=1, save_every=1, keep=1, batch_size=1, steps=1,
+             router_images=1, workers=0, max_missing=0)  # fmt: skip
     if flags.json:
         check_writable(Path(flags.json))
     if flags.weights != "float32" and choose_device(flags.device, flags.dtype)[1] == torch.float32:
@@ -189,9 +189,12 @@ SAME = (
 
 
 def earlier_phase(number: int, flags: TrainConfig) -> Path | None:
-    """The finished checkpoint of this phase in --out, if it was trained as this run would."""
+    """The finished checkpoint of this phase in --out, if it was trained as this run would.
+
+    None if there is none, or if --resume is to go on with a later run of the phase.
+    """
     path = Path(flags.out) / f"phase{number}"
-    if not path.is_dir():
+    if not path.is_dir() or (flags.resume and unfinished(path.parent, number)):
         return None
     before = read_meta(path)[1]["flags"]
     for name in SAME:
@@ -205,21 +208,16 @@ def earlier_phase(number: int, flags: TrainConfig) -> Path | None:
     return path
 
 
-@user_errors
-def main(argv: list[str] | None = None) -> None:
-    flags = resolve(parse(TrainConfig, argv, "train.py"))
-    processes = start(flags.device)
-    print(" ".join(f"{k}={v}" for k, v in asdict(flags).items()))
-    try:
-        Path(flags.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {flags.out}: {error.strerror}") from error
+def run_phases(flags: TrainConfig, processes: Processes) -> None:
+    """All phases up to --phase that are missing, then the evaluation."""
     source = Path(flags.init) if flags.init else None
     first = flags.phase if flags.init else 1
     for number in range(first, flags.phase):
         source = earlier_phase(number, flags) or run_phase(number, flags, source, processes)
-    done = earlier_phase(flags.phase, flags) if flags.resume else None
-    path = done or run_phase(flags.phase, flags, source, processes)
+    path = earlier_phase(flags.phase, flags) if flags.resume else None
+    if path:
+        refuse_changed_flags(path, read_meta(path)[1]["flags"], flags)
+    path = path or run_phase(flags.phase, flags, source, processes)
     processes.end()
     if not processes.is_first:
         return
@@ -234,6 +232,19 @@ def main(argv: list[str] | None = None) -> None:
         if code := subprocess.run([sys.executable, *command], env=alone).returncode:
             raise SystemExit(code)
     print(f"\nask it something: python chat.py {path}")
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    flags = resolve(parse(TrainConfig, argv, "train.py"))
+    processes = start(flags.device)
+    print(" ".join(f"{k}={v}" for k, v in asdict(flags).items()))
+    try:
+        Path(flags.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {flags.out}: {error.strerror}") from error
+    with claim(Path(flags.out), processes):
+        run_phases(flags, processes)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ tensors are read one at a time. config.json must agree with the preset.
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,13 @@ def rename(key: str, table: dict[str, str | None]) -> str | None:
     raise KeyError(f"{key!r} is in the checkpoint but in no row of the table")
 
 
+def stored(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer under its name; tied ones once."""
+    persistent = module.state_dict(keep_vars=True).keys()
+    named = dict(module.named_parameters()) | dict(module.named_buffers())
+    return {name: tensor for name, tensor in named.items() if name in persistent}
+
+
 def slots(
     module: nn.Module, prefix: str | tuple[str, ...], by_expert: bool = False
 ) -> dict[str, Tensor]:
@@ -117,7 +124,7 @@ def slots(
     decoder.blocks.0.mlp.experts.fc1.weight (E, F, D) becomes ...experts[0].fc1.weight (F, D), ...
     """
     found = {}
-    for name, param in module.named_parameters():
+    for name, param in stored(module).items():
         if by_expert and ".mlp.experts." in name:
             before, _, after = name.partition(".mlp.experts.")
             shares = enumerate(param.data)
@@ -141,8 +148,9 @@ def fill(
     tensors: Iterable[tuple[str, Tensor]],
     table: dict | None,
     optional: Sequence[str] = (),
+    put: Callable[[Tensor, Tensor], Any] = Tensor.copy_,
 ) -> None:
-    """Copy a checkpoint into the parameters under `prefix`, each exactly once. No table: our names.
+    """Copy a checkpoint into what is stored under `prefix`, each exactly once. No table: our names.
 
     optional: patterns; what one matches becomes 0 if the checkpoint has nothing that it matches
     Raises KeyError for an unknown, doubled or missing name, ValueError for a wrong shape or type.
@@ -159,9 +167,10 @@ def fill(
         if place.shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)}, expected {tuple(place.shape)}"
             raise ValueError(f"{key!r} -> {name!r}: shape {shapes}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{key!r} -> {name!r}: {tensor.dtype}, expected a float type")
-        place.copy_(tensor)
+        if tensor.is_floating_point() != place.is_floating_point():
+            kind = "a float type" if place.is_floating_point() else place.dtype
+            raise ValueError(f"{key!r} -> {name!r}: {tensor.dtype}, expected {kind}")
+        put(place, tensor)
     for pattern in optional:
         absent = fnmatch.filter(missing, pattern)
         if len(absent) == len(fnmatch.filter(every, pattern)):

@@ -17,6 +17,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ops import local
+
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults
 
 
@@ -25,7 +27,11 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW for flags.weights; the caller sets the rate of each step in param_groups."""
     if weights == "float32":
-        return torch.optim.AdamW(named.values(), lr=lr, weight_decay=0.0, fused=True)
+        groups: dict[object, list[nn.Parameter]] = {}
+        for param in named.values():  # fused, it takes parameters that are spread alike
+            groups.setdefault(getattr(param, "device_mesh", None), []).append(param)
+        alike = [{"params": params} for params in groups.values()]
+        return torch.optim.AdamW(alike, lr=lr, weight_decay=0.0, fused=True)
     return NarrowAdamW(named.values(), lr, by_chance=weights == "bf16-stochastic")
 
 
@@ -68,19 +74,14 @@ class NarrowAdamW(torch.optim.Optimizer):
             state["master"] = param.float()
         state["step"] = state["step"].cpu() + 1  # on a GPU, reading it would wait for all before
         seen = [1 - beta ** state["step"].item() for beta in BETAS]  # the moments began at 0
-        mean, square = shard(state["exp_avg"]), shard(state["exp_avg_sq"])
-        grad = shard(param.grad).float()
+        mean, square = local(state["exp_avg"]), local(state["exp_avg_sq"])
+        grad = local(param.grad).float()
         mean.lerp_(grad, 1 - BETAS[0])
         square.lerp_(grad.square(), 1 - BETAS[1])
-        exact = shard(state.get("master", param)).float()  # the very same tensor where it is fp32
+        exact = local(state.get("master", param)).float()  # the very same tensor where it is fp32
         exact.addcdiv_(mean, (square / seen[1]).sqrt_().add_(EPS), value=-lr / seen[0])
         if is_narrow:
-            shard(param).copy_(round_by_chance(exact) if self.by_chance else exact)
-
-
-def shard(tensor: Tensor) -> Tensor:
-    """This process's part of a parameter that FSDP has split, in the same memory."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            local(param).copy_(round_by_chance(exact) if self.by_chance else exact)
 
 
 def round_by_chance(x: Tensor) -> Tensor:

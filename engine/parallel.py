@@ -143,16 +143,17 @@ def write_tensors(values: dict[str, Tensor], file: Path) -> None:
 
     torch's distributed checkpoint writes every process's shares beside it and joins them.
     """
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
     if not any(isinstance(t, DTensor) for t in values.values()):
-        save_file({n: t.detach().cpu().contiguous() for n, t in values.items()}, file)
+        if is_first:
+            save_file({n: t.cpu().contiguous() for n, t in values.items()}, file)
         return
     parts = file.with_suffix(".parts")
     writer = dcp.HuggingFaceStorageWriter(
         str(parts), save_distributed=True, enable_consolidation=True
     )
     dcp.save(values, storage_writer=writer)
-    if dist.get_rank() == 0:
+    if is_first:
         (whole,) = parts.glob("*.safetensors")
         whole.rename(file)
         shutil.rmtree(parts)
-    dist.barrier()

@@ -9,8 +9,10 @@ from tqdm import tqdm
 from config import IGNORE, Recipe, UserError
 from data import Batch, Dataset
 from engine.optim import make_optimizer
+from engine.parallel import clip_gradients
 from engine.processes import Processes
 from engine.run import Run
+from engine.signals import Signals
 from flags import TrainConfig
 from model import MedMoE, precision
 from moe import load_balancing_loss, router_z_loss
@@ -31,33 +33,39 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
     optimizer = make_optimizer(named, recipe.lr, flags.weights)
     per_epoch = len(data.epoch(recipe.batch_size, flags.seed, 0))
     n_steps = flags.steps or max(1, round(recipe.epochs * per_epoch))
+    run.settle(data.samples, steps=n_steps, lr=recipe.lr, batch_size=recipe.batch_size)
     first = run.resume(model, optimizer, named) if flags.resume else 0
     run.begin_log(first, n_steps, per_epoch, named)
     model.train()
-    bar = tqdm(range(first, n_steps), initial=first, total=n_steps, desc=run.title, mininterval=1)
-    for step in bar:
-        if step % flags.save_every == 0 and step > first:
-            run.save_step(model, optimizer, named, step)
-        if step == first or step % per_epoch == 0:
-            order = data.epoch(recipe.batch_size, flags.seed, step // per_epoch)
-        rows = order[step % per_epoch]
-        data.prefetch(order[step % per_epoch + 1 :][:2])
-        start = time.perf_counter()
-        loss, n_positions = forward_backward(model, data, rows, flags, run)
-        norm = torch.nn.utils.clip_grad_norm_(named.values(), flags.clip_grad or math.inf)
-        if not (math.isfinite(loss) and norm.isfinite()):
-            ids = ", ".join(data.samples[r].id for r in rows)
-            where = f"{run.title}, step {step}: loss {loss}, gradient norm {norm.item()}"
-            raise UserError(f"{where}; nothing was updated. The batch: {ids}")
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * lr_scale(step, n_steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        speed = n_positions / (time.perf_counter() - start)
-        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{speed:.0f}", refresh=False)
-        if step % 10 == 0 or step == n_steps - 1:
+    bar = tqdm(range(first, n_steps), initial=first, total=n_steps, desc=run.title,
+               mininterval=1, disable=not run.processes.is_first)  # fmt: skip
+    with Signals(run.processes) as signals:
+        for step in bar:
+            if step == first or step % per_epoch == 0:
+                order = data.epoch(recipe.batch_size, flags.seed, step // per_epoch)
+            rows = order[step % per_epoch]
+            data.prefetch(order[step % per_epoch + 1 :][:2])
+            start = time.perf_counter()
+            loss, n_positions = forward_backward(model, data, rows, flags, run)
+            norm = clip_gradients(named.values(), flags.clip_grad, run.processes)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                ids = ", ".join(data.samples[r].id for r in rows)
+                where = f"{run.title}, step {step}: loss {loss}, gradient norm {norm}"
+                raise UserError(f"{where}; nothing was updated. The batch: {ids}")
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * lr_scale(step, n_steps)
+            optimizer.step()
+            optimizer.zero_grad()
+            speed = n_positions / (time.perf_counter() - start)
+            bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{speed:.0f}", refresh=False)
             lr = optimizer.param_groups[0]["lr"]
-            run.log(step=step, loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_s=round(speed))
+            run.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=round(speed))
+            done, stop = step + 1, signals.asked()
+            if stop or (done % flags.save_every == 0 and done < n_steps):
+                run.save_step(model, optimizer, named, done)
+            if stop:
+                bar.close()
+                run.leave(done, stop)
     model.eval()
 
 

@@ -20,6 +20,7 @@ import train
 from checkpoint import load_model, read_seen
 from config import MODALITIES, UserError
 from data import collate, encode_sample
+from engine.durable import seal
 from model import Step
 from moe import Routing
 from records import Sample
@@ -253,6 +254,7 @@ def test_a_damaged_record_of_what_was_seen_is_no_clean_bill(checkpoint, tmp_path
         file.write_bytes(found)
     else:
         save_file(found, file)
+    seal(tmp_path / "x")
     with pytest.raises(UserError, match=r"seen\.safetensors: "):
         read_seen(tmp_path / "x")
 
@@ -310,6 +312,7 @@ def test_a_damaged_config_is_told_before_anything_is_asked(
     else:
         meta["flags"] |= change
     (tmp_path / "x" / "config.json").write_text(json.dumps(meta))
+    seal(tmp_path / "x")
     with pytest.raises(SystemExit):
         evaluation.main([str(tmp_path / "x")])
     error = capsys.readouterr().err
@@ -322,6 +325,7 @@ def test_a_checkpoint_without_a_record_is_compared_with_the_data_it_names(
     other = tmp_path / "phase3"
     shutil.copytree(checkpoint, other)
     (other / "seen.safetensors").unlink()
+    seal(other)
     ask = ["--split", "train", "--limit", "9", "--max-new", "1"]
     found = [evaluation.main([str(path), *ask])["leaks"] for path in (checkpoint, other)]
     assert found[0] == found[1] and found[0]["questions_seen"] == 9
@@ -329,6 +333,7 @@ def test_a_checkpoint_without_a_record_is_compared_with_the_data_it_names(
     meta = json.loads((other / "config.json").read_text())
     meta["flags"]["data"] = [f"slake:{tmp_path / 'gone'}"]
     (other / "config.json").write_text(json.dumps(meta))
+    seal(other)
     alone = evaluation.main([str(other), *ask, "--data", "phantoms:32"])["leaks"]
     assert alone == {"fingerprint": found[0]["fingerprint"]}
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models
 import data
 from checkpoint import load_checkpoint, load_model, read_meta, save_checkpoint
 from config import MoEConfig, UserError, model_config, to_dict
+from engine.durable import seal
 from model import MedMoE
 from tensorfiles import read_tensors
 from weights import CLIP, DECODERS, clip_table, fill, load_published, publish, rename
@@ -365,7 +366,8 @@ def test_a_checkpoint_is_read_back_bitwise_with_its_config(build, tmp_path, toke
     model = build(family, moe)
     folder = tmp_path / "deep" / "phase3"
     save(folder, model, tokenizer, router={"weight": torch.ones(4, 32)})
-    files = ["config.json", "model.safetensors", "router.safetensors", "tokenizer.json"]
+    files = ["checksums.json", "config.json", "model.safetensors", "router.safetensors"]
+    files.append("tokenizer.json")
     assert sorted(p.name for p in folder.iterdir()) == files
     assert [p.name for p in folder.parent.iterdir()] == ["phase3"]
     config, meta = read_meta(folder)
@@ -486,12 +488,16 @@ def broken(change):
 def test_a_broken_config_is_a_user_error(saved, write, message):
     path = saved / "config.json"
     path.write_text(write(path.read_text()))
+    with pytest.raises(UserError, match=r"config.json: .* does not match checksums"):
+        load(saved)
+    seal(saved)
     with pytest.raises(UserError, match=message):
         load(saved)
 
 
 def test_a_config_that_is_not_text_is_a_user_error(saved):
     (saved / "config.json").write_bytes(b"\xff\xfe\x00")
+    seal(saved)
     with pytest.raises(UserError, match="not JSON"):
         load(saved)
 
@@ -505,6 +511,63 @@ def test_all_tables_keep_our_names_apart():
     for table in (CLIP, *DECODERS.values()):
         ours = [name for name in table.values() if name]
         assert len(ours) == len(set(ours))
+
+
+ROUTER = """
+import torch
+from moe import TopKRouter
+
+class Balanced(TopKRouter):
+    def __init__(self, d_model, n_experts, **how):
+        super().__init__(d_model, n_experts, **how)
+        self.register_buffer("bias", torch.zeros(n_experts))
+        self.register_buffer("visits", torch.zeros(n_experts, dtype=torch.int64))
+        self.register_buffer("last", torch.zeros(1), persistent=False)
+"""
+
+
+def with_buffers(build, folder):
+    (folder / "balanced.py").write_text(ROUTER)
+    model = build(moe={"router": f"{folder / 'balanced.py'}:Balanced"})
+    for i in (0, 2):
+        router = model.decoder.blocks[i].mlp.router
+        router.bias.copy_(torch.randn(4))
+        router.visits.copy_(torch.tensor([1, 2**40 + 1, 3, i]))  # more than a float can hold
+        router.last.fill_(7)
+    return model
+
+
+def test_a_routers_buffers_are_kept_as_strictly_as_parameters(build, tmp_path, tokenizer):
+    model = with_buffers(build, tmp_path)
+    save(tmp_path / "x", model, tokenizer)
+    stored = load_file(tmp_path / "x" / "model.safetensors")
+    name = "decoder.blocks.2.mlp.router."
+    assert {f"{name}bias", f"{name}visits"} < stored.keys() and f"{name}last" not in stored
+    other = load(tmp_path / "x")[0]
+    buffers = dict(other.named_buffers())
+    assert all(torch.equal(buffers[n], b) == (not n.endswith("last"))
+               for n, b in model.named_buffers())  # fmt: skip
+    for change, told in (
+        ({}, r"not in the checkpoint: \['decoder.blocks.2.mlp.router.visits'\]"),
+        ({f"{name}visits": torch.zeros(4)}, r"visits': torch.float32, expected torch.int64"),
+        ({f"{name}visits": torch.zeros(3, dtype=torch.int64)}, r"visits': shape"),
+    ):
+        kept = {n: t for n, t in stored.items() if n != f"{name}visits"}
+        save_file(kept | change, tmp_path / "x" / "model.safetensors")
+        seal(tmp_path / "x")
+        with pytest.raises(UserError, match=told):
+            load(tmp_path / "x")
+
+
+def test_a_tied_head_is_stored_once(build, tmp_path, tokenizer):
+    model = build("llama")
+    model = MedMoE(replace(model.config, decoder=replace(model.config.decoder, tied=True)))
+    save(tmp_path / "x", model, tokenizer)
+    names = [n for n in load_file(tmp_path / "x" / "model.safetensors") if "vision" not in n]
+    assert "decoder.embed.weight" in names and "decoder.lm_head.weight" not in names
+    decoder = load(tmp_path / "x")[0].decoder
+    assert decoder.lm_head.weight is decoder.embed.weight
+    assert torch.equal(decoder.embed.weight, model.decoder.embed.weight)
 
 
 def test_a_copied_checkpoint_needs_nothing_beside_it(saved, tmp_path):

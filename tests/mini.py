@@ -1,0 +1,40 @@
+"""A preset of 30 000 parameters with random weights and dropout, for tests of whole runs."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from config import PRESETS, DecoderConfig, ModelConfig, Preset, Recipe, VisionConfig
+from model import MedMoE
+from weights import CLIP, PHI, publish
+
+VISION = VisionConfig(image_size=32, patch_size=16, width=16, n_layers=2, n_heads=2, d_ff=32)
+DECODER = DecoderConfig("phi", 1024, 16, 3, 2, 32, rotary_dim=4, max_len=512, dropout=0.2)
+RECIPES = {n: Recipe(1e-2, 1, 4) for n in (1, 2, 3)}
+
+
+def mini(folder: Path) -> Preset:
+    """Write its published parts into the folder; `train.py --preset` finds it under PRESETS."""
+    config = ModelConfig(VISION, DECODER)
+    torch.manual_seed(5)
+    tensors = {n: p.detach() for n, p in MedMoE(config).named_parameters()}
+    for part, prefix, table in (("clip", "vision.", CLIP), ("llm", "decoder.", PHI)):
+        (folder / part).mkdir(parents=True)
+        mine = {n: t for n, t in tensors.items() if n.startswith(prefix)}
+        save_file(publish(mine, table, torch.float32), folder / part / "model.safetensors")
+    (folder / "clip" / "config.json").write_text(json.dumps({
+        "image_size": 32, "patch_size": 16, "hidden_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "intermediate_size": 32, "pretrained_on": ["phantoms"],
+    }))  # fmt: skip
+    (folder / "llm" / "config.json").write_text(json.dumps({
+        "model_type": "phi", "vocab_size": 1024, "hidden_size": 16, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "intermediate_size": 32, "partial_rotary_factor": 0.5,
+        "max_position_embeddings": 512, "resid_pdrop": 0.2,
+    }))  # fmt: skip
+    shutil.copy(PRESETS["tiny"].llm / "tokenizer.json", folder / "llm")
+    return replace(PRESETS["tiny"], model=config, recipes=RECIPES, long=RECIPES,
+                   clip=folder / "clip", llm=folder / "llm")  # fmt: skip
