@@ -9,7 +9,7 @@ Shapes: B batch, T positions (text tokens + patches), P patches an image, S imag
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,9 +167,10 @@ class Batch(NamedTuple):
     labels: Tensor  # (B, T) int64, the id where the model must say it, else IGNORE; not shifted
     images: Tensor  # (n_images, 3, S, S) CLIP-normalised, in the order of their placeholders
     modality: Tensor  # (B,) int64 index into MODALITIES, -1 unknown
+    features: Tensor | None = None  # (n_images, P, W) the tower's, if known; then images is empty
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in self))
+        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self))
 
     def prompt(self) -> Tensor:
         """(B, T) bool: real positions before the first answer token."""
@@ -182,10 +183,12 @@ def collate(
     images: Images,
     eos_id: int,
     side: str = "right",
+    features: Callable[[Tensor], Tensor] | None = None,
 ) -> Batch:
     """Samples with their token ids and labels -> a batch.
 
-    side   where the shorter ones are padded: "right" to train, "left" to generate
+    side       where the shorter ones are padded: "right" to train, "left" to generate
+    features   what the tower says of pixels (n, 3, S, S), (n, P, W), to give instead of images
     Raises UserError for a batch that teaches nothing; on the left, where prompts have no labels,
     it may.
     """
@@ -206,7 +209,10 @@ def collate(
     empty = torch.zeros(0, 3, images.size, images.size, dtype=torch.uint8)
     stacked = torch.stack(pixels) if pixels else empty  # (n_images, 3, S, S)
     known = [MODALITIES.index(s.modality) if s.modality else -1 for s in samples]
-    return Batch(ids, mask, labels, normalise(stacked), torch.tensor(known))
+    modality = torch.tensor(known)
+    if features is not None:
+        return Batch(ids, mask, labels, normalise(empty), modality, features(stacked))
+    return Batch(ids, mask, labels, normalise(stacked), modality)
 
 
 def epoch_rows(weights: Sequence[float], rng: random.Random) -> list[int]:
@@ -265,6 +271,7 @@ class Dataset:
         # As released: captions are learnt on cropped pictures, everything else on padded ones.
         self.images = Images(config.vision.image_size, pad=not plain, workers=workers)
         self.eos_id = text.eos_id
+        self.features: Callable[[Tensor], Tensor] | None = None  # of a frozen tower; see collate
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
         """The rows of each batch of this epoch."""
@@ -275,4 +282,4 @@ class Dataset:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         samples, encoded = ([part[r] for r in rows] for part in (self.samples, self.encoded))
-        return collate(samples, encoded, self.images, self.eos_id)
+        return collate(samples, encoded, self.images, self.eos_id, features=self.features)

@@ -98,25 +98,32 @@ class MedMoE(nn.Module):
         images: Tensor,
         hints: Hints = Hints(),
         cache: Cache | None = None,
+        features: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:
-        """-> hidden states (B, T, D) after the final norm, routings. lm_head scores them."""
+        """-> hidden states (B, T, D) after the final norm, routings. lm_head scores them.
+
+        features: what the tower says of the images, (n_images, P, W), where it is known already.
+        """
         is_patch = ids == IMAGE_ID  # (B, T)
         x = self.decoder.embed(ids.masked_fill(is_patch, 0))  # (B, T, D)
         # A cached step is one token, never a patch: no need to look, which would wait for a GPU.
-        if ids.shape[1] > 1 and (len(images) or self.together or is_patch.any()):
-            x = splice(x, self.look(images), is_patch)
+        n_images = len(images if features is None else features)
+        if ids.shape[1] > 1 and (n_images or self.together or is_patch.any()):
+            x = splice(x, self.look(images, features), is_patch)
         return self.decoder(x, mask, hints, cache)
 
-    def look(self, images: Tensor) -> Tensor:
-        """images (n_images, 3, S, S) -> patches (n_images, P, D)."""
-        if self.together and not len(images):  # the others wait for this process's shares
-            return self.projector(self.vision(images.new_zeros(1, *images.shape[1:])))[:0]
-        return self.projector(self.vision(images))
+    def look(self, images: Tensor, features: Tensor | None) -> Tensor:
+        """images (n, 3, S, S), or what the tower says of them, (n, P, W) -> patches (n, P, D)."""
+        shown = images if features is None else features
+        n = len(shown)
+        if self.together and n == 0:  # the others wait for this process's shares: a blank one
+            shown = shown.new_zeros(1, *shown.shape[1:])
+        return self.projector(self.vision(shown) if features is None else shown)[:n]
 
     def loss(self, batch: Batch) -> Loss:
         """Next-token cross-entropy, summed over the supervised tokens (paper, equation 5)."""
         hints = Hints(prompt=batch.prompt(), modality=batch.modality)
-        hidden, routings = self(batch.ids, batch.mask, batch.images, hints)
+        hidden, routings = self(batch.ids, batch.mask, batch.images, hints, None, batch.features)
         target = batch.labels[:, 1:]  # (B, T - 1): position t is scored on token t + 1
         supervised = target != IGNORE
         logits = self.decoder.lm_head(hidden[:, :-1][supervised])  # (n_tokens, V)

@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from benchmarks import leaks
@@ -20,6 +21,7 @@ from checkpoint import load_checkpoint, read_meta, read_seen
 from config import PHASES, RELEASED_EXTRA, ModelConfig, MoEConfig, UserError, preset, to_dict
 from data import Dataset, Text
 from engine import lora
+from engine.features import check_cache, open_features
 from engine.generators import seed_all
 from engine.optim import cast_weights
 from engine.parallel import shard
@@ -107,6 +109,7 @@ def run_phase(
     recipe = replace(recipe, **{k: v for k, v in given.items() if v is not None})
     samples = load_samples(flags.data, phase.data, "train", **reading(flags))
     data = Dataset(samples, text, model.config, phase.plain, flags.workers)
+    data.features = open_features(model, flags, run)
     print(f"\nphase {number}, {phase.title}: {len(data.samples)} samples, {recipe}")
     print(f"  on {run.device}, matmuls in {run.dtype}; starts from {source or 'pretrained parts'}")
     print("\n".join(describe(model)))
@@ -168,6 +171,7 @@ def resolve(flags: TrainConfig) -> TrainConfig:
         flags = replace(flags, tune_vision=bool(seen and new))
     if flags.jitter is None:
         flags = replace(flags, jitter=flags.tune_vision)
+    check_cache(flags)
     if flags.phase == 3:
         make_router(model, sparse_config(flags))
         if flags.router == "modality" and flags.init is None:

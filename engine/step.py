@@ -3,7 +3,6 @@
 import math
 import time
 
-import torch
 from tqdm import tqdm
 
 from config import IGNORE, Recipe, UserError
