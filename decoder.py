@@ -6,6 +6,7 @@ H heads, G heads of keys and values (G = H but for Llama), K head width, E exper
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from config import DecoderConfig
 from moe import MLP, GatedMLP, Hints, Routing
@@ -154,6 +155,8 @@ BLOCKS = {"phi": PhiBlock, "stablelm": StableLMBlock, "llama": LlamaBlock}
 class Decoder(nn.Module):
     """Token embedding, blocks, final LayerNorm and the head that scores the vocabulary."""
 
+    recompute = False  # True: training computes activations again in backward, and keeps none
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
@@ -183,7 +186,11 @@ class Decoder(nn.Module):
         routings = []
         for layer, block in enumerate(self.blocks):
             held = cache.held[layer] if cache is not None else None
-            x, routing = block(x, mask, visible, turn, cache, layer, hints._replace(held=held))
+            args = x, mask, visible, turn, cache, layer, hints._replace(held=held)
+            if self.recompute and self.training:  # dropout draws the same again
+                x, routing = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x, routing = block(*args)
             if routing is not None:
                 routings.append(routing)
                 if cache is not None:

@@ -245,6 +245,21 @@ def freeze_all_but(model: MedMoE, trains: tuple[str, ...]) -> list[str]:
     return [name for name, param in model.named_parameters() if param.requires_grad]
 
 
+def compile_blocks(model: MedMoE) -> None:
+    """Compile every block in place, so that parameters keep their names.
+
+    Of a sparse block only what all rows pass: how many visit an expert is known when they do. A
+    graph that ended there would suit dense blocks too, and recomputing could pick another graph.
+    """
+    torch.compiler.reset()  # the phase before compiled the same code for other tensors
+    for block in (*model.vision.blocks, *model.decoder.blocks):
+        parts = [block]
+        if getattr(block, "is_sparse", False):
+            parts = [block.attn, block.mlp.meta, block.mlp.dense]
+        for part in filter(None, parts):
+            part.compile(dynamic=True)
+
+
 def describe(model: MedMoE) -> list[str]:
     """One line for each family of parameters: trained or frozen, and how many."""
     families: dict[tuple[bool, str], int] = {}

@@ -104,6 +104,7 @@ def run_phase(
     text, run = Text(tokenizer), Run(number, flags, tokenizer, processes)
     run.refuse_leftovers()
     freeze_all_but(model, trained_patterns(flags, number, model.config))
+    model.decoder.recompute = flags.activation_checkpointing
     recipe = (chosen.long if flags.tune_vision else chosen.recipes)[number]
     given = {k: getattr(flags, k) for k in ("lr", "epochs", "batch_size")}
     recipe = replace(recipe, **{k: v for k, v in given.items() if v is not None})
