@@ -214,18 +214,13 @@ class Experts(nn.Module):
         return self.linear("fc2", hidden, plan)
 
     def linear(self, name: str, rows: Tensor, plan: ops.Plan) -> Tensor:
-        layer, kind = getattr(self, name), rows.device.type
-        autocast = torch.is_autocast_enabled(kind)  # grouped_mm is on no autocast list
-        dtype = torch.get_autocast_dtype(kind) if autocast else layer.weight.dtype
-
-        def times(x: Tensor, weight: Tensor) -> Tensor:
-            return ops.grouped_mm(x.to(dtype), ops.local(weight).to(dtype), plan.offs)
-
-        y = times(rows, layer.weight)
+        layer = getattr(self, name)
+        y = ops.grouped_mm(rows, layer.weight, plan.offs)
         if hasattr(layer, "lora_a"):  # engine/lora.py
-            y = y + layer.lora_scale * times(times(rows, layer.lora_a), layer.lora_b)
+            low = ops.grouped_mm(rows, layer.lora_a, plan.offs)  # (R, rank)
+            y = y + layer.lora_scale * ops.grouped_mm(low, layer.lora_b, plan.offs).to(y.dtype)
         if (bias := getattr(layer, "bias", None)) is not None:
-            y = y + ops.local(bias).to(dtype).index_select(0, plan.expert)
+            y = y + ops.local(bias).to(y.dtype).index_select(0, plan.expert)
         return y
 
 

@@ -61,8 +61,13 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """x (R, D) sorted by expert, weight (E, F, D), offs (E,) -> (R, F): x_r @ weight[e].T.
 
     torch.nn.functional.grouped_mm where its conditions hold (2 or 4 byte floats, rows that are
-    multiples of 16 bytes, at least one row), else one matmul per expert, which is the definition.
+    multiples of 16 bytes, at least one row), else one matmul per expert, which is the definition. In the dtype
+    of the weight, or that of autocast.
     """
+    kind, weight = x.device.type, local(weight)
+    autocast = torch.is_autocast_enabled(kind)  # it does not know grouped_mm
+    dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
+    x, weight = x.to(dtype), weight.to(dtype)
     aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
     if x.dtype != torch.float64 and aligned and x.shape[0] > 0 and _has_grouped_mm(x.device):
         return _DenseGrad.apply(F.grouped_mm(x, weight.transpose(1, 2), offs=offs))

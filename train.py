@@ -29,7 +29,15 @@ from engine.processes import ALONE, Processes, start
 from engine.run import Run, claim, refuse_changed_flags, unfinished
 from engine.step import train
 from flags import TrainConfig, at_least, check_writable, parse, reading, user_errors
-from model import MedMoE, choose_device, describe, freeze_all_but, make_router, make_sparse
+from model import (
+    MedMoE,
+    choose_device,
+    compile_blocks,
+    describe,
+    freeze_all_but,
+    make_router,
+    make_sparse,
+)  # fmt: skip
 from moe import get_router
 from router_training import learn_router
 from sources import has_splits, load_samples
@@ -88,12 +96,8 @@ def go_sparse(model: MedMoE, flags: TrainConfig, router: dict[str, Tensor]) -> N
     make_sparse(model, sparse_config(flags), router if learnt else None)
 
 
-def run_phase(
-    number: int, flags: TrainConfig, source: Path | None, processes: Processes = ALONE
-) -> Path:
-    """One phase from start to checkpoint; returns the checkpoint's directory."""
-    phase, chosen = PHASES[number], preset(flags.preset)
-    seed_all(flags.seed + number)  # all processes begin with the same model
+def prepare(number: int, flags: TrainConfig, source: Path | None) -> tuple[MedMoE, Path, list[str]]:
+    """-> the model as this phase trains it, its tokenizer's file, and what there is to say."""
     model, tokenizer, router = start_model(number, flags, source)
     if flags.weights != "float32":
         cast_weights(model, torch.bfloat16)
@@ -101,10 +105,25 @@ def run_phase(
         go_sparse(model, flags, router)
     if flags.lora_rank:
         lora.add_lora(model, flags.lora_rank, number)
-    text, run = Text(tokenizer), Run(number, flags, tokenizer, processes)
-    run.refuse_leftovers()
     freeze_all_but(model, trained_patterns(flags, number, model.config))
     model.decoder.recompute = flags.activation_checkpointing
+    return model, tokenizer, describe(model)
+
+
+def run_phase(
+    number: int, flags: TrainConfig, source: Path | None, processes: Processes = ALONE
+) -> Path:
+    """One phase from start to checkpoint; returns the checkpoint's directory."""
+    phase, chosen = PHASES[number], preset(flags.preset)
+    seed_all(flags.seed + number)  # all processes begin with the same model
+    model, tokenizer, told = prepare(number, flags, source)
+    text, run = Text(tokenizer), Run(number, flags, tokenizer, processes)
+    run.refuse_leftovers()
+    shard(model, processes, run.device, flags.expert_parallel)
+    if flags.compile:
+        compile_blocks(model)
+    if processes.rank:  # else all would drop out the same
+        seed_all(flags.seed + number + 1000 * processes.rank)
     recipe = (chosen.long if flags.tune_vision else chosen.recipes)[number]
     given = {k: getattr(flags, k) for k in ("lr", "epochs", "batch_size")}
     recipe = replace(recipe, **{k: v for k, v in given.items() if v is not None})
@@ -113,16 +132,13 @@ def run_phase(
     data.features = open_features(model, flags, run)
     print(f"\nphase {number}, {phase.title}: {len(data.samples)} samples, {recipe}")
     print(f"  on {run.device}, matmuls in {run.dtype}; starts from {source or 'pretrained parts'}")
-    print("\n".join(describe(model)))
-    if processes.world == 1:
-        model.to(run.device)
-    shard(model, processes, run.device, flags.expert_parallel)
-    if processes.rank:  # else all would drop out the same
-        seed_all(flags.seed + number + 1000 * processes.rank)
+    print("\n".join(told))
     before = read_seen(source) if source else {}
     extra, meta = {}, {}
     if before is not None:  # else the checkpoint before does not say what it has seen
-        extra["seen"] = leaks.merge(before, leaks.seen_by(samples, flags.workers or 1))
+        extra["seen"] = {}  # the first process writes it
+        if processes.is_first:
+            extra["seen"] = leaks.merge(before, leaks.seen_by(samples, flags.workers or 1))
     train(model, data, flags, recipe, run)
     if number == 2:
         questions = load_samples(flags.data, "vqa", "train", **reading(flags))

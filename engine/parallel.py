@@ -69,7 +69,7 @@ class Exchange:
 
 
 def shard(model: MedMoE, processes: Processes, device: torch.device, expert_parallel: int) -> None:
-    """Spread a model that every process holds whole, in place. Raises UserError.
+    """Spread a model that every process holds whole, in place, on the device. Raises UserError.
 
     expert_parallel: so many processes share the experts between them; 1: none
     """
@@ -79,6 +79,7 @@ def shard(model: MedMoE, processes: Processes, device: torch.device, expert_para
         raise UserError(f"--expert-parallel {n}: must divide the {processes.world} processes and "
                         f"the {n_experts} experts")  # fmt: skip
     if processes.world == 1:
+        model.to(device)
         return
     mesh = init_device_mesh(device.type, (processes.world // n, n), mesh_dim_names=("copy", "part"))
     every = mesh["copy", "part"]._flatten("every")
@@ -86,9 +87,13 @@ def shard(model: MedMoE, processes: Processes, device: torch.device, expert_para
         if block.is_sparse and n > 1:
             spread_experts(block.mlp.experts, mesh)
         fully_shard(block, mesh=every, shard_placement_fn=placement(every.size()))
-    for block in model.vision.blocks:
-        fully_shard(block, mesh=every)
-    fully_shard(model, mesh=every)
+    tower = set()
+    if any(p.requires_grad for p in model.vision.parameters()):
+        for block in model.vision.blocks:
+            fully_shard(block, mesh=every)
+    else:  # small beside the decoder; whole, it can be asked by one process alone
+        tower = set(model.vision.to(device).parameters())
+    fully_shard(model, mesh=every, ignored_params=tower)
     model.together = True
     for module in model.modules():
         if isinstance(module, FSDPModule):  # the loss is a share of the whole: sum, not mean
