@@ -61,8 +61,8 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """x (R, D) sorted by expert, weight (E, F, D), offs (E,) -> (R, F): x_r @ weight[e].T.
 
     torch.nn.functional.grouped_mm where its conditions hold (2 or 4 byte floats, rows that are
-    multiples of 16 bytes, at least one row), else one matmul per expert, which is the definition. In the dtype
-    of the weight, or that of autocast.
+    multiples of 16 bytes, at least one row), else one matmul per expert, which is the definition.
+    Computed in the weight's dtype, or in that of autocast.
     """
     kind, weight = x.device.type, local(weight)
     autocast = torch.is_autocast_enabled(kind)  # it does not know grouped_mm
