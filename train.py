@@ -169,7 +169,8 @@ def resolve(flags: TrainConfig) -> TrainConfig:
     out = flags.out or f"runs/{flags.preset}"
     flags = replace(flags, data=flags.data or ("phantoms",), out=out)
     at_least(flags, accumulate=1, experts=1, save_every=1, keep=1, batch_size=1, steps=1,
-             router_images=1, workers=0, max_missing=0)  # fmt: skip
+             router_images=1, expert_parallel=1, workers=0,
+             max_missing=0)  # fmt: skip
     if flags.json:
         check_writable(Path(flags.json))
     if flags.weights != "float32" and choose_device(flags.device, flags.dtype)[1] == torch.float32:
