@@ -250,8 +250,13 @@ def compile_blocks(model: MedMoE) -> None:
 
     Of a sparse block only what all rows pass: how many visit an expert is known when they do. A
     graph that ended there would suit dense blocks too, and recomputing could pick another graph.
+    Raises UserError where torch cannot compile, as without a C++ compiler.
     """
     torch.compiler.reset()  # the phase before compiled the same code for other tensors
+    try:
+        torch.compile(torch.sin)(model.projector.fc1.bias.detach())
+    except Exception as error:  # each backend has its own
+        raise UserError(f"--compile: torch cannot compile here: {error}") from error
     for block in (*model.vision.blocks, *model.decoder.blocks):
         parts = [block]
         if getattr(block, "is_sparse", False):
