@@ -254,7 +254,7 @@ def compile_blocks(model: MedMoE) -> None:
     """
     torch.compiler.reset()  # the phase before compiled the same code for other tensors
     try:
-        torch.compile(torch.sin)(model.projector.fc1.bias.detach())
+        torch.compile(torch.sin)(torch.zeros(1))
     except Exception as error:  # each backend has its own
         raise UserError(f"--compile: torch cannot compile here: {error}") from error
     for block in (*model.vision.blocks, *model.decoder.blocks):

@@ -113,8 +113,8 @@ def test_four_processes_in_two_copies_of_two_halves_of_the_experts(one, tmp_path
 def test_two_processes_do_what_one_does_with_what_else_there_is(tmp_path, more):
     for n in (1, 2):
         launch(n, tmp_path / str(n), *more)
-        # Weights in bf16 take steps of 1/256 of themselves, so that a rounding can be seen.
-    near = 3e-2 if "bf16" in more else 1e-3
+    # A weight in bf16 steps by 1/256 of itself: roundings can be seen after three phases.
+    near = 0.1 if "bf16" in more else 1e-3
     assert losses(tmp_path / "1", 3) == pytest.approx(losses(tmp_path / "2", 3), abs=near)
 
 
