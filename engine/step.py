@@ -1,12 +1,15 @@
 """The loop of every phase, and one step of it."""
 
 import math
+import statistics
 import time
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from config import IGNORE, Recipe, UserError
 from data import Batch, Dataset
+from engine.flops import matmul_rate, model_flops
 from engine.optim import make_optimizer
 from engine.parallel import clip_gradients
 from engine.processes import Processes
@@ -36,6 +39,8 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
     first = run.resume(model, optimizer, named) if flags.resume else 0
     run.begin_log(first, n_steps, per_epoch, named)
     model.train()
+    rate = matmul_rate(run.device, run.dtype) * run.processes.world  # FLOP/s
+    shares = []
     bar = tqdm(range(first, n_steps), initial=first, total=n_steps, desc=run.title,
                mininterval=1, disable=not run.processes.is_first)  # fmt: skip
     with Signals(run.processes) as signals:
@@ -45,7 +50,7 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
             rows = order[step % per_epoch]
             data.prefetch(order[step % per_epoch + 1 :][:2])
             start = time.perf_counter()
-            loss, n_positions = forward_backward(model, data, rows, flags, run)
+            loss, n_positions, flops = forward_backward(model, data, rows, flags, run)
             norm = clip_gradients(named.values(), flags.clip_grad, run.processes)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 ids = ", ".join(data.samples[r].id for r in rows)
@@ -55,16 +60,21 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
                 group["lr"] = recipe.lr * lr_scale(step, n_steps)
             optimizer.step()
             optimizer.zero_grad()
-            speed = n_positions / (time.perf_counter() - start)
-            bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{speed:.0f}", refresh=False)
+            seconds = time.perf_counter() - start
+            speed, mfu = round(n_positions / seconds), flops / seconds / rate
+            shares.append(mfu)
+            bar.set_postfix(loss=f"{loss:.3f}", tok_s=speed, mfu=f"{mfu:.0%}", refresh=False)
             lr = optimizer.param_groups[0]["lr"]
-            run.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=round(speed))
+            run.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed, mfu=mfu)
             done, stop = step + 1, signals.asked()
             if stop or (done % flags.save_every == 0 and done < n_steps):
                 run.save_step(model, optimizer, named, done)
             if stop:
                 bar.close()
                 run.leave(done, stop)
+    if shares:
+        print(f"{run.title}: MFU {statistics.median(shares):.0%} of {rate / 1e9:,.0f} GFLOP/s, "
+              f"what matmuls in {run.dtype} reach here")  # fmt: skip
     model.eval()
 
 
@@ -86,10 +96,18 @@ def micro_batches(
     return batches
 
 
+class Done(NamedTuple):
+    """What the processes have done together in one step."""
+
+    loss: float  # mean over its supervised tokens
+    n_positions: int  # real ones
+    flops: int  # useful ones: engine/flops.py
+
+
 def forward_backward(
     model: MedMoE, data: Dataset, rows: list[int], flags: TrainConfig, run: Run
-) -> tuple[float, int]:
-    """Gradients of one step, over flags.accumulate micro-batches -> mean loss, positions seen.
+) -> Done:
+    """Gradients of one step, over flags.accumulate micro-batches.
 
     The mean is over all supervised tokens of the step, so neither accumulation nor the number of
     processes changes anything.
@@ -98,7 +116,7 @@ def forward_backward(
     supervised = [int((b.labels[:, 1:] != IGNORE).sum()) for b in batches]
     positions = [int(b.mask.sum()) for b, n in zip(batches, supervised, strict=True) if n]
     n_tokens, n_positions = run.processes.sum(sum(supervised), sum(positions))
-    total = 0.0
+    total, flops, cost = 0.0, 0, model_flops(model)
     for batch in batches:
         batch = batch.to(run.device)
         if flags.jitter:
@@ -113,4 +131,6 @@ def forward_backward(
             loss = loss + share * extra / len(out.routings)
         loss.backward()
         total += loss.item()
-    return run.processes.sum(total)[0], int(n_positions)
+        flops += cost.of(batch, out) if out.n_tokens else 0
+    total, flops = run.processes.sum(total, flops)
+    return Done(total, int(n_positions), int(flops))

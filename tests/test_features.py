@@ -200,7 +200,7 @@ def test_the_loss_and_its_gradients_are_those_without_a_cache(tmp_path, shake):
     for data.features in (None, kept):
         kept.seen.clear()
         for rows in steps:
-            loss, _ = step.forward_backward(model, data, rows, TrainConfig(accumulate=2), where)
+            loss, *_ = step.forward_backward(model, data, rows, TrainConfig(accumulate=2), where)
             grads = [p.grad.clone() for p in model.projector.parameters()]
             found.append([torch.tensor(loss), *grads])
             model.zero_grad()

@@ -116,7 +116,7 @@ def test_accumulation_is_exact_in_the_number_of_supervised_tokens(phase, tmp_pat
     for accumulate in (1, 2, 8, 3):
         model, _, flags = prepared(phase, dropout=0.0, accumulate=accumulate)
         model.double()
-        loss, n = step.forward_backward(model, data, rows, flags, place(tmp_path, flags))
+        loss, n, _ = step.forward_backward(model, data, rows, flags, place(tmp_path, flags))
         assert n == sum(lengths)
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         found.append((loss, grads))
