@@ -1,8 +1,14 @@
-"""How fast: python -m lab.bench loader --data slake:DIR
+"""How fast: ours beside the same model put together from transformers' modules, and the loader.
 
-loader  images/s that are decoded, padded, resized and normalised with 1 and 2 threads, beside the
-        images/s that training takes (forward, backward, step; pictures already in memory). Rounds
-        are interleaved and medians reported. The last line is JSON.
+    python -m lab.bench train                       a step of phase 3: forward to optimizer
+    python -m lab.bench generate                    greedy answers, batches of 1 and 8
+    python -m lab.bench loader --data slake:DIR     reading pictures beside training on them
+    python -m lab.bench memory                      what training takes of a GPU: lab/memory.py
+
+train, generate: same weights, same batches, same precision; lab/assembled.py says what the other
+model is (pip install transformers). --preset mid --batch-size 8 --steps 2: 111 M random parameters.
+Ways are timed in turns, a round each; medians over the rounds, the first of which warms up and
+does not count. A ratio is a round's own. The last line is JSON.
 """
 
 import json
@@ -14,26 +20,224 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from config import preset
-from data import Dataset, Text
-from flags import Common, argument, flag, parse, reading, user_errors
-from model import MedMoE, choose_device, freeze_all_but, precision
+from config import (
+    EXPERTS,
+    IGNORE,
+    DecoderConfig,
+    ModelConfig,
+    MoEConfig,
+    UserError,
+    VisionConfig,
+    preset,
+    to_dict,
+)
+from data import Batch, Dataset, Text, collate, encode_prompt
+from flags import Common, argument, at_least, flag, parse, reading, user_errors
+from model import MedMoE, choose_device, freeze_all_but, generate, make_sparse, precision
 from pictures import Images
 from records import Sample
 from sources import load_samples
 from vision import normalise
 from weights import load_published
 
+MID = ModelConfig(
+    VisionConfig(image_size=112, patch_size=16, width=512, n_layers=7, n_heads=8, d_ff=2048),
+    DecoderConfig("phi", 1024, 512, 12, 8, 2048, rotary_dim=32, max_len=512),
+)
+
 
 @dataclass(frozen=True)
 class BenchConfig(Common):
     """Measure speeds on this machine."""
 
-    what: Literal["loader"] = argument("what to measure: loader")
-    preset: str = flag("tiny", "dimensions of the model")
+    what: Literal["train", "generate", "loader", "memory"] = argument("what to measure")
+    preset: str = flag("tiny", "dimensions of the model; train, generate: also mid")
     rounds: int = flag(5, "repetitions, interleaved")
     steps: int = flag(10, "training steps in a round")
+    new_tokens: int = flag(64, "generate: tokens an answer")
+    gpus: int = flag(1, "memory: GPUs that share the model")
+    lora_rank: int = flag(0, "memory: rank of low-rank additions; 0: none")
+    weights: Literal["float32", "bf16", "bf16-stochastic"] = flag("float32", "memory: kept so")
+    activation_checkpointing: bool = flag(False, "memory: activations computed again")
+    length: int = flag(1024, "memory: positions of a sample")
+
+
+def interleave(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Call each way once a round; -> what it did per second, a value a round.
+
+    A way returns how much it did: tokens, pictures, floating-point operations.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for round_ in range(rounds + 1):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            n = run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if round_:  # the first one warms up
+                rates[name].append(n / (time.perf_counter() - start))
+    return rates
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratios(rates: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """How many times as fast, round by round."""
+    return summary([rate / other for rate, other in zip(rates, others, strict=True)])
+
+
+def told(values: dict[str, float], digits: int = 2) -> str:
+    return "{median:.{d}f} ({min:.{d}f} to {max:.{d}f})".format(**values, d=digits)
+
+
+def start(flags: BenchConfig) -> tuple[MedMoE, Text]:
+    """A sparse model that trains what phase 3 does, routers as drawn, and a tokenizer."""
+    torch.manual_seed(flags.seed)
+    chosen = preset("tiny" if flags.preset == "mid" else flags.preset)
+    if chosen.llm is None:
+        raise UserError(f"--preset {flags.preset}: comes without weights and tokenizer")
+    config = MID if flags.preset == "mid" else chosen.model
+    model = MedMoE(config)
+    if flags.preset != "mid":
+        load_published(model, config, chosen.clip, chosen.llm)
+    make_sparse(model, MoEConfig(router="random"))
+    for name, param in model.named_parameters():
+        if name.endswith("router.proj.weight"):
+            nn.init.normal_(param)  # large enough that every expert is visited
+    freeze_all_but(model, EXPERTS)
+    return model.to(choose_device(flags.device, flags.dtype)[0]), Text(chosen.llm)
+
+
+def assembled(ours: MedMoE) -> nn.Module:
+    from lab.assembled import Assembled  # transformers, which nothing else here needs
+
+    return Assembled(ours).to(next(ours.parameters()).device)
+
+
+def stepper(model: nn.Module, loss: Callable[[Batch], Tensor], dtype: torch.dtype) -> Callable:
+    """-> a function that takes one training step on a batch."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+
+    def step(batch: Batch) -> None:
+        with precision(batch.ids.device, dtype):
+            value = loss(batch)
+        value.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def mean_loss(model: MedMoE, batch: Batch) -> Tensor:
+    out = model.loss(batch)
+    return out.total / out.n_tokens
+
+
+def count_flops(run: Callable[[], None]) -> int:
+    """Floating-point operations of the matrix products that run() does, forward and backward."""
+
+    def grouped(a, b, *_, **__) -> int:  # torch counts every product but the experts'
+        return 2 * a.numel() * b[-1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped}) as c:
+        run()
+    return c.get_total_flops()
+
+
+def matmul(device: torch.device, dtype: torch.dtype, n: int = 1024) -> Callable[[], float]:
+    """-> a function that multiplies square matrices and returns how many operations that was."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+
+    def run(times: int = 20) -> float:
+        for _ in range(times):
+            a @ b
+        return times * 2 * n**3
+
+    return run
+
+
+def bench_train(flags: BenchConfig) -> dict:
+    device, dtype = choose_device(flags.device, flags.dtype)
+    ours, text = start(flags)
+    theirs = assembled(ours)
+    samples = load_samples(flags.data or ("phantoms:512",), "vqa", "train", **reading(flags))
+    data = Dataset(samples, text, ours.config, plain=False)
+    order = data.epoch(flags.batch_size or 64, flags.seed, 0)[: flags.steps]
+    batches = [data.batch(rows).to(device) for rows in order]
+    n_tokens = sum(int(batch.mask.sum()) for batch in batches)
+    our_step = stepper(ours.train(), lambda batch: mean_loss(ours, batch), dtype)
+    their_step = stepper(theirs.train(), theirs.loss, dtype)
+
+    def run(step: Callable[[Batch], None]) -> int:
+        for batch in batches:
+            step(batch)
+        return n_tokens
+
+    n_flops = count_flops(lambda: run(our_step))
+    ways = {"ours": lambda: run(our_step), "transformers": lambda: run(their_step)}
+    rates = interleave(ways | {"matmul": matmul(device, dtype)}, flags.rounds)
+    work = [rate * n_flops / n_tokens for rate in rates["ours"]]  # operations a second
+    shares = [w / peak for w, peak in zip(work, rates["matmul"], strict=True)]
+    result = {
+        "tokens_per_s": {name: summary(rates[name]) for name in ways},
+        "ratio": ratios(rates["ours"], rates["transformers"]),
+        "flops_per_step": n_flops // len(batches),
+        "matmul_flops_per_s": summary(rates["matmul"]),
+        "mfu": summary(shares),
+    }
+    for name in ways:
+        print(f"{name:<13}{told(result['tokens_per_s'][name], 0)} tokens/s")
+    print(f"ours is {told(result['ratio'])} times as fast")
+    print(f"{n_flops / len(batches) / 1e9:.1f} GFLOP a step, "
+          f"{told(summary([w / 1e9 for w in work]), 0)} GFLOP/s: {told(result['mfu'])} of what a "
+          f"{dtype} product of 1024 x 1024 matrices reaches")  # fmt: skip
+    sizes = {"batch_size": len(order[0]), "positions": batches[0].ids.shape[1]}
+    return result | sizes
+
+
+def prompts(samples: Sequence[Sample], text: Text, config: ModelConfig) -> Batch:
+    limits = config.vision.n_patches, config.system, config.decoder.max_len
+    ids = [encode_prompt(s.turns[0][0], s.image is not None, text, *limits) for s in samples]
+    encoded = [(row, [IGNORE] * len(row)) for row in ids]
+    return collate(samples, encoded, Images(config.vision.image_size), text.eos_id, side="left")
+
+
+def bench_generate(flags: BenchConfig) -> dict:
+    """Whole answers, picture and prompt included; neither side stops at an end of sentence."""
+    device, dtype = choose_device(flags.device, flags.dtype)
+    ours, text = start(flags)
+    theirs = assembled(ours)
+    for model in (ours, theirs):
+        model.eval().requires_grad_()  # as loaded; autocast keeps no copies of frozen weights
+    samples = load_samples(flags.data or ("phantoms:512",), "vqa", "train", **reading(flags))
+    result = {}
+    for size in (1, 8):
+        batch = prompts(samples[:size], text, ours.config).to(device)
+
+        def by_us(batch: Batch = batch) -> int:
+            with precision(device, dtype):
+                steps = list(generate(ours, batch, eos_id=-1, max_new=flags.new_tokens))
+            return len(steps) * len(batch.ids)
+
+        def by_them(batch: Batch = batch) -> int:
+            with precision(device, dtype):
+                return theirs.generate(batch, flags.new_tokens).numel()
+
+        rates = interleave({"ours": by_us, "transformers": by_them}, flags.rounds)
+        speeds = {name: summary(values) for name, values in rates.items()}
+        ratio = ratios(rates["ours"], rates["transformers"])
+        for name, values in speeds.items():
+            print(f"batch {size}, {name:<13}{told(values, 0)} tokens/s")
+        print(f"batch {size}: ours is {told(ratio)} times as fast")
+        result[f"batch_{size}"] = {"tokens_per_s": speeds, "ratio": ratio}
+    return result | {"new_tokens": flags.new_tokens}
 
 
 def read_all(samples: Sequence[Sample], size: int, workers: int) -> int:
@@ -54,59 +258,56 @@ def training(flags: BenchConfig, samples: Sequence[Sample]) -> Callable[[], int]
     load_published(model, chosen.model, chosen.clip, chosen.llm)
     model.to(device).train()
     freeze_all_but(model, ("projector.*", "decoder.*", "vision.*"))
-    named = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(named, lr=1e-4, weight_decay=0.0, fused=True)
+    step = stepper(model, lambda batch: mean_loss(model, batch), dtype)
     data = Dataset(samples, Text(chosen.llm), chosen.model, plain=False)
     order = data.epoch(flags.batch_size or 64, flags.seed, 0)[: flags.steps]
     for rows in order:
         data.batch(rows)  # into memory, as after the first epoch
 
     def run() -> int:
-        n = 0
         for rows in order:
-            batch = data.batch(rows).to(device)
-            with precision(device, dtype):
-                out = model.loss(batch)
-            (out.total / out.n_tokens).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            n += len(rows)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return n
+            step(data.batch(rows).to(device))
+        return sum(map(len, order))
 
     return run
 
 
 def bench_loader(flags: BenchConfig) -> dict:
-    specs = flags.data or ("phantoms:512",)
-    samples = load_samples(specs, "vqa", "train", **reading(flags))
+    """Pictures that are decoded, padded, resized and normalised with 1 and 2 threads."""
+    samples = load_samples(flags.data or ("phantoms:512",), "vqa", "train", **reading(flags))
     size = preset(flags.preset).model.vision.image_size
     ways = {
         "1 thread": lambda: read_all(samples, size, 1),
         "2 threads": lambda: read_all(samples, size, 2),
         "training": training(flags, samples),
     }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for round_ in range(flags.rounds + 1):  # the first one warms up and does not count
-        for name, run in ways.items():
-            start = time.perf_counter()
-            n = run()
-            if round_:
-                rates[name].append(n / (time.perf_counter() - start))
+    rates = interleave(ways, flags.rounds)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, values in rates.items():
         ratio = medians[name] / medians["training"]
-        spread = f"from {min(values):.0f} to {max(values):.0f}"
-        print(f"{name:<10} {medians[name]:8.0f} images/s ({spread}), {ratio:.1f} x training")
-    return {"data": list(specs), "preset": flags.preset, "size": size, "rounds": flags.rounds,
-            "threads": torch.get_num_threads(), "images_per_s": medians}  # fmt: skip
+        print(f"{name:<10}{told(summary(values), 0)} images/s, {ratio:.1f} x training")
+    return {"size": size, "images_per_s": medians}
+
+
+def bench_memory(flags: BenchConfig) -> dict:
+    from lab import memory  # it brings parts of the training engine along
+
+    return memory.plan(flags)
+
+
+BENCHES = {"train": bench_train, "generate": bench_generate, "loader": bench_loader,
+           "memory": bench_memory}  # fmt: skip
 
 
 @user_errors
 def main(argv: list[str] | None = None) -> dict:
     flags = parse(BenchConfig, argv, "lab.bench")
-    result = {"loader": bench_loader}[flags.what](flags)
+    at_least(flags, rounds=1, steps=1, new_tokens=1, batch_size=1)
+    device, dtype = choose_device(flags.device, flags.dtype)
+    result = BENCHES[flags.what](flags) | {
+        "flags": to_dict(flags), "device": str(device), "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
     print(json.dumps(result))
     return result
 
