@@ -92,7 +92,6 @@ class Features:
                 self.add(key, said)
         return torch.stack([found[key] for key in keys]) if keys else self.none
 
-    @torch.no_grad()
     def compute(self, pixels: Tensor) -> Tensor:
         with precision(self.device, self.dtype):
             return self.tower(normalise(pixels).to(self.device)).cpu()
