@@ -10,6 +10,7 @@ may what it replaces go. A crash leaves at most two of these, which `recover` me
 checksums.json, the last file to be written, has the length and the SHA-256 of every other.
 """
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -35,12 +36,20 @@ def act(operation: Callable, *args: Any) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file or a directory's entries onto the disk, out of memory where that is possible."""
+    """Force a file or a directory's entries onto the disk."""
+    act(fsync, path)
+
+
+def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-        if hasattr(os, "posix_fadvise"):  # so that what is read back comes from the disk
+        if hasattr(os, "posix_fadvise") and path.is_file():
+            # Out of memory, so that what is read back comes from the disk.
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    except OSError as error:
+        if error.errno != errno.EINVAL or path.is_file():  # some disks sync no folders
+            raise
     finally:
         os.close(handle)
 
@@ -131,7 +140,7 @@ def check(file: Path, listed: dict | None) -> None:
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from error
     if found != listed:
-        sizes = f"{found['bytes']} bytes, then {listed['bytes']}"
+        sizes = f"{found['bytes']} bytes, then it had {listed['bytes']}"
         raise UserError(f"{file}: damaged or edited: does not match {CHECKSUMS} ({sizes})")
 
 
@@ -172,11 +181,11 @@ def finish(directory: Path) -> None:
     part, old = beside(directory, "part"), beside(directory, "old")
     seal(part)
     for path in [*part.iterdir(), part]:
-        act(sync, path)
+        sync(path)
     if directory.exists():  # a rename cannot replace a full directory: it steps aside
         act(os.rename, directory, old)
     act(os.rename, part, directory)
-    act(sync, directory.parent)
+    sync(directory.parent)
     verify(directory)
     if old.exists():
         discard(old, directory.name)
@@ -186,9 +195,9 @@ def write_file(path: Path, text: str) -> None:
     """The same for one file of text."""
     part = beside(path, "part")
     act(part.write_text, text)
-    act(sync, part)
+    sync(part)
     act(os.replace, part, path)
-    act(sync, path.parent)
+    sync(path.parent)
 
 
 def recover(folder: Path, *patterns: str) -> None:

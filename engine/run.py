@@ -21,7 +21,7 @@ from torch import Tensor
 
 from checkpoint import load_checkpoint, read_meta, save_checkpoint
 from config import UserError, to_dict
-from engine.durable import act, agree, discard, in_first, locked, recover, sync, write_file
+from engine.durable import agree, discard, in_first, is_sound, locked, recover, sync, write_file
 from engine.generators import generators, set_generators
 from engine.parallel import like, put, write_tensors
 from engine.processes import ALONE, Processes
@@ -66,9 +66,10 @@ def claim(folder: Path, processes: Processes = ALONE) -> Iterator[None]:
             stack.enter_context(locked(folder))
             recover(folder, "phase[123]*", "log.jsonl")
             for number in (1, 2, 3):
-                finished = run_id(folder / f"phase{number}")
-                for path in unfinished(folder, number):
-                    if finished is not None and run_id(path) == finished:
+                finished = folder / f"phase{number}"
+                if finished.is_dir() and (rest := unfinished(folder, number)):
+                    same = [p for p in rest if run_id(p) == run_id(finished) is not None]
+                    for path in same if is_sound(finished) else ():
                         discard(path)  # the crash came between the last save and this
 
         in_first(processes, enter)
@@ -157,7 +158,7 @@ class Run:
             state |= {f"{key}.{name}": t for key, t in kept if key != "step"}
         path = self.folder / f"phase{self.number}-step{step:07}"
         with told(self.path):
-            in_first(self.processes, act, sync, self.path)
+            in_first(self.processes, sync, self.path)
         self.save(path, model, {"trainer": state}, generators(self.device), step=step)
         # A later one is damaged, or this run would have gone on from there.
         older = [p for p in self.checkpoints() if p.name <= path.name]
@@ -188,7 +189,8 @@ class Run:
             except UserError as error:
                 warn_once(f"{error}; {path.name} is left out")
                 continue
-            print(f"{self.title}: goes on from step {step}, {path}")
+            if self.processes.is_first:
+                print(f"{self.title}: goes on from step {step}, {path}")
             return step
         if found:
             raise UserError(f"{self.folder}: no checkpoint of {self.title} is whole, of "
@@ -207,7 +209,6 @@ class Run:
             elif name != "id" and before != now:
                 refuse(path, name, before, now)
         load_checkpoint(model, path, put)
-        optimizer.state.clear()
         for key, tensor in open_tensors(path / "trainer.safetensors"):
             kind, _, name = key.partition(".")
             if name not in named:

@@ -80,7 +80,7 @@ def crash(operation, *args):
 
 def written(operation, args):
     """The file that an operation writes, or None."""
-    if operation in (os.rename, os.replace, os.makedirs, os.unlink, shutil.rmtree, durable.sync):
+    if operation in (os.rename, os.replace, os.makedirs, os.unlink, shutil.rmtree, durable.fsync):
         return None
     return getattr(operation, "__self__", args[-1])  # file.write_text(text), or write(file)
 
@@ -189,7 +189,7 @@ class Disk(Faulty):
         super().__call__(operation, *args)
         if file := written(operation, args):
             self.loose |= {file.stat().st_ino, file.parent.stat().st_ino}
-        elif operation is durable.sync:
+        elif operation is durable.fsync:
             self.loose.discard(args[0].stat().st_ino)
             if args[0] == self.folder:
                 self.synced()
@@ -232,6 +232,21 @@ def test_sync_syncs_files_and_folders(tmp_path, synced):
         assert synced.pop() == path.stat().st_ino
 
 
+def test_a_disk_that_syncs_no_folders_will_do(tmp_path, monkeypatch):
+    def refuse(handle):
+        raise OSError(number, os.strerror(number))
+
+    put("o", tmp_path / "file")
+    monkeypatch.setattr(os, "fsync", refuse)
+    number = errno.EINVAL
+    durable.sync(tmp_path)
+    with pytest.raises(OSError, match="Invalid argument"):
+        durable.sync(tmp_path / "file")
+    number = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        durable.sync(tmp_path)
+
+
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
 def test_an_error_at_any_operation_is_raised_and_leaves_the_old_or_the_new(
@@ -265,6 +280,17 @@ def test_the_old_one_goes_only_after_the_new_one_has_been_read_back(tmp_path, mo
     assert check(folder, True) == "o"
 
 
+def test_a_crash_while_a_damaged_one_is_rolled_back_does_not_hide_the_damage(tmp_path, monkeypatch):
+    for k in range(4):
+        folder = prepare(tmp_path, True)
+        shutil.copytree(folder / "x", folder / ".x.old")
+        (folder / "x" / "b.json").write_text("n" * 100)
+        with monkeypatch.context() as patch, contextlib.suppress(Crash):
+            patch.setattr(durable, "act", Faulty(k, torn))
+            recover(folder, "x")
+        assert check(folder, True) == "o"
+
+
 def test_a_file_is_the_old_or_the_new_at_any_crash(tmp_path, monkeypatch):
     file = tmp_path / "log"
     for fault in (crash, torn):
@@ -290,8 +316,8 @@ def test_only_what_is_named_is_mended(tmp_path):
     ("harm", "told"),
     [
         (lambda d: (d / "a.bin").unlink(), r"a\.bin: no such file, though checksums.json lists it"),
-        (lambda d: (d / "a.bin").write_text("o"), r"a\.bin: damaged.*1 bytes, then 100"),
-        (lambda d: (d / "a.bin").write_text("o" * 99 + "n"), r"a\.bin: damaged or edited"),
+        (lambda d: (d / "a.bin").write_text("o"), r"a\.bin: damaged.*1 bytes, then it had 100"),
+        (lambda d: (d / "b.json").write_text("o" * 99 + "n"), r"b\.json: damaged or edited"),
         (lambda d: (d / CHECKSUMS).write_text("{"), r"checksums\.json: not JSON"),
         (lambda d: (d / CHECKSUMS).write_text("{}"), r"checksums\.json: damaged or edited"),
     ],

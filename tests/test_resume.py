@@ -370,6 +370,13 @@ def test_logs_have_each_step_once_after_any_kill(watched, base, tmp_path):
     assert [r["step"] for r in losses(tmp_path)] == [0, 10, 20, 22]
 
 
+def test_a_logged_step_that_is_done_again_is_logged_once(watched, base, tmp_path):
+    """Killed in step 11, when step 10 is in the log and in no checkpoint but the first."""
+    steps = ("--steps", "12", "--save-every", "10", "--batch-size", "4")
+    interrupted(watched, 1, base, tmp_path, [11], *steps)
+    assert [r["step"] for r in losses(tmp_path)] == [0, 10, 11]
+
+
 ROUTER = """
 import torch
 from moe import TopKRouter, top_k_gates
@@ -408,9 +415,19 @@ def test_a_crash_after_the_last_save_leaves_a_finished_phase(
                 raise Killed
             remove(self, paths)
 
+        watched.after = 9
+        with pytest.raises(Killed):
+            phase(1, base, tmp_path, *STEPS)
+        watched.after = None
         patch.setattr(Run, "remove", stop)
-        phase(1, base, tmp_path, *STEPS)
-    assert unfinished(tmp_path, 1)
+        phase(1, base, tmp_path, *STEPS, "--resume")
+    assert len(unfinished(tmp_path, 1)) == 2
+    file = tmp_path / "phase1" / "model.safetensors"
+    sound = file.read_bytes()
+    harm(file)
+    with claim(tmp_path):
+        assert len(unfinished(tmp_path, 1)) == 2  # they may be all there is
+    file.write_bytes(sound)
     before, watched.seen = weights(tmp_path / "phase1"), []
     phase(1, base, tmp_path, *STEPS, "--resume")
     assert "phase 1: done before" in capsys.readouterr().out
