@@ -61,7 +61,11 @@ def same(a, b):
 def losses(out):
     """What the log says of each step, but for how long it took."""
     records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in records if "loss" in r]
+    return [
+        {k: v for k, v in r.items() if k not in ("tokens_per_s", "mfu")}
+        for r in records
+        if "loss" in r
+    ]
 
 
 class Faults:
