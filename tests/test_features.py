@@ -118,7 +118,7 @@ def test_it_grows_no_larger_than_it_may_and_says_so_once(tmp_path, shake, capsys
 
 
 @pytest.mark.parametrize("left", [1, KEY, KEY + 3, KEY + 4, RECORD - 1])
-def test_a_record_half_written_is_dropped_and_written_anew(tmp_path, shake, left):
+def test_a_record_half_written_is_dropped_and_written_anew(tmp_path, shake, left, capsys):
     model, pixels = tower(shake), pictures(3)
     said = cache(tmp_path, model)(pixels)
     file = file_of(tmp_path)
@@ -129,6 +129,7 @@ def test_a_record_half_written_is_dropped_and_written_anew(tmp_path, shake, left
         torch.testing.assert_close(features(pixels), said, rtol=0, atol=1e-6)
         assert features.seen == n_new and file.stat().st_size == 3 * RECORD
         features.hook.remove()
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", [0, KEY - 1, KEY, KEY + 3, KEY + 4, RECORD - 1])
@@ -174,8 +175,8 @@ def test_on_a_full_disk_it_goes_on_without_adding_and_says_so_once(tmp_path, sha
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and "new pictures pass the tower each time" in told[0]
     features.seen.clear()
-    features(pixels)
-    assert features.seen == [4]
+    features(pixels)  # room that comes free is left to the checkpoints
+    assert features.seen == [4] and file_of(tmp_path).stat().st_size == 2 * RECORD
 
 
 def test_each_process_writes_a_file_of_its_own_and_reads_all(tmp_path, shake):
@@ -207,6 +208,8 @@ def test_the_loss_and_its_gradients_are_those_without_a_cache(tmp_path, shake):
     for without, cached in zip(found[:2], found[2:], strict=True):
         torch.testing.assert_close(cached, without, rtol=0, atol=1e-6)
     assert sum(kept.seen) == 12  # all pictures, and each once
+    batch = data.batch([0, 1])
+    assert batch.images.shape == (0, 3, 32, 32) and batch.features.shape == (2, 4, 32)
     kept.seen.clear()
     step.forward_backward(model, data, steps[0], TrainConfig(), where)
     assert kept.seen == []

@@ -100,9 +100,10 @@ def losses_of_steps():
 @pytest.mark.parametrize("phase", [2, 3])
 def test_accumulation_is_exact_in_the_number_of_supervised_tokens(phase, tmp_path, monkeypatch):
     """8 x 1 = 4 x 2 = 1 x 8, and 3 + 3 + 2, where micro-batches differ in labels and lengths."""
-    plain, found = Dataset.batch, []
+    plain, found, parts = Dataset.batch, [], []
 
     def in_fp64(data, rows):
+        parts.append(rows)
         batch = plain(data, rows)
         return batch._replace(images=batch.images.double())
 
@@ -117,7 +118,8 @@ def test_accumulation_is_exact_in_the_number_of_supervised_tokens(phase, tmp_pat
         model, _, flags = prepared(phase, dropout=0.0, accumulate=accumulate)
         model.double()
         loss, n, _ = step.forward_backward(model, data, rows, flags, place(tmp_path, flags))
-        assert n == sum(lengths)
+        assert n == sum(lengths) and len(parts) == accumulate
+        parts.clear()
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         found.append((loss, grads))
     assert all(grad.abs().max() > 1e-6 for grad in found[0][1].values())
