@@ -2,10 +2,10 @@
 
 Useful FLOPs a second over what the machine's matmuls reach is the model FLOPs utilisation, MFU
 (Chowdhery et al. 2022, appendix B). Counted are matrix products by the model's definition, 2 FLOPs
-for every multiplication and addition: forward, backward to their input where something trained
-lies before it, and backward to their weights where these are trained. Padding is not useful, nor
-is what activation checkpointing computes again. Attention counts every pair of a sample's
-positions, those that the causal mask hides too, as is usual.
+for a multiplication with its addition: forward, backward to the input where something trained lies
+before it, and backward to weights that are trained. Padding is not useful, nor is what activation
+checkpointing computes again. Attention counts every pair of a sample's positions, those that the
+causal mask hides too, as is usual.
 
 Letters are those of config.py.
 """
