@@ -3,7 +3,7 @@
     python -m lab.bench train                       a step of phase 3: forward to optimizer
     python -m lab.bench generate                    greedy answers, batches of 1 and 8
     python -m lab.bench loader --data slake:DIR     reading pictures beside training on them
-    python -m lab.bench memory                      what training takes of a GPU: lab/memory.py
+    python -m lab.bench memory --preset phi2        what training takes of a GPU: lab/memory.py
 
 train, generate: same weights, same batches, same precision; lab/assembled.py says what the other
 model is (pip install transformers). --preset mid --batch-size 8 --steps 2: 111 M random parameters.
@@ -13,6 +13,7 @@ does not count. A ratio is a round's own. The last line is JSON.
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from config import (
     EXPERTS,
@@ -35,7 +35,9 @@ from config import (
     to_dict,
 )
 from data import Batch, Dataset, Text, collate, encode_prompt
+from engine.flops import model_flops
 from flags import Common, argument, at_least, flag, parse, reading, user_errors
+from lab import memory
 from model import MedMoE, choose_device, freeze_all_but, generate, make_sparse, precision
 from pictures import Images
 from records import Sample
@@ -53,16 +55,11 @@ MID = ModelConfig(
 class BenchConfig(Common):
     """Measure speeds on this machine."""
 
-    what: Literal["train", "generate", "loader", "memory"] = argument("what to measure")
+    what: Literal["train", "generate", "loader"] = argument("what to measure")
     preset: str = flag("tiny", "dimensions of the model; train, generate: also mid")
     rounds: int = flag(5, "repetitions, interleaved")
     steps: int = flag(10, "training steps in a round")
     new_tokens: int = flag(64, "generate: tokens an answer")
-    gpus: int = flag(1, "memory: GPUs that share the model")
-    lora_rank: int = flag(0, "memory: rank of low-rank additions; 0: none")
-    weights: Literal["float32", "bf16", "bf16-stochastic"] = flag("float32", "memory: kept so")
-    activation_checkpointing: bool = flag(False, "memory: activations computed again")
-    length: int = flag(1024, "memory: positions of a sample")
 
 
 def interleave(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -140,17 +137,6 @@ def mean_loss(model: MedMoE, batch: Batch) -> Tensor:
     return out.total / out.n_tokens
 
 
-def count_flops(run: Callable[[], None]) -> int:
-    """Floating-point operations of the matrix products that run() does, forward and backward."""
-
-    def grouped(a, b, *_, **__) -> int:  # torch counts every product but the experts'
-        return 2 * a.numel() * b[-1]
-
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped}) as c:
-        run()
-    return c.get_total_flops()
-
-
 def matmul(device: torch.device, dtype: torch.dtype, n: int = 1024) -> Callable[[], float]:
     """-> a function that multiplies square matrices and returns how many operations that was."""
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -180,7 +166,9 @@ def bench_train(flags: BenchConfig) -> dict:
             step(batch)
         return n_tokens
 
-    n_flops = count_flops(lambda: run(our_step))
+    cost = model_flops(ours)
+    with torch.no_grad():
+        n_flops = sum(cost.of(batch, ours.loss(batch)) for batch in batches)
     ways = {"ours": lambda: run(our_step), "transformers": lambda: run(their_step)}
     rates = interleave(ways | {"matmul": matmul(device, dtype)}, flags.rounds)
     work = [rate * n_flops / n_tokens for rate in rates["ours"]]  # operations a second
@@ -289,18 +277,14 @@ def bench_loader(flags: BenchConfig) -> dict:
     return {"size": size, "images_per_s": medians}
 
 
-def bench_memory(flags: BenchConfig) -> dict:
-    from lab import memory  # it brings parts of the training engine along
-
-    return memory.plan(flags)
-
-
-BENCHES = {"train": bench_train, "generate": bench_generate, "loader": bench_loader,
-           "memory": bench_memory}  # fmt: skip
+BENCHES = {"train": bench_train, "generate": bench_generate, "loader": bench_loader}
 
 
 @user_errors
 def main(argv: list[str] | None = None) -> dict:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["memory"]:
+        return memory.main(argv[1:])
     flags = parse(BenchConfig, argv, "lab.bench")
     at_least(flags, rounds=1, steps=1, new_tokens=1, batch_size=1)
     device, dtype = choose_device(flags.device, flags.dtype)

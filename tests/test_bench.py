@@ -6,14 +6,13 @@ Most of it is skipped where transformers is not installed: the project itself do
 import importlib.util
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from config import EXPERTS, IGNORE, IMAGE_ID
 from lab import bench
-from model import freeze_all_but, generate, precision
+from model import freeze_all_but, generate
 
 oracle = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
@@ -145,26 +144,10 @@ def test_a_ratio_is_taken_within_a_round():
     assert bench.ratios([10, 40, 90], [5, 10, 30]) == {"median": 3, "min": 2, "max": 4}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_experts_products_are_counted_forward_and_backward(build, dtype):
-    experts = build("phi", {}).decoder.blocks[0].mlp.experts
-    x, gates = torch.randn(6, 32, requires_grad=True), torch.zeros(6, 4)
-    gates[:, 1], gates[:4, 3] = 0.5, 0.5  # 10 visits
-
-    def run():
-        with precision(x.device, dtype):
-            y = experts(x, gates)
-        y.sum().backward()
-
-    once = 2 * 10 * 32 * 64  # a product of 10 rows with a (64, 32) matrix
-    assert bench.count_flops(run) == 2 * 3 * once  # two layers; forward, to rows, to weights
-
-
-def test_other_work_is_handed_to_its_own_file(monkeypatch, capsys):
-    plan = SimpleNamespace(plan=lambda flags: {"gpus": flags.gpus})
-    monkeypatch.setitem(sys.modules, "lab.memory", plan)
-    assert bench.main(["memory", "--gpus", "8"])["gpus"] == 8
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["gpus"] == 8
+def test_the_memory_plan_is_handed_to_its_own_file(capsys):
+    found = bench.main(["memory", "--preset", "stablelm2", "--gpus", "8"])
+    assert found["gpus"] == 8
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["preset"] == "stablelm2"
 
 
 def test_the_loader_is_measured_beside_training(capsys):
