@@ -76,7 +76,8 @@ def ffn_inputs(model: MedMoE, batch: Batch, layers: range) -> Tensor:
         for i in layers
     ]
     try:
-        model(batch.ids, batch.mask, batch.images, Hints())
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks call no new hooks
+            model(batch.ids, batch.mask, batch.images, Hints())
     finally:
         for hook in hooks:
             hook.remove()

@@ -34,6 +34,7 @@ from engine.run import Run
 from flags import TrainConfig
 from model import MedMoE, compile_blocks, freeze_all_but, make_sparse, precision
 from moe import MLP, GatedMLP, Hints, TopKRouter, load_balancing_loss, upcycle
+from router_training import ffn_inputs
 from sources import load_samples
 
 VISION = VisionConfig(image_size=32, patch_size=16, width=32, n_layers=3, n_heads=4, d_ff=64)
@@ -348,6 +349,8 @@ def compiled_losses(folder, steps, compiles, recompute=False, resume=False):
     with losses_of_steps() as losses:
         step.train(model, data, flags, Recipe(2e-3, 1, 4), place(folder, flags))
     assert [name for name, _ in model.named_parameters()] == names
+    for _ in range(2):  # what teaches the router hooks into the blocks, anew for each batch
+        assert ffn_inputs(model, data.batch([0, 1]), range(1, 2)).shape[:2] == (1, 2)
     return losses
 
 
