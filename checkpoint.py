@@ -28,6 +28,7 @@ from engine.durable import verify, write_directory
 from engine.processes import ALONE, Processes
 from flags import how_read
 from model import MedMoE, empty_model
+from moe import Experts
 from tensorfiles import open_tensors, read_json, tensor_dtype
 from weights import fill, stored
 
@@ -99,12 +100,25 @@ def load_checkpoint(
         raise UserError(f"{directory / 'model.safetensors'}: {error.args[0]}") from error
 
 
+def narrow_matmuls(model: MedMoE, dtype: torch.dtype) -> None:
+    """Once, what autocast would do for every token: same results. Not the routers; they take fp32.
+
+    Tied heads stay too: the embedding reads them.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | Experts) and ".router" not in name:
+            for param in module.parameters():
+                if param is not model.decoder.embed.weight:
+                    param.data = param.data.to(dtype)
+
+
 def load_model(
     directory: Path, device: torch.device, dtype: torch.dtype | None = None
 ) -> tuple[MedMoE, Text, dict]:
     """-> the model, ready to answer, its tokenizer, and what else config.json says.
 
-    Weights stay as they are stored; dtype torch.float32 makes them wider.
+    dtype    what its matmuls will run in. torch.float32 makes narrower weights wider, a narrower
+             one only those that nothing but matmuls read; None leaves them as they are stored
     """
     config, meta = read_meta(directory)
     stored = tensor_dtype(directory / "model.safetensors", "decoder.embed.weight")
@@ -114,6 +128,8 @@ def load_model(
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{directory / 'config.json'}: not a possible model: {error}") from error
     load_checkpoint(model, directory)
+    if dtype not in (None, torch.float32):
+        narrow_matmuls(model, dtype)
     return model.eval().to(device), Text(directory / "tokenizer.json"), meta
 
 

@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from checkpoint import narrow_matmuls
 from config import (
     EXPERTS,
     IGNORE,
@@ -204,6 +205,8 @@ def bench_generate(flags: BenchConfig) -> dict:
     theirs = assembled(ours)
     for model in (ours, theirs):
         model.eval().requires_grad_()  # as loaded; autocast keeps no copies of frozen weights
+    if dtype != torch.float32:
+        narrow_matmuls(ours, dtype)  # as load_model does
     samples = load_samples(flags.data or ("phantoms:512",), "vqa", "train", **reading(flags))
     result = {}
     for size in (1, 8):

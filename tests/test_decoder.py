@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import decoder
+from checkpoint import narrow_matmuls
 from config import IGNORE, IMAGE_ID, UserError
 from decoder import Cache, rotary_angles, rotate, visible_positions
-from model import generate, pick
+from model import generate, pick, precision
 from moe import Hints, TopKRouter
 
 PATCHES = [IMAGE_ID] * 4
@@ -395,3 +396,23 @@ def test_draws_are_reproduced_by_the_generators_seed(build, collate):
 
 def test_each_family_has_a_block_and_no_other():
     assert set(decoder.BLOCKS) == {"phi", "stablelm", "llama"}
+
+
+@FAMILIES
+def test_weights_are_narrowed_once_instead_of_for_every_token(build, collate, family):
+    """What autocast would do each time: every logit and route stays as it is, to the last bit."""
+    batch = collate([([5, *[IMAGE_ID] * 4, 9, 8], [IGNORE] * 7)] * 2, side="left")
+    found = []
+    for narrow in (False, True):
+        model = build(family, {})
+        if narrow:
+            narrow_matmuls(model, torch.bfloat16)
+            kinds = {name: p.dtype for name, p in model.named_parameters()}
+            assert kinds["decoder.embed.weight"] == torch.float32
+            assert kinds["decoder.blocks.0.mlp.router.proj.weight"] == torch.float32
+            experts = [kind for name, kind in kinds.items() if ".experts." in name]
+            assert {*experts, kinds["decoder.lm_head.weight"]} == {torch.bfloat16}
+        with torch.no_grad(), precision(torch.device("cpu"), torch.bfloat16):
+            hidden, routings = model(batch.ids, batch.mask, batch.images)
+            found.append([model.decoder.lm_head(hidden), *(r.gates for r in routings)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
