@@ -349,24 +349,38 @@ def compiled_losses(folder, steps, compiles, recompute=False, resume=False):
     with losses_of_steps() as losses:
         step.train(model, data, flags, Recipe(2e-3, 1, 4), place(folder, flags))
     assert [name for name, _ in model.named_parameters()] == names
-    for _ in range(2):  # what teaches the router hooks into the blocks, anew for each batch
-        assert ffn_inputs(model, data.batch([0, 1]), range(1, 2)).shape[:2] == (1, 2)
     return losses
 
 
-def test_every_graph_is_whole_says_the_same_and_goes_on_from_a_run_without(tmp_path, monkeypatch):
-    """Traced, not yet compiled: pytest -m slow does that too."""
+def only_trace(monkeypatch):
+    """Let torch.compile trace whole graphs and run them as they are; returns whose it traced."""
     really, traced = torch.compile, []
 
     def trace(function, **how):
         traced.append(type(function.__self__).__name__)
         return really(function, backend="eager", fullgraph=True, **how)
 
-    plain = compiled_losses(tmp_path, 4, False)
     monkeypatch.setattr(torch, "compile", trace)
+    return traced
+
+
+def test_every_graph_is_whole_says_the_same_and_goes_on_from_a_run_without(tmp_path, monkeypatch):
+    """Traced, not yet compiled: pytest -m slow does that too."""
+    plain = compiled_losses(tmp_path, 4, False)
+    traced = only_trace(monkeypatch)
     same = compiled_losses(tmp_path, 4, True, resume=True)
     assert len(plain) == 4 and same == pytest.approx(plain[2:], abs=1e-5)
     assert traced[1:] == ["VisionBlock"] * 2 + ["Attention", "MLP", "PhiBlock", "Attention", "MLP"]
+
+
+def test_what_teaches_the_router_looks_into_compiled_blocks(monkeypatch):
+    model, data, _ = prepared(2)
+    model.eval()
+    batch, layers = data.batch(range(4)), range(0, 3, 2)
+    plain = ffn_inputs(model, batch, layers)
+    only_trace(monkeypatch)
+    compile_blocks(model)
+    assert torch.equal(ffn_inputs(model, batch, layers), plain)
 
 
 def test_where_torch_cannot_compile_one_line_says_so(monkeypatch):
