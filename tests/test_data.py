@@ -190,7 +190,7 @@ def test_padding_is_on_its_side_and_masked(text, side):
         dialogue(("Short?", "no"), image=None),
         dialogue(("Hm?", "no"), image=8, modality="pathology"),
     ]
-    encoded, (ids, mask, labels, images, modality) = batch(samples, text, side)
+    encoded, (ids, mask, labels, images, modality, _) = batch(samples, text, side)
     longest = max(len(row) for row, _ in encoded)
     assert ids.shape == mask.shape == labels.shape == (3, longest)
     assert ids.dtype == labels.dtype == modality.dtype == torch.int64 and mask.dtype == torch.bool
@@ -207,14 +207,14 @@ def test_padding_is_on_its_side_and_masked(text, side):
 
 def test_images_come_in_the_order_of_their_samples(text):
     samples = [dialogue(("Q?", "yes"), image=seed) for seed in (5, 3)]
-    _, (_, _, _, images, _) = batch(samples, text, "right")
+    _, (_, _, _, images, *_) = batch(samples, text, "right")
     for seed, image in zip((5, 3), images, strict=True):
         drawn = torch.from_numpy(phantoms.draw(seed, 28).image).permute(2, 0, 1)
         assert torch.equal(image, data.normalise(drawn[None])[0])
 
 
 def test_a_batch_of_text_alone_has_no_images(text):
-    _, (_, _, _, images, modality) = batch([dialogue(("Q?", "yes"), image=None)], text, "right")
+    _, (_, _, _, images, modality, _) = batch([dialogue(("Q?", "yes"), image=None)], text, "right")
     assert images.shape == (0, 3, 28, 28) and modality.tolist() == [-1]
 
 
