@@ -119,9 +119,9 @@ def run_phase(
     model, tokenizer, told = prepare(number, flags, source)
     text, run = Text(tokenizer), Run(number, flags, tokenizer, processes)
     run.refuse_leftovers()
-    shard(model, processes, run.device, flags.expert_parallel)
     if flags.compile:
         compile_blocks(model)
+    shard(model, processes, run.device, flags.expert_parallel)
     if processes.rank:  # else all would drop out the same
         seed_all(flags.seed + number + 1000 * processes.rank)
     recipe = (chosen.long if flags.tune_vision else chosen.recipes)[number]

@@ -15,6 +15,7 @@ import hashlib
 import os
 import zlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,7 +53,7 @@ def tower_key(model: MedMoE, dtype: torch.dtype) -> str:
     digest = hashlib.sha256(f"{model.config.vision} {dtype}".encode())
     for name, param in model.vision.named_parameters():
         digest.update(f"{name} {param.dtype}".encode())
-        digest.update(param.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(as_bytes(param))
     return digest.hexdigest()[:16]
 
 
@@ -84,38 +85,38 @@ class Features:
     def __call__(self, pixels: Tensor) -> Tensor:
         """pixels (n, 3, S, S) uint8 -> (n, P, W); those that are new pass the tower together."""
         keys = [hashlib.sha256(picture.numpy()).digest() for picture in pixels]
-        found = {key: self.read(key) for key in keys}
-        new = {key: i for i, key in enumerate(keys) if found[key] is None}
+        said = self.none.new_empty(len(keys), *self.none.shape[1:])
+        new = {key: i for i, key in enumerate(keys) if not self.read(key, said[i])}
         if new:
-            for key, said in zip(new, self.compute(pixels[list(new.values())]), strict=True):
-                found[key] = said
-                self.add(key, said)
-        return torch.stack([found[key] for key in keys]) if keys else self.none
+            for key, features in zip(new, self.compute(pixels[list(new.values())]), strict=True):
+                self.add(key, features)
+                said[[i for i in range(len(keys)) if keys[i] == key]] = features
+        return said
 
     def compute(self, pixels: Tensor) -> Tensor:
         with precision(self.device, self.dtype):
             return self.tower(normalise(pixels).to(self.device)).cpu()
 
-    def read(self, key: bytes) -> Tensor | None:
-        """(P, W) from the record of this key; None if there is none, or it is damaged."""
+    def read(self, key: bytes, into: Tensor) -> bool:
+        """Fill `into` (P, W) from the record of this key; False if none is there and whole."""
         if key not in self.places:
-            return None
+            return False
         file, start = self.places[key]
         file.seek(start)
-        record = file.read(self.size)
-        values = bytearray(record[KEY + CRC :])
-        if record[: KEY + CRC] != key + checksum(key, values):
+        head, values = file.read(KEY + CRC), as_bytes(into)
+        file.readinto(values)
+        if is_damaged := head != key + checksum(key, values):
             warn_once(f"{file.name}: damaged; its pictures pass the tower again")
-            return None
-        return torch.frombuffer(values, dtype=self.none.dtype).view(self.none.shape[1:])
+        return not is_damaged
 
-    def add(self, key: bytes, said: Tensor) -> None:
+    def add(self, key: bytes, features: Tensor) -> None:
         """Keep a record. The first that finds no room is told, and the last that is tried."""
         if self.is_full:
             return
-        values = said.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        values = as_bytes(features)
         try:
-            self.places[key] = self.file, self.append(key + checksum(key, values) + values)
+            start = self.append(b"".join((key, checksum(key, values), values)))
+            self.places[key] = self.file, start
         except OSError as error:
             self.is_full = True
             warn_once(f"{self.file.name}: {error.strerror}; new pictures pass the tower each time")
@@ -132,5 +133,10 @@ class Features:
         return start
 
 
-def checksum(key: bytes, values: bytes) -> bytes:
+def as_bytes(x: Tensor) -> np.ndarray:
+    """The bytes of x; those of a contiguous tensor on the CPU are its own memory."""
+    return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def checksum(key: bytes, values: np.ndarray) -> bytes:
     return zlib.crc32(values, zlib.crc32(key)).to_bytes(CRC, "little")
