@@ -21,7 +21,17 @@ from torch import Tensor
 
 from checkpoint import load_checkpoint, read_meta, save_checkpoint
 from config import UserError, to_dict
-from engine.durable import agree, discard, in_first, is_sound, locked, recover, sync, write_file
+from engine.durable import (
+    agree,
+    discard,
+    in_first,
+    is_sound,
+    locked,
+    recover,
+    sync,
+    verify,
+    write_file,
+)
 from engine.generators import generators, set_generators
 from engine.parallel import like, put, write_tensors
 from engine.processes import ALONE, Processes
@@ -200,8 +210,12 @@ class Run:
     def load(self, path: Path, model: MedMoE, optimizer, named: dict[str, Tensor]) -> int:
         config, meta = read_meta(path)
         refuse_changed_flags(path, meta["flags"], self.flags)
-        if "run" not in meta or config != model.config:
-            raise Changed(f"{path}: saved by another version: remove it to begin anew")
+        if "run" not in meta:
+            raise Changed(f"{path}: of an older version, which kept too little to go on from")
+        verify(path, "tokenizer.json")
+        is_same = (path / "tokenizer.json").read_bytes() == self.tokenizer.read_bytes()
+        if config != model.config or not is_same:
+            raise Changed(f"{path}: began with another model or tokenizer than this run has now")
         for name, now in self.settled.items():
             before = meta["run"].get(name)
             if name in WHERE and before != now:

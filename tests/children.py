@@ -6,6 +6,7 @@ They are forked from one that has loaded everything, so each begins at once.
 import multiprocessing
 import os
 import resource
+import signal
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,8 @@ def work(preset: Preset, argv: list[str], said: Path, hold: Hold | None, largest
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it is
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored, as is this one under nohup
     if largest is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     PRESETS["mini"] = preset

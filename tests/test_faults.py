@@ -45,6 +45,16 @@ def preset(tmp_path_factory):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """Those of a run in the foreground; in a shell's background SIGINT is ignored."""
+    before = [signal.signal(signal.SIGINT, signal.default_int_handler),
+              signal.signal(signal.SIGHUP, signal.SIG_DFL)]  # fmt: skip
+    yield
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGHUP, before[1])
+
+
 def argv(out, *more):
     return ["--phase", "1", "--preset", "mini", "--data", "phantoms:16", "--dtype", "float32",
             "--no-eval", "--jitter", "--out", str(out), *more]  # fmt: skip

@@ -18,6 +18,7 @@ import train
 from checkpoint import load_model
 from config import PRESETS, UserError, to_dict
 from engine import generators, run, step
+from engine.durable import seal
 from engine.processes import Processes
 from engine.run import MAY_DIFFER, Run, claim, data_digest, refuse_changed_flags, unfinished
 from flags import TrainConfig
@@ -301,10 +302,31 @@ def test_a_run_does_not_go_on_with_other_defaults_or_other_data(
         patch.setitem(PRESETS, "mini", replace(PRESETS["mini"], recipes=recipes))
         line = refused(capsys, 1, base, killed, *STEPS, "--resume")
     assert "with --lr 0.01, would go on with --lr 0.5" in line
+    other = replace(PRESETS["mini"], model=replace(PRESETS["mini"].model, system="Be brief."))
+    with monkeypatch.context() as patch:
+        patch.setitem(PRESETS, "mini", other)
+        line = refused(capsys, 1, base, killed, *STEPS, "--resume")
+    assert "began with another model or tokenizer" in line
+    tokenizer = PRESETS["mini"].llm / "tokenizer.json"
+    text = tokenizer.read_text()
+    tokenizer.write_text(text + " ")
+    line = refused(capsys, 1, base, killed, *STEPS, "--resume")
+    tokenizer.write_text(text)
+    assert "began with another model or tokenizer" in line
     load = train.load_samples
     monkeypatch.setattr(train, "load_samples", lambda *a, **k: load(*a, **k)[::-1])
     line = refused(capsys, 1, base, killed, *STEPS, "--resume")
     assert "with --data of samples" in line and not watched.seen
+
+
+def test_an_older_checkpoint_is_not_gone_on_from_by_guess(base, killed, capsys):
+    for path in unfinished(killed, 1):
+        meta = json.loads((path / "config.json").read_text())
+        del meta["run"]
+        (path / "config.json").write_text(json.dumps(meta))
+        seal(path)
+    line = refused(capsys, 1, base, killed, *STEPS, "--resume")
+    assert "phase1-step0000004: of an older version" in line
 
 
 def test_samples_that_differ_in_anything_or_their_order_are_others():
@@ -326,7 +348,7 @@ def test_another_number_of_processes_goes_on_and_says_what_is_lost(base, killed,
     flags = read_flags(killed)
     for processes in (Processes(), Second(1, 2)):
         model = load_model(killed / "phase1-step0000004", torch.device("cpu"))[0]
-        place = Run(1, flags, killed / "tokenizer.json", processes)
+        place = Run(1, flags, killed / "phase1-step0000004" / "tokenizer.json", processes)
         meta = run.read_meta(killed / "phase1-step0000004")[1]
         place.settled = meta["run"] | {"processes": processes.world}
         named = {n: p for n, p in model.named_parameters() if n.startswith("projector.")}
