@@ -19,10 +19,11 @@ from torch import Tensor
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """softmax(q k' / sqrt(K)) v; q (B, H, T, K), k and v (B, H, C, K) -> (B, H, T, K).
 
-    visible (B, 1, T, C) bool, True where a query may look; None: everywhere. In training on a CPU
-    by definition: there torch's fused kernel takes 4 times as long backward in bf16.
+    visible (B, 1, T, C) bool, True where a query may look; None: everywhere. On a CPU, where
+    gradients are needed, by definition: torch's fused kernel takes 4 times as long backward in
+    bf16.
     """
-    if q.device.type != "cpu" or not torch.is_grad_enabled():
+    if q.device.type != "cpu" or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, C)
     if visible is not None:

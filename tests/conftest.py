@@ -7,6 +7,8 @@ from config import IGNORE, IMAGE_ID, DecoderConfig, ModelConfig, MoEConfig, Visi
 from data import Batch
 from model import MedMoE
 
+torch.set_num_threads(1)  # what is computed here is so small that a second one would only wait
+
 VISION = VisionConfig(image_size=32, patch_size=16, width=32, n_layers=3, n_heads=4, d_ff=64)
 DECODERS = {
     "phi": DecoderConfig("phi", 64, 32, 3, 4, 64, rotary_dim=4, max_len=128),

@@ -441,6 +441,7 @@ def test_ctrl_c_outside_the_loop_is_one_line(capsys):
     assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_changes_nothing(preset, tmp_path, whole):
     out, rng, kills = tmp_path / "out", random.Random(3), 0
     while True:

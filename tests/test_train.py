@@ -207,7 +207,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_batch(
 def test_the_loss_falls(tmp_path):
     flags, model, data = prepared(out=str(tmp_path))
     place = Run(2, flags, tmp_path / "tokenizer.json")
-    step.train(model, data, replace(flags, steps=30), Recipe(2e-3, 1, 24), place)
+    step.train(model, data, replace(flags, steps=30), Recipe(2e-3, 1, 8), place)
     records = [json.loads(line) for line in place.path.read_text().splitlines()]
     records = [r for r in records if "loss" in r]
     assert records[-1]["loss"] < 0.6 * records[0]["loss"]
