@@ -185,7 +185,7 @@ class Step(NamedTuple):
     routings: list[Routing]  # of the positions just computed: the prompt first, then one each
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: MedMoE,
     batch: Batch,
