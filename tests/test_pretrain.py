@@ -54,7 +54,7 @@ def test_the_committed_assets_are_small_and_come_with_their_log():
     assert clip["model_type"] == "clip_vision_model" and clip["hidden_act"] == "quick_gelu"
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-stablelm"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-stablelm", marks=pytest.mark.slow)])
 def test_the_committed_decoders_answer_from_what_they_have_read(name):
     chosen = preset(name)
     model = MedMoE(chosen.model)
