@@ -34,6 +34,7 @@ from weights import fill, stored
 
 
 def write_whole(values: dict[str, Tensor], file: Path) -> None:
+    """One safetensors file, from whatever device."""
     save_file({name: t.cpu().contiguous() for name, t in values.items()}, file)
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from checkpoint import write_whole
 from config import UserError
 from engine.processes import Processes
 from model import MedMoE
@@ -55,8 +55,8 @@ class Exchange:
     def __call__(self, rows: Tensor, plan: Plan, ffn: Callable[[Tensor, Plan], Tensor]) -> Tensor:
         """rows (R, D) sorted by expert -> what their experts make of them, (R, D)."""
         ends = plan.offs.long()
-        mine = torch.diff(ends, prepend=ends.new_zeros(1)).view(self.n, -1)  # (n, E / n) rows for
-        theirs = torch.empty_like(mine)  # (n, E / n) rows that come from each, for my experts
+        mine = torch.diff(ends, prepend=ends.new_zeros(1)).view(self.n, -1)  # (n, E / n) to go
+        theirs = torch.empty_like(mine)  # (n, E / n) rows to come from each, for my experts
         dist.all_to_all_single(theirs, mine, group=self.group)
         sent, received = mine.sum(dim=1).tolist(), theirs.sum(dim=1).tolist()
         arrived = AllToAll.apply(rows, sent, received, self.group)  # by process, then by expert
@@ -146,12 +146,13 @@ def like(place: Tensor, tensor: Tensor) -> Tensor:
 def write_tensors(values: dict[str, Tensor], file: Path) -> None:
     """One safetensors file of whole tensors; those that are spread are written by all processes.
 
-    torch's distributed checkpoint writes every process's shares beside it and joins them.
+    torch's distributed checkpoint writes every process's shares beside it and joins them; 2.13
+    makes a 0 of any tensor without a dimension, so there may be none among these.
     """
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     if not any(isinstance(t, DTensor) for t in values.values()):
         if is_first:
-            save_file({n: t.cpu().contiguous() for n, t in values.items()}, file)
+            write_whole(values, file)
         return
     parts = file.with_suffix(".parts")
     writer = dcp.HuggingFaceStorageWriter(

@@ -45,14 +45,10 @@ class Processes:
         dist.all_gather_object(parts, part)
         return {key: value for found in parts for key, value in found.items()}
 
-    def wait(self) -> None:
-        """Until all processes are here."""
+    def end(self) -> None:
+        """Leave the others, when all are here."""
         if self.world > 1:
             dist.barrier()
-
-    def end(self) -> None:
-        if self.world > 1:
-            self.wait()
             dist.destroy_process_group()
 
 

@@ -164,7 +164,7 @@ class Run:
         """A checkpoint to go on from. Older ones are removed after it has been read back."""
         state = {}
         for name, param in named.items():
-            kept = optimizer.state[param].items()
+            kept = optimizer.state[param].items()  # its step follows from the run's
             state |= {f"{key}.{name}": t for key, t in kept if key != "step"}
         path = self.folder / f"phase{self.number}-step{step:07}"
         with told(self.path):

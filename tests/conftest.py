@@ -7,7 +7,9 @@ from config import IGNORE, IMAGE_ID, DecoderConfig, ModelConfig, MoEConfig, Visi
 from data import Batch
 from model import MedMoE
 
-torch.set_num_threads(1)  # what is computed here is so small that a second one would only wait
+# What is computed here is so small that a second thread would only wait; and sums come out the
+# same every time, so that runs can be compared bit for bit.
+torch.set_num_threads(1)
 
 VISION = VisionConfig(image_size=32, patch_size=16, width=32, n_layers=3, n_heads=4, d_ff=64)
 DECODERS = {

@@ -1,4 +1,4 @@
-"""A preset of 30 000 parameters with random weights and dropout, for tests of whole runs."""
+"""A preset of 30 000 parameters, random, with dropout, and what is left of a run of it."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from config import PRESETS, DecoderConfig, ModelConfig, Preset, Recipe, VisionConfig
 from model import MedMoE
+from tensorfiles import open_tensors
 from weights import CLIP, PHI, publish
 
 VISION = VisionConfig(image_size=32, patch_size=16, width=16, n_layers=2, n_heads=2, d_ff=32)
@@ -38,3 +39,21 @@ def mini(folder: Path) -> Preset:
     shutil.copy(PRESETS["tiny"].llm / "tokenizer.json", folder / "llm")
     return replace(PRESETS["tiny"], model=config, recipes=RECIPES, long=RECIPES,
                    clip=folder / "clip", llm=folder / "llm")  # fmt: skip
+
+
+def weights(path):
+    return dict(open_tensors(path / "model.safetensors"))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def losses(out):
+    """What the log says of each step, but for how long it took."""
+    records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [
+        {k: v for k, v in r.items() if k not in ("tokens_per_s", "mfu")}
+        for r in records
+        if "loss" in r
+    ]

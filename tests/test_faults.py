@@ -17,7 +17,7 @@ from pathlib import Path
 import children
 import pytest
 import torch
-from mini import mini
+from mini import losses, mini, same, weights
 
 import train
 from checkpoint import load_checkpoint, load_model, read_meta, read_seen
@@ -28,7 +28,6 @@ from engine.run import Run, claim, unfinished
 from engine.signals import Signals
 from flags import TrainConfig, user_errors
 from model import MedMoE
-from tensorfiles import open_tensors
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,24 +57,6 @@ def handlers():
 def argv(out, *more):
     return ["--phase", "1", "--preset", "mini", "--data", "phantoms:16", "--dtype", "float32",
             "--no-eval", "--jitter", "--out", str(out), *more]  # fmt: skip
-
-
-def weights(path):
-    return dict(open_tensors(path / "model.safetensors"))
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def losses(out):
-    """What the log says of each step, but for how long it took."""
-    records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [
-        {k: v for k, v in r.items() if k not in ("tokens_per_s", "mfu")}
-        for r in records
-        if "loss" in r
-    ]
 
 
 class Faults:

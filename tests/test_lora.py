@@ -24,14 +24,6 @@ IMAGE = [IMAGE_ID] * 4
 ROW = [1, *IMAGE, 7, 8, 9, 10]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def adapted(build, shake):
     """A model as phase `number` trains it, with additions of this rank, drawn or as they begin."""

@@ -43,14 +43,6 @@ CURVE = Path(__file__).parent / "golden" / "curve.json"
 ALL = PHASES[2].trains  # projector and decoder
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def questions(config, kind="vqa"):
     samples = load_samples(("phantoms:64",), kind, "train")
     return Dataset(samples, Text(ASSETS / "phi"), config, plain=False)

@@ -43,9 +43,15 @@ def launch(n: int, out: Path, *argv: str, stop_at: int = 0, code: int = 0) -> st
 
 def losses(out: Path, phase: int) -> list[float]:
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    found = [(r["step"], r["loss"]) for r in lines if r["phase"] == phase and "loss" in r]
-    assert [number for number, _ in found] == list(range(STEPS))
-    return [loss for _, loss in found]
+    found = [r for r in lines if r["phase"] == phase and "loss" in r]
+    assert [r["step"] for r in found] == list(range(STEPS))
+    return [r["loss"] for r in found]
+
+
+def norms(out: Path, phase: int) -> list[float]:
+    """Of the gradients: Adam would hide it if they were all twice as large."""
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [r["grad_norm"] for r in lines if r["phase"] == phase and "loss" in r]
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -75,6 +81,7 @@ def test_one_process_goes_on_from_what_two_have_saved(one, tmp_path):
     assert not list(tmp_path.glob("*/*.parts"))  # what each has written is joined
     assert "processes 2, now 1" in launch(1, tmp_path, *start, "--resume")
     assert losses(tmp_path, 3) == pytest.approx(losses(one, 3), abs=1e-5)
+    assert norms(tmp_path, 3) == pytest.approx(norms(one, 3), rel=1e-4)
     close(one / "phase3", tmp_path / "phase3", atol=1e-3)  # Adam divides by gradients near 0
 
 
@@ -85,6 +92,7 @@ def test_two_processes_train_what_one_trains_in_every_phase(one, tmp_path, more)
         init = [] if phase == 1 else ["--init", str(one / f"phase{phase - 1}")]
         launch(2, tmp_path, "--phase", str(phase), *init, *more)
         assert losses(tmp_path, phase) == pytest.approx(losses(one, phase), abs=1e-5), phase
+        assert norms(tmp_path, phase) == pytest.approx(norms(one, phase), rel=1e-4), phase
         close(one / f"phase{phase}", tmp_path / f"phase{phase}", atol=2e-3)
 
 

@@ -54,14 +54,14 @@ def test_the_committed_assets_are_small_and_come_with_their_log():
     assert clip["model_type"] == "clip_vision_model" and clip["hidden_act"] == "quick_gelu"
 
 
-@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-stablelm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["tiny", "tiny-stablelm"])
 def test_the_committed_decoders_answer_from_what_they_have_read(name):
     chosen = preset(name)
     model = MedMoE(chosen.model)
     load_published(model, chosen.model, chosen.clip, chosen.llm)
     text, right = Text(chosen.llm), []
     captions = {s.image: s for s in load_samples(("phantoms:20",), "captions", "test")}
-    for sample in load_samples(("phantoms:20",), "vqa", "test"):
+    for sample in load_samples(("phantoms:20",), "vqa", "test")[::8]:  # 499 of 3 991 questions
         before = encode_sample(captions[sample.image], text, 0, plain=True)[0]
         ids, labels = encode_sample(sample, text, 0)
         ids = torch.tensor([before + ids])  # (1, T)

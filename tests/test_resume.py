@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from mini import mini
+from mini import losses, mini, same, weights
 
 import train
 from checkpoint import load_model
@@ -91,24 +91,6 @@ def phase(number, base, out, *argv):
     torch.seed()
     init = [] if number == 1 else ["--init", str(base / f"phase{number - 1}")]
     train.main(["--phase", str(number), *init, *common(out), *argv])
-
-
-def weights(path):
-    return dict(open_tensors(path / "model.safetensors"))
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def losses(out):
-    """What the log says of each step, but for how long it took."""
-    records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [
-        {k: v for k, v in r.items() if k not in ("tokens_per_s", "mfu")}
-        for r in records
-        if "loss" in r
-    ]
 
 
 def moments(optimizer):

@@ -24,15 +24,6 @@ PRESETS = ("tiny", "tiny-stablelm")
 FFN = {"tiny": ("fc1", "fc2"), "tiny-stablelm": ("gate", "up", "down")}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums come out the same every time, so that runs can be compared bit for bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def trained(name: str, number: int, **flags) -> set[str]:
     flags = TrainConfig(preset=name, **flags)
     model = MedMoE(preset(name).model)
