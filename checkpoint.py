@@ -131,7 +131,10 @@ def load_model(
     load_checkpoint(model, directory)
     if dtype not in (None, torch.float32):
         narrow_matmuls(model, dtype)
-    return model.eval().to(device), Text(directory / "tokenizer.json"), meta
+    model.eval().to(device)
+    for block in model.decoder.blocks:
+        block.attn.fuse()
+    return model, Text(directory / "tokenizer.json"), meta
 
 
 def read_seen(directory: Path) -> dict[str, Tensor] | None:

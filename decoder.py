@@ -5,6 +5,7 @@ H heads, G heads of keys and values (G = H but for Llama), K head width, E exper
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -39,11 +40,14 @@ class Cache:
 
 
 def rotary_angles(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """positions (B, T) -> cos, sin (B, 1, T, rotary_dim) in fp32 (Su et al. 2021)."""
+    """positions (B, T) -> cos, sin (B, 1, T, rotary_dim) in fp32 (Su et al. 2021).
+
+    Channels are paired across halves, as in GPT-NeoX; sin is negative for the first half.
+    """
     channel = torch.arange(0, rotary_dim, 2, device=positions.device)
     frequency = theta ** (-channel.float() / rotary_dim)  # (rotary_dim / 2,)
     angle = positions[:, None, :, None].float() * frequency  # (B, 1, T, rotary_dim / 2)
-    angle = torch.cat([angle, angle], dim=-1)  # halves, as GPT-NeoX pairs channels
+    angle = torch.cat([-angle, angle], dim=-1)
     return angle.cos(), angle.sin()
 
 
@@ -51,8 +55,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first rotary_dim channels of x (B, H, T, K); the others pass through."""
     n = cos.shape[-1]
     turned, passed = x[..., :n].float(), x[..., n:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    turned = turned * cos + turned.roll(n // 2, dims=-1) * sin
     return torch.cat([turned.to(x.dtype), passed], dim=-1)
 
 
@@ -71,10 +74,39 @@ class Attention(nn.Module):
         self.q = nn.Linear(width, width, bias=qkv_bias)
         self.k, self.v = (nn.Linear(width, narrow, bias=qkv_bias) for _ in range(2))
         self.o = nn.Linear(width, width, bias=o_bias)
-        self.n_shared = config.n_heads // n_kv_heads  # H / G
+        self.n_heads, self.n_kv_heads = config.n_heads, n_kv_heads
+        self.fused: dict[str, Tensor] = {}  # weight and bias of q, k and v in one
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """For answering: q, k and v become parts of one matrix, and one product serves all three.
+
+        Where gradients are needed they stay three; so they do once they are moved or cast.
+        """
+        layers = self.q, self.k, self.v
+        for key in dict(self.q.named_parameters()):
+            params = [getattr(layer, key) for layer in layers]
+            self.fused[key] = torch.cat(params)
+            for param, part in zip(params, self.fused[key].split([*map(len, params)]), strict=True):
+                param.data = part
+
+    def _apply(self, *args, **kwargs):
+        self.fused = {}
+        return super()._apply(*args, **kwargs)
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, H or G, T, K)
+        n = x.shape[-1] // self.head_width
+        return x.view(*x.shape[:-1], n, self.head_width).transpose(1, 2)  # (B, n, T, K)
+
+    def project(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> q (B, H, T, K), k and v (B, G, T, K); q and k are turned."""
+        if not self.fused or torch.is_grad_enabled():
+            q, k, v = (self.heads(f(x)) for f in (self.q, self.k, self.v))
+            return rotate(q, *turn), rotate(k, *turn), v
+        both = self.n_heads + self.n_kv_heads
+        qk, v = self.heads(F.linear(x, **self.fused)).split([both, self.n_kv_heads], dim=1)
+        q, k = rotate(qk, *turn).split([self.n_heads, self.n_kv_heads], dim=1)
+        return q, k, v
 
     def forward(
         self,
@@ -84,13 +116,12 @@ class Attention(nn.Module):
         cache: Cache | None,
         layer: int,
     ) -> Tensor:
-        """x (B, T, D), visible (B, 1, T, C) bool, turn = rotary cos and sin -> (B, T, D)."""
-        q, k, v = (self.heads(f(x)) for f in (self.q, self.k, self.v))
-        q, k = rotate(q, *turn), rotate(k, *turn)
+        """x (B, T, D), visible (B, 1, T, C) 0 or -inf, turn = rotary cos and sin -> (B, T, D)."""
+        q, k, v = self.project(x, turn)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, G, C, K)
-        if self.n_shared > 1:
-            k, v = (x.repeat_interleave(self.n_shared, dim=1) for x in (k, v))  # (B, H, C, K)
+        if (n_shared := self.n_heads // self.n_kv_heads) > 1:
+            k, v = (x.repeat_interleave(n_shared, dim=1) for x in (k, v))  # (B, H, C, K)
         y = attend(q, k, v, visible)  # (B, H, T, K)
         return self.o(y.transpose(1, 2).flatten(-2))
 
@@ -201,11 +232,12 @@ class Decoder(nn.Module):
 
 
 def visible_positions(seen: Tensor, n_new: int) -> Tensor:
-    """seen (B, C) bool, True = real -> (B, 1, T, C) bool: real positions up to the query's own.
+    """seen (B, C) bool, True = real -> (B, 1, T, C) fp32: 0 up to the query's own, else -inf.
 
     Each position may see itself, so that padding has something to attend to and stays finite.
     """
     n_all = seen.shape[1]
     row = torch.arange(n_all - n_new, n_all, device=seen.device)[:, None]  # (T, 1)
     column = torch.arange(n_all, device=seen.device)  # (C,)
-    return (seen[:, None, None] & (column <= row)) | (column == row)
+    visible = (seen[:, None, None] & (column <= row)) | (column == row)
+    return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, float("-inf"))

@@ -215,12 +215,10 @@ class Experts(nn.Module):
 
     def linear(self, name: str, rows: Tensor, plan: ops.Plan) -> Tensor:
         layer = getattr(self, name)
-        y = ops.grouped_mm(rows, layer.weight, plan.offs)
+        y = ops.grouped_linear(rows, layer.weight, getattr(layer, "bias", None), plan)
         if hasattr(layer, "lora_a"):  # engine/lora.py
-            low = ops.grouped_mm(rows, layer.lora_a, plan.offs)  # (R, rank)
-            y = y + layer.lora_scale * ops.grouped_mm(low, layer.lora_b, plan.offs).to(y.dtype)
-        if (bias := getattr(layer, "bias", None)) is not None:
-            y = y + ops.local(bias).to(y.dtype).index_select(0, plan.expert)
+            low = ops.grouped_linear(rows, layer.lora_a, None, plan)  # (R, rank)
+            y = y + layer.lora_scale * ops.grouped_linear(low, layer.lora_b, None, plan)
         return y
 
 

@@ -206,7 +206,9 @@ def bench_generate(flags: BenchConfig) -> dict:
     for model in (ours, theirs):
         model.eval().requires_grad_()  # as loaded; autocast keeps no copies of frozen weights
     if dtype != torch.float32:
-        narrow_matmuls(ours, dtype)  # as load_model does
+        narrow_matmuls(ours, dtype)
+    for block in ours.decoder.blocks:
+        block.attn.fuse()  # both as load_model does
     samples = load_samples(flags.data or ("phantoms:512",), "vqa", "train", **reading(flags))
     result = {}
     for size in (1, 8):

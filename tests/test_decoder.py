@@ -174,7 +174,7 @@ def test_visible_positions_are_real_ones_up_to_the_querys_own_and_always_itself(
         [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]],
         [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]],
     ]
-    assert visible_positions(seen, 4)[:, 0].int().tolist() == expected
+    assert visible_positions(seen, 4)[:, 0].exp().tolist() == expected
     assert torch.equal(visible_positions(seen, 2), visible_positions(seen, 4)[:, :, 2:])
 
 
@@ -416,3 +416,27 @@ def test_weights_are_narrowed_once_instead_of_for_every_token(build, collate, fa
             hidden, routings = model(batch.ids, batch.mask, batch.images)
             found.append([model.decoder.lm_head(hidden), *(r.gates for r in routings)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@FAMILIES
+def test_answers_from_fused_projections_are_the_same(build, collate, family):
+    batch = collate([([5, *[IMAGE_ID] * 4, 9, 8], [IGNORE] * 7)] * 2, side="left")
+    model = build(family, {})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found = []
+    for _ in range(2):
+        with torch.no_grad():
+            hidden, routings = model(batch.ids, batch.mask, batch.images)
+        said = [step.tokens for step in generate(model, batch, eos_id=-1, max_new=5)]
+        found.append((hidden, routings[0].gates, torch.stack(said)))
+        for block in model.decoder.blocks:
+            block.attn.fuse()
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in after)
+    attn = model.decoder.blocks[0].attn  # the parts are the whole's: nothing is there twice
+    attn.k.weight.data.zero_()
+    assert (attn.fused["weight"] == 0).all(dim=1).sum() == len(attn.k.weight)
+    model(batch.ids, batch.mask, batch.images)[0].sum().backward()
+    assert all(p.grad.any() for p in (attn.k.weight, attn.v.weight))
+    assert not model.double().decoder.blocks[0].attn.fused

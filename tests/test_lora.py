@@ -84,7 +84,7 @@ def test_at_first_the_model_computes_what_it_computed_before(build, adapted, bat
 
 
 @pytest.mark.parametrize(("family", "number"), KINDS)
-@pytest.mark.parametrize("rank", [3, 4])  # 3 is not on 16 bytes: ops.grouped_mm goes another way
+@pytest.mark.parametrize("rank", [3, 4])  # 3 is not on 16 bytes: grouped_linear goes another way
 def test_merged_it_computes_the_same_under_the_names_it_had(
     build, adapted, batch, family, number, rank
 ):

@@ -19,17 +19,18 @@ def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
 
 
-def looped(x, weight, offs):
-    """The definition of grouped_mm, row by row."""
+def looped(x, weight, bias, offs):
+    """The definition of grouped_linear, row by row."""
     expert = [sum(int(end) <= r for end in offs) for r in range(len(x))]
-    return torch.stack([weight[e] @ row for e, row in zip(expert, x, strict=True)])
+    return torch.stack([weight[e] @ row + bias[e] for e, row in zip(expert, x, strict=True)])
 
 
 def test_attention_is_torchs_with_and_without_a_mask():
     q, k, v = randn(2, 3, 5, 8, seed=1), randn(2, 3, 7, 8, seed=2), randn(2, 3, 7, 8, seed=3)
     visible = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(4)) < 0.5
     visible[..., 0] = True
-    for mask in (None, visible):
+    hidden = torch.zeros(2, 1, 5, 7).masked_fill(~visible, float("-inf"))
+    for mask in (None, hidden):
         ours = ops.attend(q, k, v, mask)
         theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
@@ -40,8 +41,10 @@ def test_attention_is_torchs_with_and_without_a_mask():
 
 def test_attention_looks_at_visible_keys_only():
     q, k, v = randn(1, 1, 2, 4, seed=1), randn(1, 1, 3, 4, seed=2), randn(1, 1, 3, 4, seed=3)
-    visible = torch.tensor([[1, 0, 0], [0, 1, 0]]).bool()[None, None]
+    visible = torch.tensor([[1, 0, 0], [0, 1, 0]]).log()[None, None]
     torch.testing.assert_close(ops.attend(q, k, v, visible), v[:, :, :2])
+    with torch.no_grad():
+        torch.testing.assert_close(ops.attend(q, k, v, visible), v[:, :, :2])
 
 
 def test_attention_in_bf16_stays_bf16_and_near():
@@ -101,56 +104,69 @@ def test_gradients_of_permute_and_unpermute_are_right_in_fp64():
     assert torch.autograd.gradcheck(unpermute, (y, visited))
 
 
-def test_gradients_of_grouped_mm_are_right_in_fp64():
+def stretches(*offs):
+    """The plan of rows that are sorted by expert and visit one each."""
+    expert = torch.tensor([sum(end <= r for end in offs) for r in range(offs[-1])]).long()
+    return ops.Plan(torch.arange(offs[-1]), expert, torch.tensor(offs, dtype=torch.int32))
+
+
+def test_gradients_of_grouped_linear_are_right_in_fp64():
     x, weight = randn(5, 3, dtype=torch.float64), randn(3, 2, 3, seed=1, dtype=torch.float64)
-    offs = torch.tensor([2, 2, 5], dtype=torch.int32)
-    assert torch.autograd.gradcheck(lambda x, w: ops.grouped_mm(x, w, offs), (x, weight))
+    bias, plan = randn(3, 2, seed=2, dtype=torch.float64), stretches(2, 2, 5)
+    assert torch.autograd.gradcheck(lambda *a: ops.grouped_linear(*a, plan), (x, weight, bias))
 
 
 @pytest.mark.parametrize(
     ("widths", "dtype", "path"),
     [
-        ((16, 8), torch.float32, "_DenseGradBackward"),
+        ((16, 8), torch.float32, "AddBackward0"),
         ((10, 8), torch.float32, "CatBackward0"),  # rows of 40 bytes: not a multiple of 16
         ((16, 6), torch.float32, "CatBackward0"),
         ((16, 8), torch.float64, "CatBackward0"),
     ],
 )
 @pytest.mark.parametrize("offs", [(2, 2, 5), (0, 0, 5), (5, 5, 5), (1, 3, 5)])
-def test_grouped_mm_is_its_definition_on_either_path(widths, dtype, path, offs):
+def test_grouped_linear_is_its_definition_on_either_path(widths, dtype, path, offs):
     d, f = widths
     x, weight = randn(5, d, dtype=dtype), randn(3, f, d, seed=1, dtype=dtype)
-    y = ops.grouped_mm(x, weight, torch.tensor(offs, dtype=torch.int32))
+    bias = randn(3, f, seed=2, dtype=dtype)
+    y = ops.grouped_linear(x, weight, bias, stretches(*offs))
     assert y.grad_fn.name() == path
-    expected = looped(x, weight, offs)
+    expected = looped(x, weight, bias, offs)
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
-    ours = torch.autograd.grad(y.sin().sum(), (x, weight))
-    theirs = torch.autograd.grad(expected.sin().sum(), (x, weight))
+    ours = torch.autograd.grad(y.sin().sum(), (x, weight, bias))
+    theirs = torch.autograd.grad(expected.sin().sum(), (x, weight, bias))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     used = [end > start for start, end in pairwise((0, *offs))]
     assert (ours[1].flatten(1) != 0).any(dim=1).tolist() == used
+    with torch.no_grad():  # on a CPU always the loop
+        y = ops.grouped_linear(x, weight, bias, stretches(*offs))
+        torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
+        y = ops.grouped_linear(x, weight, None, stretches(*offs))
+        torch.testing.assert_close(y, looped(x, weight, 0 * bias, offs), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_grouped_mm_multiplies_two_byte_floats_to_their_precision(dtype):
+@pytest.mark.parametrize("able", [True, False])
+def test_grouped_linear_multiplies_two_byte_floats_to_their_precision(dtype, able, monkeypatch):
+    monkeypatch.setattr(ops, "_has_grouped_mm", lambda *_: able)
     x, weight = randn(5, 16).detach(), randn(3, 8, 16, seed=1).detach()
-    offs = torch.tensor([2, 2, 5], dtype=torch.int32)
-    y = ops.grouped_mm(x.to(dtype), weight.to(dtype), offs)
+    y = ops.grouped_linear(x.to(dtype), weight.to(dtype), None, stretches(2, 2, 5))
     assert y.dtype == dtype
-    expected = looped(x.to(dtype).float(), weight.to(dtype).float(), offs)
-    torch.testing.assert_close(y.float(), expected, atol=0, rtol=2**-7)
+    rough = x.to(dtype).float(), weight.to(dtype).float(), torch.zeros(3)
+    torch.testing.assert_close(y.float(), looped(*rough, (2, 2, 5)), atol=0, rtol=2**-7)
 
 
-def test_grouped_mm_takes_the_gradient_of_a_sum_which_is_expanded():
+def test_grouped_linear_takes_the_gradient_of_a_sum_which_is_expanded():
     x, weight = randn(4, 8), randn(2, 4, 8, seed=1)
-    ops.grouped_mm(x, weight, torch.tensor([1, 4], dtype=torch.int32)).sum().backward()
+    ops.grouped_linear(x, weight, None, stretches(1, 4)).sum().backward()
     torch.testing.assert_close(x.grad[0], weight[0].sum(dim=0).detach(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_grouped_mm_of_no_rows_is_empty_and_gives_zero_gradients(dtype):
+def test_grouped_linear_of_no_rows_is_empty_and_gives_zero_gradients(dtype):
     x, weight = randn(0, 16, dtype=dtype), randn(3, 8, 16, dtype=dtype)
-    y = ops.grouped_mm(x, weight, torch.zeros(3, dtype=torch.int32))
+    y = ops.grouped_linear(x, weight, None, stretches(0, 0, 0))
     assert y.shape == (0, 8)
     y.sum().backward()
     assert x.grad.shape == (0, 16)
