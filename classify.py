@@ -19,8 +19,8 @@ from data import Batch
 from decoder import Cache
 from metrics import bootstrap, is_exact, wilson
 from model import MedMoE
-from moe import Hints
 from records import Sample
+from routers import Hints
 
 AUC_DRAWS = 500  # bootstrap samples of its interval
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import DecoderConfig
-from moe import MLP, GatedMLP, Hints, Routing
+from moe import MLP, GatedMLP
 from ops import attend
+from routers import Hints, Routing
 
 
 class Cache:
@@ -225,7 +226,7 @@ class Decoder(nn.Module):
             if routing is not None:
                 routings.append(routing)
                 if cache is not None:
-                    cache.held[layer] = Routing(*(t[:, -1:] for t in routing))
+                    cache.held[layer] = routing.last()
         if cache is not None:
             cache.mask = seen
         return self.ln_f(x), routings

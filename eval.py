@@ -71,9 +71,8 @@ class EvalConfig(Common):
     blind: bool = flag(False, "ask again with every image replaced by the mean image")
     limit: int | None = flag(None, "only the first N questions")
     max_new: int = flag(48, "longest answer, in tokens")
-    router_level: Literal["trained", "token", "sequence"] = flag(
-        "trained", "decide as trained, or so"
-    )
+    router: str | None = flag(None, "decide by this one: a name or FILE.py:Class")
+    router_level: Literal["trained", "token", "sequence"] = flag("trained", "or decide so")
 
 
 def show_load(load: dict[str, list], n_experts: int, blocks: Sequence[int]) -> str:
@@ -212,7 +211,7 @@ def report(asker: Asker, samples: list[Sample], flags: EvalConfig, meta: dict) -
 
 def evaluate_checkpoint(flags: EvalConfig, processes: Processes) -> dict:
     device, dtype = choose_device(flags.device, flags.dtype)
-    model, text, meta = load_model(Path(flags.checkpoint), device, dtype)
+    model, text, meta = load_model(Path(flags.checkpoint), device, dtype, flags.router)
     if flags.router_level != "trained":
         for block in model.decoder.blocks:
             if block.is_sparse:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from config import IGNORE, IMAGE_ID, ModelConfig, MoEConfig, UserError
 from data import Batch
 from decoder import Cache, Decoder
-from moe import Hints, Router, Routing, get_router, upcycle
+from moe import upcycle
+from routers import Hints, Router, Routing, get_router
 from vision import VisionTower
 
 

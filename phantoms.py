@@ -77,9 +77,9 @@ class Phantom:
     size: str  # "small" or "large", by the modality's limit
 
 
-def seeds(split: str, n: int) -> range:
-    """The first n seeds of a split; no seed is in two splits."""
-    return SPLITS[split][:n]
+def seeds(split: str, n: int, first: int = 0) -> range:
+    """n seeds of a split, from its seed number `first` on; no seed is in two splits."""
+    return SPLITS[split][first : first + n]
 
 
 def scatter(rng: np.random.Generator, n: int, radius: float, corner: complex, reach: float) -> list:

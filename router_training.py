@@ -25,8 +25,8 @@ from data import Batch, Dataset, Text
 from flags import TrainConfig
 from metrics import format_confusion, router_report
 from model import MedMoE, precision, sparse_layers
-from moe import Hints, pool
 from records import Sample
+from routers import Hints, pool
 
 N_POSITIONS = 4  # M: single positions taken from each sample and layer
 

@@ -41,11 +41,17 @@ def truth(seed: int) -> phantoms.Phantom:
 
 
 def read_phantoms(where: str, what: str, split: str) -> Iterator[Sample]:
-    """Pictures drawn from seeds (phantoms.py), N_TRAIN or as many as the user says for training."""
-    if where and not (where.isdecimal() and len(where) < 8 and 0 < int(where) <= 10**6):
+    """Pictures drawn from seeds (phantoms.py), N_TRAIN or as many as the user says for training.
+
+    "N@FIRST" takes other pictures, in every split: those from its seed number FIRST on.
+    """
+    wanted, _, first = (where or f"{N_TRAIN}@0").partition("@")
+    if not (re.fullmatch("[0-9]{1,7}", wanted) and 0 < int(wanted) <= 10**6):
         raise UserError(f"--data phantoms:{where}: must be phantoms:N, N from 1 to 1000000")
-    n = {"train": int(where or N_TRAIN), "val": N_VAL, "test": N_TEST}[split]
-    for seed in phantoms.seeds(split, n):
+    if "@" in where and not (re.fullmatch("[0-9]{1,9}", first) and int(first) <= 9 * 10**8):
+        raise UserError(f"--data phantoms:{where}: must be phantoms:N@FIRST, FIRST up to 900000000")
+    n = {"train": int(wanted), "val": N_VAL, "test": N_TEST}[split]
+    for seed in phantoms.seeds(split, n, int(first or 0)):
         phantom = truth(seed)
         sample = Sample(str(seed), "phantoms", split, seed, (), phantom.modality)
         if what == "captions":

@@ -38,8 +38,8 @@ from model import (
     make_router,
     make_sparse,
 )  # fmt: skip
-from moe import get_router
 from router_training import learn_router
+from routers import get_router
 from sources import has_splits, load_samples
 from tensorfiles import open_tensors, read_json
 from weights import load_published

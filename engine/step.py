@@ -5,6 +5,8 @@ import statistics
 import time
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from config import IGNORE, Recipe, UserError
@@ -17,7 +19,7 @@ from engine.run import Run
 from engine.signals import Signals
 from flags import TrainConfig
 from model import MedMoE, precision
-from moe import load_balancing_loss, router_z_loss
+from routers import load_balancing_loss, router_z_loss
 from vision import jitter
 
 
@@ -32,6 +34,7 @@ def lr_scale(step: int, n_steps: int) -> float:
 def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run: Run) -> None:
     """The loop of every phase: batch, forward, backward, clip, step, log; checkpoints between."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    routers = [block.mlp.router for block in model.decoder.blocks if block.is_sparse]
     optimizer = make_optimizer(named, recipe.lr, flags.weights)
     per_epoch = len(data.epoch(recipe.batch_size, flags.seed, 0))
     n_steps = flags.steps or max(1, round(recipe.epochs * per_epoch))
@@ -50,7 +53,7 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
             rows = order[step % per_epoch]
             data.prefetch(order[step % per_epoch + 1 :][:2])
             start = time.perf_counter()
-            loss, n_positions, flops = forward_backward(model, data, rows, flags, run)
+            loss, n_positions, flops, visits = forward_backward(model, data, rows, flags, run)
             norm = clip_gradients(named.values(), flags.clip_grad, run.processes)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 ids = ", ".join(data.samples[r].id for r in rows)
@@ -60,6 +63,9 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
                 group["lr"] = recipe.lr * lr_scale(step, n_steps)
             optimizer.step()
             optimizer.zero_grad()
+            with torch.no_grad():
+                for router, counted in zip(routers, visits.to(run.device), strict=True):
+                    router.update(counted)
             seconds = time.perf_counter() - start
             speed, mfu = round(n_positions / seconds), flops / seconds / rate
             shares.append(mfu)
@@ -102,6 +108,7 @@ class Done(NamedTuple):
     loss: float  # mean over its supervised tokens
     n_positions: int  # real ones
     flops: int  # useful ones: engine/flops.py
+    visits: Tensor  # (L, E) fp32, of a sparse block's experts per real position
 
 
 def forward_backward(
@@ -117,6 +124,8 @@ def forward_backward(
     positions = [int(b.mask.sum()) for b, n in zip(batches, supervised, strict=True) if n]
     n_tokens, n_positions = run.processes.sum(sum(supervised), sum(positions))
     total, flops, cost = 0.0, 0, model_flops(model)
+    sparse = [block for block in model.decoder.blocks if block.is_sparse]
+    visits = torch.zeros(len(sparse), model.config.moe.n_experts if sparse else 0)  # (L, E)
     for batch in batches:
         batch = batch.to(run.device)
         if flags.jitter:
@@ -127,10 +136,14 @@ def forward_backward(
         share = out.n_tokens / n_tokens
         for routing in out.routings:
             extra = flags.balance * load_balancing_loss(routing, batch.mask)
-            extra = extra + flags.z_loss * router_z_loss(routing, batch.mask)
+            extra = extra + flags.z_loss * router_z_loss(routing, batch.mask) + routing.penalty
             loss = loss + share * extra / len(out.routings)
         loss.backward()
         total += loss.item()
-        flops += cost.of(batch, out) if out.n_tokens else 0
-    total, flops = run.processes.sum(total, flops)
-    return Done(total, int(n_positions), int(flops))
+        if out.n_tokens:
+            flops += cost.of(batch, out)
+            for counted, routing in zip(visits, out.routings, strict=True):
+                counted += (routing.gates != 0).sum(dim=(0, 1)).cpu()
+    total, flops, *counted = run.processes.sum(total, flops, *visits.flatten().tolist())
+    visits = torch.tensor(counted).view_as(visits) / n_positions
+    return Done(total, int(n_positions), int(flops), visits)

@@ -58,6 +58,7 @@ class BenchConfig(Common):
 
     what: Literal["train", "generate", "loader"] = argument("what to measure")
     preset: str = flag("tiny", "dimensions of the model; train, generate: also mid")
+    router: str = flag("random", "of the sparse blocks: a name or FILE.py:Class")
     rounds: int = flag(5, "repetitions, interleaved")
     steps: int = flag(10, "training steps in a round")
     new_tokens: int = flag(64, "generate: tokens an answer")
@@ -103,7 +104,7 @@ def start(flags: BenchConfig) -> tuple[MedMoE, Text]:
     model = MedMoE(config)
     if flags.preset != "mid":
         load_published(model, config, chosen.clip, chosen.llm)
-    make_sparse(model, MoEConfig(router="random"))
+    make_sparse(model, MoEConfig(router=flags.router))
     for name, param in model.named_parameters():
         if name.endswith("router.proj.weight"):
             nn.init.normal_(param)  # large enough that every expert is visited

@@ -32,7 +32,7 @@ from config import ASSETS, CLIP_TINY, IGNORE, PHI_TINY, STABLELM_TINY, DecoderCo
 from data import EOS, Encoded, Images, Text, encode_sample, epoch_batches
 from decoder import Decoder
 from flags import flag, parse, user_errors
-from moe import Hints
+from routers import Hints
 from sources import Sample, load_samples
 from vision import CLIP_MEAN, CLIP_STD, VisionBlock, VisionTower, normalise
 from weights import CLIP, PHI, STABLELM, publish

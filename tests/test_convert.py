@@ -18,7 +18,7 @@ import data
 from checkpoint import load_model
 from lab import convert
 from model import MedMoE, empty_model, generate, precision
-from moe import Hints
+from routers import Hints
 from weights import clip_table, publish
 
 LAYOUTS = {  # what each published layer has

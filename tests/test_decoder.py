@@ -14,7 +14,7 @@ from checkpoint import narrow_matmuls
 from config import IGNORE, IMAGE_ID, UserError
 from decoder import Cache, rotary_angles, rotate, visible_positions
 from model import generate, pick, precision
-from moe import Hints, TopKRouter
+from routers import Hints, TopKRouter
 
 PATCHES = [IMAGE_ID] * 4
 PROMPTS = [[5, *PATCHES, 9, 11], [21, 22, 23], [7, 8, *PATCHES, 30, 31, 32]]

@@ -22,8 +22,8 @@ from config import MODALITIES, UserError
 from data import collate, encode_sample
 from engine.durable import seal
 from model import Step
-from moe import Routing
 from records import Sample
+from routers import Routing
 from sources import load_samples
 
 EOS = 9

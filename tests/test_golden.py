@@ -13,7 +13,7 @@ from config import ModelConfig
 from data import Batch
 from decoder import Cache
 from model import MedMoE, generate
-from moe import Hints
+from routers import Hints
 from weights import load_published, published_decoder, published_vision
 
 GOLDEN = Path(__file__).parent / "golden"

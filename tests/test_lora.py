@@ -14,7 +14,7 @@ from engine.lora import add_lora, merge_lora
 from engine.optim import cast_weights
 from flags import TrainConfig
 from model import freeze_all_but
-from moe import Hints
+from routers import Hints
 from tensorfiles import header_names, open_tensors
 
 FAMILIES = ("phi", "stablelm", "llama")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import config
 from config import IGNORE, IMAGE_ID, ModelConfig, MoEConfig, UserError
 from model import MedMoE, count_parameters, make_sparse, splice
-from moe import Hints
+from routers import Hints
 
 PATCHES, HIDDEN = [IMAGE_ID] * 4, [IGNORE] * 4
 # (ids, labels): a picture first, one in the middle, none, one with two answers.

@@ -9,12 +9,11 @@ import math
 import pytest
 import torch
 
-import moe
+import routers
 from config import IMAGE_ID, MoEConfig
 from model import make_sparse
-from moe import (
-    MLP,
-    GatedMLP,
+from moe import MLP, GatedMLP, upcycle
+from routers import (
     Hints,
     ModalityRouter,
     OracleRouter,
@@ -25,7 +24,6 @@ from moe import (
     get_router,
     load_balancing_loss,
     router_z_loss,
-    upcycle,
 )
 
 FAMILIES = {"phi": MLP, "stablelm": GatedMLP}
@@ -217,10 +215,10 @@ def test_gates_are_the_raw_top_probability_or_sum_to_one_and_zero_on_padding(
 
 def test_two_chosen_probabilities_are_rescaled_and_one_is_not():
     probs = torch.tensor([[[0.5, 0.1, 0.3, 0.1]]])
-    assert moe.top_k_gates(probs, 1).tolist() == [[[0.5, 0, 0, 0]]]
+    assert routers.top_k_gates(probs, 1).tolist() == [[[0.5, 0, 0, 0]]]
     expected = torch.tensor([[[5 / 8, 0, 3 / 8, 0]]])
-    torch.testing.assert_close(moe.top_k_gates(probs, 2), expected)
-    torch.testing.assert_close(moe.top_k_gates(probs, 4), probs)
+    torch.testing.assert_close(routers.top_k_gates(probs, 2), expected)
+    torch.testing.assert_close(routers.top_k_gates(probs, 4), probs)
 
 
 @LEVELS
@@ -236,10 +234,10 @@ def test_gates_stay_fp32_and_the_same_under_bf16_autocast(shake, level):
     assert torch.equal(plain.gates, cast.gates)
 
 
-@pytest.mark.parametrize("name", moe.ROUTERS)
+@pytest.mark.parametrize("name", routers.ROUTERS)
 @LEVELS
 def test_a_router_decides_the_same_each_time_in_training_and_in_evaluation(shake, name, level):
-    router, x = shake(moe.ROUTERS[name](16, 4, level=level)), randn(*MASK.shape, 16)
+    router, x = shake(routers.ROUTERS[name](16, 4, level=level)), randn(*MASK.shape, 16)
     hints = Hints(prompt=PROMPT, modality=torch.tensor([2, -1, 0]))
     first = router.train()(x, MASK, hints)
     torch.manual_seed(1)
@@ -247,17 +245,17 @@ def test_a_router_decides_the_same_each_time_in_training_and_in_evaluation(shake
     assert torch.equal(router.eval()(x, MASK, hints).gates, first.gates)
 
 
-@pytest.mark.parametrize("name", moe.ROUTERS)
+@pytest.mark.parametrize("name", routers.ROUTERS)
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_router_that_says_its_gates_sum_to_one_keeps_its_word(shake, name, k):
-    router = shake(moe.ROUTERS[name](16, 4, top_k=k))
+    router = shake(routers.ROUTERS[name](16, 4, top_k=k))
     routing = router(randn(*MASK.shape, 16), MASK, Hints(modality=torch.tensor([2, -1, 0])))
     is_one = bool((routing.gates[MASK].sum(dim=-1) - 1).abs().max() < 1e-5)
     assert router.sums_to_one == is_one
 
 
 def test_all_but_the_learned_router_are_frozen():
-    frozen = {name: router.frozen for name, router in moe.ROUTERS.items()}
+    frozen = {name: router.frozen for name, router in routers.ROUTERS.items()}
     assert frozen == {"modality": True, "topk": False, "random": True, "oracle": True}
 
 
@@ -343,13 +341,15 @@ def test_the_oracle_of_fewer_experts_shares_them_among_the_modalities(shake):
 
 
 def test_routers_are_found_by_name():
-    for name, cls in moe.ROUTERS.items():
+    for name, cls in routers.ROUTERS.items():
         assert get_router(name) is cls
 
 
 OWN_ROUTER = """
 import torch
-from moe import Router
+
+import routers
+from routers import Router
 
 class First(Router):
     sums_to_one = True
@@ -383,10 +383,10 @@ def test_a_router_of_your_own_is_loaded_from_its_file_and_used(tmp_path, build, 
         ("missing.py:First", "neither one of"),
         ("{file}", "neither one of"),
         ("{folder}:First", "neither one of"),
-        ("{file}:Absent", "no subclass of moe.Router named 'Absent'"),
-        ("{file}:Other", "no subclass of moe.Router named 'Other'"),
-        ("{file}:function", "no subclass of moe.Router named 'function'"),
-        ("{file}:", "no subclass of moe.Router named ''"),
+        ("{file}:Absent", "no subclass of routers.Router named 'Absent'"),
+        ("{file}:Other", "no subclass of routers.Router named 'Other'"),
+        ("{file}:function", "no subclass of routers.Router named 'function'"),
+        ("{file}:", "no subclass of routers.Router named ''"),
     ],
 )
 def test_a_router_that_is_none_is_refused_by_name(tmp_path, spec, message):
@@ -407,7 +407,7 @@ def test_a_router_without_a_gate_says_so():
 
 
 def routing_of(logits, k=1):
-    return Routing(moe.top_k_gates(logits.softmax(dim=-1), k), logits)
+    return Routing(routers.top_k_gates(logits.softmax(dim=-1), k), logits)
 
 
 def test_the_balancing_loss_is_one_when_balanced_and_e_at_collapse():
@@ -581,3 +581,23 @@ def test_the_whole_model_of_phase_3_begins_with_the_logits_of_phase_2(
         assert router.proj.weight.data_ptr() != weights["weight"].data_ptr()
     dense_loss, sparse_loss = dense.loss(batch), sparse.loss(batch)
     torch.testing.assert_close(sparse_loss.total, dense_loss.total, atol=1e-4, rtol=0)
+
+
+class Priced(TopKRouter):
+    """Its penalty is its load on expert 0, a visit of a real token counting 1."""
+
+    def penalty(self, gates, logits, mask, x):
+        assert gates.shape == logits.shape == (*mask.shape, 4) and x.shape[:2] == mask.shape
+        return gates[..., 0].sum() / mask.sum()
+
+
+@LEVELS
+def test_a_penalty_is_asked_for_in_training_only(shake, level):
+    router, x = shake(Priced(16, 4, level=level)), randn(*MASK.shape, 16)
+    assert router.eval()(x, MASK, Hints(prompt=PROMPT)).penalty == 0.0
+    routing = router.train()(x, MASK, Hints(prompt=PROMPT))
+    real = MASK if level == "token" else torch.ones(3, 1)
+    gates = routing.gates if level == "token" else routing.gates.amax(dim=1, keepdim=True)
+    torch.testing.assert_close(routing.penalty, gates[..., 0].sum() / real.sum())
+    routing.penalty.backward()
+    assert router.proj.weight.grad.any()

@@ -33,8 +33,9 @@ from engine import step
 from engine.run import Run
 from flags import TrainConfig
 from model import MedMoE, compile_blocks, freeze_all_but, make_sparse, precision
-from moe import MLP, GatedMLP, Hints, TopKRouter, load_balancing_loss, upcycle
+from moe import MLP, GatedMLP, upcycle
 from router_training import ffn_inputs
+from routers import Hints, TopKRouter, load_balancing_loss
 from sources import load_samples
 
 VISION = VisionConfig(image_size=32, patch_size=16, width=32, n_layers=3, n_heads=4, d_ff=64)

@@ -14,7 +14,7 @@ from config import ModelConfig
 from data import Batch
 from decoder import Cache
 from model import MedMoE, generate
-from moe import Hints
+from routers import Hints
 from tests.golden.make import (
     padded,
     random_sizes,

@@ -10,7 +10,7 @@ from config import ASSETS, IGNORE, preset
 from data import Text, encode_sample
 from lab import pretrain_tiny
 from model import MedMoE
-from moe import Hints
+from routers import Hints
 from sources import load_samples
 from weights import load_published
 

@@ -11,7 +11,7 @@ import chat
 import eval as evaluation
 import train
 from flags import parse
-from moe import get_router
+from routers import get_router
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -387,7 +387,7 @@ def test_a_logged_step_that_is_done_again_is_logged_once(watched, base, tmp_path
 
 ROUTER = """
 import torch
-from moe import TopKRouter, top_k_gates
+from routers import TopKRouter, top_k_gates
 
 class Balanced(TopKRouter):
     def __init__(self, d_model, n_experts, **how):

@@ -270,3 +270,54 @@ def test_an_earlier_phase_is_reused_only_if_it_was_trained_alike(tmp_path):
                         ("router_labels", "x.json")):  # fmt: skip
         with pytest.raises(UserError, match=f"--{name.replace('_', '-')} .*: choose another --out"):
             reused(**{name: other})
+
+
+COUNTING = """
+import torch
+from routers import TopKRouter
+
+class Counting(TopKRouter):
+    price = PRICE
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("seen", torch.zeros(4))
+
+    def penalty(self, gates, logits, mask, x):
+        return torch.tensor(self.price)
+
+    def update(self, visits):
+        self.seen += visits
+"""
+
+
+def test_a_routers_penalty_is_in_the_loss_and_it_is_told_its_load_once_a_step(tmp_path):
+    found = {}
+    for price in ("0.0", "1.5"):
+        file = tmp_path / "counting.py"
+        file.write_text(COUNTING.replace("PRICE", price))
+        out = tmp_path / price
+        run(out, "--steps", "2", "--accumulate", "2", "--router", f"{file}:Counting",
+            "--dtype", "float32")  # fmt: skip
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        stored = dict(open_tensors(out / "phase3" / "model.safetensors"))
+        seen = [t for n, t in stored.items() if n.endswith("router.seen")]
+        found[price] = [r["loss"] for r in log if r["phase"] == 3 and "loss" in r]
+        assert len(seen) == 2 and all(t.sum() == pytest.approx(2 * 2) for t in seen)  # k, steps
+        assert all((t > 0).sum() > 1 for t in seen)
+    assert found["1.5"] == pytest.approx([loss + 1.5 for loss in found["0.0"]], abs=1e-5)
+
+
+def test_evaluation_decides_by_another_router_if_asked(tmp_path, capsys):
+    import eval as evaluation
+
+    run(tmp_path, "--steps", "1", "--router", "topk")
+    ask = [str(tmp_path / "phase3"), "--limit", "4", "--max-new", "1"]
+    evaluation.main([*ask, "--router", "random"])  # the same parameters, another name
+    for where, router, said in (
+        ("phase3", "nowhere.py:Router", "--router nowhere.py:Router: "),
+        ("phase2", "topk", "--router topk: "),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main([str(tmp_path / where), *ask[1:], "--router", router])
+        assert stop.value.code == 2 and said in capsys.readouterr().err

@@ -515,7 +515,7 @@ def test_all_tables_keep_our_names_apart():
 
 ROUTER = """
 import torch
-from moe import TopKRouter
+from routers import TopKRouter
 
 class Balanced(TopKRouter):
     def __init__(self, d_model, n_experts, **how):
