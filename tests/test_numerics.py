@@ -111,14 +111,16 @@ def test_accumulation_is_exact_in_the_number_of_supervised_tokens(phase, tmp_pat
     for accumulate in (1, 2, 8, 3):
         model, _, flags = prepared(phase, dropout=0.0, accumulate=accumulate)
         model.double()
-        loss, n, _ = step.forward_backward(model, data, rows, flags, place(tmp_path, flags))
+        done = step.forward_backward(model, data, rows, flags, place(tmp_path, flags))
+        loss, n, _, visits = done
         assert n == sum(lengths) and len(parts) == accumulate
         parts.clear()
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-        found.append((loss, grads))
+        found.append((loss, grads, visits))
     assert all(grad.abs().max() > 1e-6 for grad in found[0][1].values())
-    for loss, grads in found[1:]:
+    for loss, grads, visits in found[1:]:
         assert loss == pytest.approx(found[0][0], abs=5e-6)  # cross-entropies are fp32
+        torch.testing.assert_close(visits, found[0][2], rtol=0, atol=1e-6)
         torch.testing.assert_close(grads, found[0][1], rtol=0, atol=1e-6)
 
 
