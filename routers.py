@@ -47,6 +47,8 @@ class Router(nn.Module):
     batch_invariant = True  # False if gates of one sample may depend on the others in the batch
     frozen = False  # True: phase 3 does not train it
     sums_to_one = False  # True if the gates of every real token add up to 1: see `upcycle`
+    at_most_k = True  # False if a token may visit more than top_k experts
+    may_drop = False  # True if a real token may visit no expert, also in evaluation
     needs: ClassVar[tuple[str, ...]] = ()  # fields of Hints that `gate` takes as well, by name
 
     def __init__(self, d_model: int, n_experts: int, top_k: int = 2, level: str = "token"):
@@ -138,6 +140,7 @@ class OracleRouter(Router):
 
     frozen = True
     sums_to_one = True
+    at_most_k = False  # of an unknown modality all experts are asked
     needs = ("modality",)
 
     def gate(self, logits: Tensor, mask: Tensor, x: Tensor, modality: Tensor | None) -> Tensor:
