@@ -33,7 +33,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """One router at one level. `company`: the routers that one further process may judge at once."""
+    """One router at one level. `company`: the routers that one more process may judge at once."""
 
     spec: str
     level: str = "token"
@@ -82,8 +82,11 @@ def sure(n_experts: int, expert: int, by: float = 50.0) -> Tensor:
 
 def listens(case: Case) -> bool:
     """Whether the logits decide at all: they do not for an oracle or a hash."""
-    router = case.reader()
-    return not same(ask(router, sure(4, 0)).gates, ask(router, sure(4, 1)).gates)
+    router, x = case.reader(), randn(1, 3, 4)
+    before = ask(router, x).gates
+    with torch.no_grad():  # other logits of the same x
+        router.proj.weight.copy_(torch.eye(4).roll(1, dims=0))
+    return not same(before, ask(router, x).gates)
 
 
 def state(router: Router) -> dict[str, Tensor]:

@@ -173,9 +173,8 @@ def padding_on_either_side_is_the_same(case: Case) -> None:
 def a_sample_is_routed_alone_as_in_a_batch(case: Case) -> None:
     if not case.cls.batch_invariant:
         pytest.skip("batch_invariant = False: samples may depend on one another")
-    # Two samples alike and a third: whoever shares out seats over the batch runs out of them.
-    x = randn(1, 6, 16).expand(3, 6, 16)
-    for x in (x, randn(3, 6, 16, seed=1)):
+    # Samples alike, then others: whoever shares out seats over the batch runs out of them.
+    for x in (randn(1, 6, 16).expand(3, 6, 16), randn(3, 6, 16, seed=1)):
         together = usual(case.router(), x).gates
         for b in range(3):
             hints = {"prompt": PROMPT[b : b + 1], "modality": torch.tensor([b])}

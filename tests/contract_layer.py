@@ -1,7 +1,5 @@
 """What every router has to keep, part 4: at work in the sparse layer and in the whole model."""
 
-import copy
-
 import pytest
 import torch
 from conftest import build, collate, shake
@@ -100,19 +98,4 @@ def it_generates_or_is_refused(case: Case) -> None:
     wanted = model.decoder.lm_head(hidden[:, n - 1 : -1]).argmax(dim=-1)
     assert torch.equal(tokens, wanted), (
         "What is generated with the KV cache is not what one pass over all positions says."
-    )
-
-
-def a_copy_is_independent(case: Case) -> None:
-    moe = layer(case, 2).eval()
-    other = copy.deepcopy(moe)
-    with torch.no_grad():
-        for param in other.router.parameters():
-            param.zero_()
-    x, found = randn(*MASK.shape, 16), []
-    for original in (moe, layer(case, 2).eval()):
-        torch.manual_seed(0)
-        found.append(original(x, MASK, HINTS)[0])
-    assert torch.equal(*found), (
-        "Changing a copy of the router changes the router: what do they share?"
     )

@@ -99,8 +99,9 @@ ANSWERS = {
             ),
         ),
         "First come, first served over the whole batch, so that answers of late samples go "
-        "without: no public thread found that reports this effect. The rule itself is the drop "
-        "policy 'position' that deepspeedai/DeepSpeed#8155 mentions.",
+        "without, also in evaluation: no public thread found that reports this effect. Seen in our "
+        "own reading of deepspeed/moe/sharded_moe.py at deepspeedai/DeepSpeed 27d3016 "
+        "(top2gating, and topkgating with drop_policy 'position', where it is an option).",
     ),
     "expert_choice.py": Answer(
         "ExpertChoice",
