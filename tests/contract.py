@@ -75,9 +75,9 @@ def same(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
     return torch.equal(a != 0, b != 0) and torch.allclose(a, b, atol=tolerance, rtol=0)
 
 
-def sure(n_experts: int, expert: int, by: float = 50.0) -> Tensor:
-    """x (1, 3, E) for Case.reader: one expert's logit is +by, the others' are -by."""
-    return torch.full((1, 3, n_experts), -by).index_fill(-1, torch.tensor([expert]), by)
+def competes(case: Case) -> bool:
+    """Whether tokens share out seats, so that what one is given depends on what others want."""
+    return not (case.cls.causal and case.cls.batch_invariant)
 
 
 def listens(case: Case) -> bool:
