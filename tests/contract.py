@@ -135,7 +135,7 @@ def elsewhere(specs: tuple[str, ...], hash_seed: int) -> dict[str, str]:
     env = {**os.environ, "PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, __file__, *specs]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"the routers do not run in a process of their own: {done.stderr}"
     return dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
 

@@ -1,4 +1,4 @@
-"""Every check of the contract can fail: a broken router, or an exhibit, makes it red.
+"""Every check of the contract can fail, on a broken router, and none fails on a sound one.
 
 python -m pytest tests/test_contract.py
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import test_museum
 from contract import Case, failures
-from test_router import CHECKS
+from test_router import CHECKS, LEVELS
 
 import moe
 
@@ -31,6 +31,7 @@ BROKEN = {
     "Upside": "the_balance_loss_is_1_at_balance_and_e_at_collapse",
     "Trainer": "an_update_changes_buffers_only",
 }
+SOUND = ("ReLU", "Hash", "Sinkhorn", "TopP", "Cosine", "Balanced")
 BY_HAND = {"the_layer_is_its_definition", "it_generates_or_is_refused"}  # below
 
 
@@ -59,3 +60,11 @@ def test_a_wrong_layer_is_found(monkeypatch):
 def test_what_the_cache_forgets_is_found_in_generation():
     check = "it_generates_or_is_refused"
     assert found("Past", check)[check].startswith("AssertionError")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", SOUND)
+def test_a_sound_router_is_not_accused(name, level):
+    company = tuple(f"{Path(__file__).parent / 'sound.py'}:{name}" for name in SOUND)
+    case = Case(company[SOUND.index(name)], level, company)
+    assert failures(case, CHECKS) == {}
