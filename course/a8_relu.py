@@ -1,0 +1,32 @@
+"""Assignment 8, ReLU routing (Wang et al. 2024, ReMoE, arXiv 2412.14711).
+
+The page is a8_relu.md. Shapes: B batch, T positions, D d_model, E experts, k top_k.
+"""
+
+import torch
+from torch import Tensor
+
+from routers import Router
+
+
+class ReLU(Router):
+    """gates = relu(logits); an L1 penalty of adaptive strength brings them to k visits."""
+
+    at_most_k = False  # k is what the penalty aims at, not a bound
+    factor = 1.2  # the paper's alpha
+
+    def __init__(self, d_model: int, n_experts: int, top_k: int = 2, level: str = "token"):
+        super().__init__(d_model, n_experts, top_k, level)
+        self.register_buffer("coefficient", torch.tensor(1e-8))  # the paper's lambda_0
+
+    def gate(self, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
+        """relu(logits): no choice, no softmax."""
+        raise NotImplementedError("not implemented yet")
+
+    def penalty(self, gates: Tensor, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
+        """coefficient * mean over real tokens of the sum of a token's gates."""
+        raise NotImplementedError("not implemented yet")
+
+    def update(self, visits: Tensor) -> None:
+        """coefficient *= factor ^ sign(visits a token - top_k)."""
+        raise NotImplementedError("not implemented yet")

@@ -1,0 +1,29 @@
+"""Assignment 1, noisy top-k (Shazeer et al. 2017, arXiv 1701.06538)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from routers import Router
+
+
+class NoisyTopK(Router):
+    """Noise on the logits while training, a softmax over the k that are kept."""
+
+    sums_to_one = True  # a softmax over the kept logits, at k = 1 too
+    weight = 0.1  # of the penalty; the paper's w_importance
+
+    def __init__(self, d_model: int, n_experts: int, top_k: int = 2, level: str = "token"):
+        super().__init__(d_model, n_experts, top_k, level)
+        self.noise = nn.Linear(d_model, n_experts, bias=False)  # x W_noise
+        nn.init.zeros_(self.noise.weight)  # as in the paper: it begins at softplus(0) everywhere
+
+    def gate(self, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
+        if self.training:
+            logits = logits + torch.randn_like(logits) * F.softplus(self.noise(x))
+        kept, experts = logits.topk(self.top_k, dim=-1)  # both (B, T, k)
+        return torch.zeros_like(logits).scatter(-1, experts, kept.softmax(dim=-1))
+
+    def penalty(self, gates: Tensor, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
+        importance = gates.sum(dim=(0, 1))  # (E,)
+        return self.weight * importance.var(correction=0) / (importance.mean() ** 2 + 1e-10)

@@ -1,0 +1,20 @@
+"""Assignment 4, expert choice (Zhou et al. 2022, arXiv 2202.09368)."""
+
+import torch
+from torch import Tensor
+
+from routers import Router
+
+
+class ExpertChoice(Router):
+    """Each expert picks its C likeliest tokens of a sample."""
+
+    causal = False  # who is picked depends on the tokens that come later
+    at_most_k = False  # a token may be picked by any number of experts, or by none
+
+    def gate(self, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
+        probs = logits.softmax(dim=-1)
+        capacity = (self.top_k * mask.sum(dim=1) / probs.shape[-1]).ceil()  # (B,)
+        wish = probs.masked_fill(~mask[..., None], -1.0)  # padding comes last
+        rank = wish.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (B, T, E)
+        return torch.where(rank < capacity[:, None, None], probs, 0.0)
