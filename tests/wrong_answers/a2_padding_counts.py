@@ -1,0 +1,9 @@
+"""The capacity is of T positions, padding and all."""
+
+import torch
+from solutions.a2 import Switch as Right
+
+
+class Switch(Right):
+    def gate(self, logits, mask, x):
+        return super().gate(logits, torch.ones_like(mask), x)

@@ -1,0 +1,8 @@
+"""The logsumexp is of the probabilities: nearly a constant."""
+
+from solutions.a3 import ZLoss as Right
+
+
+class ZLoss(Right):
+    def penalty(self, gates, logits, mask, x):
+        return super().penalty(gates, logits.softmax(dim=-1), mask, x)

@@ -1,0 +1,11 @@
+"""The bias is a tensor that no checkpoint knows."""
+
+from solutions.a5 import LossFree as Right
+
+
+class LossFree(Right):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        bias = self.bias
+        del self.bias
+        self.bias = bias

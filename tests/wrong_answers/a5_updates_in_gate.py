@@ -1,0 +1,11 @@
+"""The bias is changed while gates are computed."""
+
+from solutions.a5 import LossFree as Right
+
+
+class LossFree(Right):
+    def gate(self, logits, mask, x):
+        gates = super().gate(logits, mask, x)
+        if self.training:
+            self.update((gates[mask] != 0).float().mean(dim=0))
+        return gates

@@ -1,0 +1,8 @@
+"""The answer is pooled along with the prompt."""
+
+from solutions.a7 import OneRoute as Right
+
+
+class OneRoute(Right):
+    def gate(self, logits, mask, x, prompt, held):
+        return super().gate(logits, mask, x, mask, held)
