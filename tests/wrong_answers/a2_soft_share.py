@@ -1,0 +1,9 @@
+"""f_e is the mean probability too, and so not what was chosen."""
+
+from solutions.a2 import Switch as Right
+
+
+class Switch(Right):
+    def penalty(self, gates, logits, mask, x):
+        mean = logits[mask].softmax(dim=-1).mean(dim=0)
+        return self.weight * len(mean) * (mean * mean).sum()

@@ -1,0 +1,8 @@
+"""Who is picked gets the gate 1."""
+
+from solutions.a4 import ExpertChoice as Right
+
+
+class ExpertChoice(Right):
+    def gate(self, logits, mask, x):
+        return (super().gate(logits, mask, x) != 0).float()
