@@ -1,6 +1,7 @@
 """Each reference solution trains, is read again and answers: pytest tests/test_solutions_train.py
 
-On the preset of 30 000 parameters, two steps of phase 3 from one shared phase 2.
+On the preset of 30 000 parameters, two steps of phase 3 from one shared phase 2,
+with the commands of the pages.
 """
 
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from mini import losses, mini, weights
+from pages import commands, of_assignment
 from test_assignments import STUBS
 
 import train
@@ -20,6 +22,14 @@ SOLUTIONS = Path(__file__).parent / "solutions"
 NUMBERS = pytest.mark.parametrize("number", STUBS)
 COMMON = ["--preset", "mini", "--data", "phantoms:16", "--dtype", "float32", "--no-eval",
           "--router-images", "16", "--steps", "2", "--batch-size", "4"]  # fmt: skip
+
+
+def as_the_page_says(number: int, here: dict[str, object]) -> list[str]:
+    """The flags of the page's training command, with the values of `here`."""
+    (argv,) = [w[2:] for w in commands(of_assignment(number)) if "--init" in w]
+    for flag, value in here.items():
+        argv[argv.index(flag) + 1] = str(value)
+    return argv
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +47,8 @@ def trained(tmp_path_factory):
             if number not in runs:
                 spec = f"{SOLUTIONS / f'a{number}.py'}:{STUBS[number].rpartition(':')[2]}"
                 runs[number] = tmp_path_factory.mktemp(f"a{number}")
-                train.main(["--phase", "3", "--init", str(base / "phase2"), "--router", spec,
-                            "--out", str(runs[number]), *COMMON])  # fmt: skip
+                here = {"--init": base / "phase2", "--router": spec, "--out": runs[number]}
+                train.main([*as_the_page_says(number, here), *COMMON])
             return runs[number]
 
         yield run

@@ -1,0 +1,94 @@
+"""What the pages of the course tell to run can be run: python -m pytest tests/test_course_pages.py
+
+The commands that train are run in test_solutions_train.py, on a smaller model.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from pages import PAGES, ROOT, blocks, commands, of_assignment
+from test_assignments import STUBS
+
+import chat
+import eval as evaluation
+import train
+from flags import parse
+
+FLAGS = {"train.py": train.TrainConfig, "eval.py": evaluation.EvalConfig,
+         "chat.py": chat.ChatConfig}  # fmt: skip
+COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
+SECTIONS = ["Idea", "Equation", "What to write", "How it is judged", "Common mistakes",
+            "Predict before you run", "Then"]  # fmt: skip
+NUMBERS = pytest.mark.parametrize("number", STUBS)
+
+
+@NUMBERS
+def test_a_page_has_its_sections_its_time_and_its_own_commands(number):
+    page = of_assignment(number)
+    text = page.read_text()
+    there = [s for s in re.findall(r"^## (.*)", text, re.MULTILINE) if s != "Measure the leak"]
+    assert there == SECTIONS
+    minutes = int(re.search(r"^Time: about (\d+) minutes", text, re.MULTILINE)[1])
+    assert 0 < minutes <= 120
+    assert re.search(r"arXiv \d{4}\.\d{5}", text)
+    assert f"course/{page.stem}.py" in text and (ROOT / "course" / f"{page.stem}.py").is_file()
+    for words in commands(page):
+        if "--router" in words:
+            assert words[words.index("--router") + 1] == f"course/{STUBS[number]}", words
+        if "--assignment" in words:
+            assert words[words.index("--assignment") + 1] == str(number), words
+    scripts = [" ".join(words[:3]) for words in commands(page)]
+    for needed in ("python -m pytest", "python train.py --phase", "python -m course.score"):
+        assert needed in scripts, f"{page.name} does not say how to run {needed}"
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS)
+def test_a_command_has_a_file_and_flags_that_exist(page, words):
+    if words[0] == "python" and words[1] != "-m":
+        parse(FLAGS[words[1]], words[2:], words[1])
+        return
+    words = words[2:] if words[1] == "-m" else words
+    if words[0] == "pytest":
+        targets = [w.partition("::")[0] for w in words if w.startswith("tests/")]
+    else:
+        targets = [words[0].replace(".", "/") + ".py"]
+    for target in targets:
+        if not (ROOT / target).is_file():
+            pytest.skip(f"{page}: {target} is not here yet")
+
+
+def pytest_says(*argv: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True).stdout
+
+
+def test_the_judge_called_as_the_page_says_skips_what_is_not_written():
+    (argv,) = [words[3:] for words in commands(of_assignment(5)) if "--assignment" in words]
+    said = pytest_says(*argv)
+    assert "not implemented yet" in said, said
+    assert re.search(r"=+ 6 skipped in", said), said
+
+
+def test_the_judge_called_with_a_router_judges_that_one_and_its_assignment_alone():
+    wrong = ROOT / "tests" / "wrong_answers" / "a5_wrong_way.py"
+    if not wrong.is_file():
+        pytest.skip("the wrong answers are withheld")
+    spec = f"{wrong.relative_to(ROOT)}:LossFree"
+    said = pytest_says("tests/test_assignments.py", "--assignment", "5", "--router", spec)
+    assert "the sign is the wrong way" in said, said
+    assert "Traceback" not in said and "raise " not in said, said
+    assert re.search(r"=+ 1 failed, 5 passed in", said), said
+
+
+def test_the_leak_on_the_page_is_measured(capsys):
+    solution = ROOT / "tests" / "solutions" / "a4.py"
+    if not solution.is_file():
+        pytest.skip("the solutions are withheld")
+    (code,) = blocks(of_assignment(4), "python")
+    exec(code.replace("course/a4_expert_choice.py", str(solution)), {})
+    said = dict(re.findall(r"^(\w+) .*: (\d+)$", capsys.readouterr().out, re.MULTILINE))
+    assert said["TopKRouter"] == "0" and int(said["ExpertChoice"]) > 0, said
