@@ -11,13 +11,16 @@ from routers import Router
 class NoisyTopK(Router):
     """Noise on the logits while training, a softmax over the k that are kept."""
 
-    sums_to_one = True  # a softmax over the kept logits, at k = 1 too
     weight = 0.1  # of the penalty; the paper's w_importance
 
     def __init__(self, d_model: int, n_experts: int, top_k: int = 2, level: str = "token"):
         super().__init__(d_model, n_experts, top_k, level)
         self.noise = nn.Linear(d_model, n_experts, bias=False)  # x W_noise
         nn.init.zeros_(self.noise.weight)  # as in the paper: it begins at softplus(0) everywhere
+
+    @property
+    def sums_to_one(self) -> bool:
+        return self.top_k > 1
 
     def gate(self, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
         """H(x) = logits + normal * softplus(x W_noise) in training; softmax over its k largest."""

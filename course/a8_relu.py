@@ -13,6 +13,7 @@ class ReLU(Router):
     """gates = relu(logits); an L1 penalty of adaptive strength brings them to k visits."""
 
     at_most_k = False  # k is what the penalty aims at, not a bound
+    may_drop = True  # no logit of a token need be positive
     factor = 1.2  # the paper's alpha
 
     def __init__(self, d_model: int, n_experts: int, top_k: int = 2, level: str = "token"):

@@ -80,6 +80,11 @@ def competes(case: Case) -> bool:
     return not (case.cls.causal and case.cls.batch_invariant)
 
 
+def per_sample(case: Case) -> bool:
+    """Whether one decision, on the prompt, serves all positions of a sample."""
+    return case.level == "sequence" or "prompt" in case.cls.needs
+
+
 def listens(case: Case) -> bool:
     """Whether the logits decide at all: they do not for an oracle or a hash."""
     router, x = case.reader(), randn(1, 3, 4)

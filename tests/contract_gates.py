@@ -10,6 +10,7 @@ from contract import (
     competes,
     elsewhere,
     listens,
+    per_sample,
     randn,
     same,
     usual,
@@ -96,7 +97,7 @@ def a_sure_router_says_so(case: Case) -> None:
     if not listens(case):
         pytest.skip("the logits do not decide")
     # Every expert is wanted equally often, or a router that shares out seats could not oblige.
-    wanted = torch.arange(4)[:, None] + torch.arange(4) * (case.level == "token")  # (4, 4)
+    wanted = torch.arange(4)[:, None] + torch.arange(4) * (not per_sample(case))  # (4, 4)
     is_wanted = torch.eye(4)[wanted % 4]  # (4, 4, E)
     gates = ask(case.reader(), 100 * is_wanted - 50).gates
     share = ((gates * is_wanted).sum() / gates.sum().clamp(min=1e-9)).item()
@@ -195,7 +196,7 @@ def a_causal_router_does_not_look_ahead(case: Case) -> None:
     for t in range(3, 6):
         later = x.clone()
         later[:, t:] = 3.0 * randn(3, 6 - t, 16, seed=8)
-        if case.level == "sequence":
+        if per_sample(case):
             later[PROMPT] = x[PROMPT]
         after = usual(case.router(), later).gates
         assert same(after[:, :t], before[:, :t]), (

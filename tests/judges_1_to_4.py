@@ -35,7 +35,15 @@ def noise_is_absent_in_evaluation(cls: type[Router]) -> None:
 
 
 def gates_are_a_softmax_over_the_kept(cls: type[Router]) -> None:
-    for k in (1, 2, N_EXPERTS):
+    gates = decide(make(cls, 1), LOGITS).gates
+    likeliest = on_real(top_k_of(LOGITS.softmax(dim=-1), 1))
+    same_visits(gates, likeliest, "At k = 1 the visit is not the largest logit's (`gate`).")
+    assert not (gates[MASK].amax(dim=-1) == 1).all(), (
+        "At k = 1 every gate is 1: a softmax over one logit leaves the router no gradient. Keep "
+        "the probability among all E there (`gate`)."
+    )
+    close(gates, likeliest, "At k = 1 the gate is not the probability among all E (`gate`).")
+    for k in (2, N_EXPERTS):
         gates = decide(make(cls, k), LOGITS).gates
         kept = top_k_of(LOGITS.exp(), k)
         wanted = on_real(kept / kept.sum(dim=-1, keepdim=True))

@@ -6,7 +6,9 @@ The reference solutions and the wrong answers may be withheld; then nothing is l
 from pathlib import Path
 
 import pytest
+from contract import Case, failures
 from test_assignments import CHECKS, ROOT, STUBS, judge
+from test_router import CHECKS as CONTRACT
 
 from routers import get_router
 
@@ -16,6 +18,7 @@ WRONG = {
     "a1_counts_visits": "not of the visits",
     "a1_no_softplus": "standard deviation softplus(x W_noise)",
     "a1_noise_in_evaluation": "There is noise in evaluation",
+    "a1_one_at_k_1": "At k = 1 every gate is 1",
     "a1_softmax_before_top_k": "not a softmax over the kept logits",
     "a2_counts_after_the_drop": "before any is dropped",
     "a2_drops_in_evaluation": "In evaluation each real token visits its likeliest expert",
@@ -97,6 +100,14 @@ def test_a_solution_passes_all_checks(number):
 
 
 @NUMBERS
+def test_a_solution_keeps_the_contract(number):
+    path = TESTS / "solutions" / f"a{number}.py"
+    if not path.is_file():
+        pytest.skip("the solutions are withheld")
+    assert failures(Case(f"{path}:{class_of(number)}"), CONTRACT) == {}
+
+
+@NUMBERS
 def test_a_method_that_is_missing_skips_its_checks_only(number):
     path = TESTS / "solutions" / f"a{number}.py"
     if not path.is_file():
@@ -125,8 +136,8 @@ def test_a_wrong_answer_fails_with_a_sentence_that_names_its_mistake(name):
     if not path.is_file():
         pytest.skip("the wrong answers are withheld")
     found = outcomes(f"{path}:{class_of(number)}", number)
-    failures = [says for says in found.values() if says != "passed"]
-    assert any(WRONG[name] in says for says in failures), found
+    failed = [says for says in found.values() if says != "passed"]
+    assert any(WRONG[name] in says for says in failed), found
 
 
 def test_every_wrong_answer_is_judged_and_every_assignment_has_two():

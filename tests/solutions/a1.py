@@ -10,7 +10,6 @@ from routers import Router
 class NoisyTopK(Router):
     """Noise on the logits while training, a softmax over the k that are kept."""
 
-    sums_to_one = True  # a softmax over the kept logits, at k = 1 too
     weight = 0.1  # of the penalty; the paper's w_importance
 
     def __init__(self, d_model: int, n_experts: int, top_k: int = 2, level: str = "token"):
@@ -18,11 +17,17 @@ class NoisyTopK(Router):
         self.noise = nn.Linear(d_model, n_experts, bias=False)  # x W_noise
         nn.init.zeros_(self.noise.weight)  # as in the paper: it begins at softplus(0) everywhere
 
+    @property
+    def sums_to_one(self) -> bool:
+        return self.top_k > 1
+
     def gate(self, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
         if self.training:
             logits = logits + torch.randn_like(logits) * F.softplus(self.noise(x))
-        kept, experts = logits.topk(self.top_k, dim=-1)  # both (B, T, k)
-        return torch.zeros_like(logits).scatter(-1, experts, kept.softmax(dim=-1))
+        kept, experts = logits.softmax(dim=-1).topk(self.top_k, dim=-1)  # both (B, T, k)
+        if self.top_k > 1:  # the softmax over the kept; of one it would be 1, whatever the logits
+            kept = kept / kept.sum(dim=-1, keepdim=True)
+        return torch.zeros_like(logits).scatter(-1, experts, kept)
 
     def penalty(self, gates: Tensor, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
         importance = gates.sum(dim=(0, 1))  # (E,)

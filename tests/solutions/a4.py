@@ -10,7 +10,8 @@ class ExpertChoice(Router):
     """Each expert picks its C likeliest tokens of a sample."""
 
     causal = False  # who is picked depends on the tokens that come later
-    at_most_k = False  # a token may be picked by any number of experts, or by none
+    at_most_k = False  # a token may be picked by any number of experts
+    may_drop = True  # or by none
 
     def gate(self, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
         probs = logits.softmax(dim=-1)
