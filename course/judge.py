@@ -1,0 +1,87 @@
+"""Run the contract's tests, or an assignment's, against one submission, in a clean child process.
+
+The tests start processes and write files themselves, so contain.guard is not set here: what
+stands between is course/vet.py, a clean environment and the time limit.
+"""
+
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import NamedTuple
+
+from config import UserError
+from course import contain
+from records import one_line
+
+CONTRACT = contain.ROOT / "tests" / "test_router.py"
+ASSIGNMENTS = contain.ROOT / "tests" / "test_assignments.py"
+LIMIT_S = 180.0
+
+
+class Case(NamedTuple):
+    """One test. state: "passed", "failed" or "skipped"."""
+
+    name: str
+    state: str
+    message: str = ""
+
+
+class Judged(NamedTuple):
+    cases: list[Case]
+
+    def count(self, state: str) -> int:
+        return sum(case.state == state for case in self.cases)
+
+    @property
+    def passed(self) -> str:
+        """As in "23/24": of those that apply."""
+        return f"{self.count('passed')}/{len(self.cases) - self.count('skipped')}"
+
+    @property
+    def is_whole(self) -> bool:
+        return self.count("failed") == 0 and self.count("passed") > 0
+
+
+def read_cases(file: Path) -> list[Case]:
+    """pytest's JUnit file -> its test cases."""
+    cases = []
+    for node in ET.parse(file).iter("testcase"):
+        state, message = "passed", ""
+        for child in node:
+            if child.tag in ("failure", "error"):
+                state, message = "failed", child.get("message", "")
+            elif child.tag == "skipped":
+                state, message = "skipped", child.get("message", "")
+        cases.append(Case(node.get("name", "?"), state, one_line(message, 500)))
+    return cases
+
+
+def judge(
+    tests: Path, text: str, cls: str, where: str, limit_s: float = LIMIT_S, extra: tuple = ()
+) -> Judged | None:
+    """pytest on the submission's text; None where the file of tests is not there.
+
+    Raises UserError where it did not come to an end: time over, or nothing could be collected.
+    """
+    if not tests.is_file():
+        return None
+    with tempfile.TemporaryDirectory(prefix="judge-") as name:
+        folder = Path(name)
+        (folder / contain.FILE).write_text(text)
+        report = folder / "report.xml"
+        outcome = contain.run(
+            [sys.executable, "-s", "-P", "-B", "-m", "pytest", str(tests), "-q",
+             "-p", "no:cacheprovider", "-c", str(contain.ROOT / "pyproject.toml"),
+             "--rootdir", str(contain.ROOT), "--basetemp", str(folder / "temp"),
+             "--junitxml", str(report), "--router", f"{folder / contain.FILE}:{cls}", *extra],
+            folder, limit_s, cwd=contain.ROOT,
+        )  # fmt: skip
+        if outcome.code is None:
+            raise UserError(f"{where}: stopped after {limit_s:g} s, while in {tests.name}")
+        cases = read_cases(report) if report.is_file() else []
+        if not cases:
+            lines = [line for line in outcome.tail.splitlines() if line.strip()]
+            last = one_line(lines[-1], 300) if lines else "nothing"
+            raise UserError(f"{where}: {tests.name} ended with code {outcome.code}: {last}")
+        return Judged(cases)
