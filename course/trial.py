@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch._dynamo  # the first step would load it, and it changes torch as it loads
 from torch import Tensor
 
 import config

@@ -81,7 +81,10 @@ class Vetting(ast.NodeVisitor):
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         root = root_of(node)
-        self.check_name(node, node.attr, self.modules.get(root or "", ""))
+        module = self.modules.get(root or "", "")
+        if module in ("routers", "moe") and not isinstance(node.value, ast.Name):
+            module = ""  # an attribute of what the module defines
+        self.check_name(node, node.attr, module)
         if node.attr == "modality":
             self.refuse(node, "reads the true modality, which a router that is graded may not know")
         if isinstance(node.ctx, ast.Store | ast.Del) and root in self.modules:
