@@ -1,0 +1,139 @@
+"""Who cheats is told so, in a sentence with its line: python -m pytest tests/test_contain.py"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+import pytest
+import torch
+from handed_in import BUDGET, GOOD, small_base
+
+import scoring
+from config import UserError
+from course import contain, score
+from course.vet import only_router, vet
+
+
+@pytest.fixture(name="base", scope="module")
+def _base(tmp_path_factory):
+    with small_base(tmp_path_factory.mktemp("score")) as base:
+        yield base
+
+
+BODY = "from routers import Router\nclass Mine(Router):\n"
+GATE = "    def gate(self, logits, mask, x):\n"
+CHEATS = {  # what is submitted, the line, and a word of what is told
+    "modality": (BODY + "    needs = ('modality',)\n" + GATE + "        return x", 3, "modality"),
+    "hints": (BODY + "    def forward(self, x, mask, hints):\n        return x", 3, "forward"),
+    "loss": ("import model\nmodel.MedMoE.loss = None\n", 1, "imports model"),
+    "torch": ("import torch.nn.functional as F\nF.cross_entropy = min\n", 2, "changes F.cross"),
+    "file": (BODY + GATE + "        open('x', 'w')", 4, "open"),
+    "torch save": ("import torch\ntorch.save(1, 'x')\n", 2, "save"),
+    "from torch": ("from torch import load\n", 1, "load"),
+    "os": ("import math\nimport os\n", 2, "imports os"),
+    "os elsewhere": ("import dataclasses\ndataclasses.sys.exit()\n", 2, "sys"),
+    "routers' os": ("import routers\nrouters.sys.exit()\n", 2, "routers.sys"),
+    "process": ("from subprocess import run\n", 1, "imports subprocess"),
+    "import": ("x = 1\n__import__('os')\n", 2, "__import__"),
+    "classes": ("().__class__.__base__.__subclasses__()\n", 1, "__"),
+    "exec": ("exec('1')\n", 1, "exec"),
+    "extension": ("import torch.utils.cpp_extension\n", 1, "cpp_extension"),
+    "threads": ("import torch\ntorch.set_num_threads(4)\n", 2, "set_num_threads"),
+    "seed": ("import torch\ntorch.manual_seed(0)\n", 2, "manual_seed"),
+    "hook": (
+        BODY + "    def update(self, visits):\n        self.register_forward_hook(1)",
+        4,
+        "hook",
+    ),
+    "oracle": ("from routers import OracleRouter\n", 1, "OracleRouter"),
+    "syntax": ("def f(:\n", 1, "not Python"),
+}
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_vetting_names_the_line_of_what_is_not_allowed(name):
+    text, line, word = CHEATS[name]
+    with pytest.raises(UserError, match=rf"^mine.py, line {line}: .*{word}"):
+        vet(text, "mine.py")
+
+
+def test_vetting_lets_honest_routers_through():
+    vet(GOOD, "mine.py")
+    vet(
+        "import math\nimport torch.nn.functional as F\nfrom torch import Tensor, nn\n"
+        "from moe import MLP\n" + BODY + "    needs = ('prompt', 'held')\n"
+        "    def __init__(self, d, e, **more):\n        super().__init__(d, e, **more)\n"
+        "        self.seen = nn.Parameter(torch.zeros(e))\n"
+        "        self.register_buffer('bias', torch.zeros(e))\n"
+        "    def update(self, visits):\n        self.bias += 0.1 * visits.sign()\n",
+        "mine.py",
+    )
+    assert only_router(GOOD + "\n\nclass Other(Mine):\n    pass\n", "mine.py") == "Other"
+
+
+INSIDE = {  # what vetting would have found, had it been hidden better: what is told at run time
+    "fine": (GOOD, None),
+    "patches the loss": (GOOD + "\nimport model\nmodel.MedMoE.loss = lambda *a: None\n", "changed"),
+    "writes a file, and swallows the refusal": (
+        GOOD + "\ntry:\n    open(FILE, 'w')\nexcept OSError:\n    pass\n",
+        "line 16: writes a file",
+    ),
+    "starts a process": (
+        GOOD.replace("# as learnt", "import os\n        os.system('true')"),
+        "line 13: starts a process",
+    ),
+    "reads the modality": (GOOD.replace("sums", "needs = ('modal' + 'ity',)\n    sums"), "needs"),
+    "raises": (GOOD.replace("# as learnt", "1 / 0"), "line 12: ZeroDivisionError"),
+    "hangs": (GOOD.replace("# as learnt", "while True: pass"), "s, while training"),
+}  # fmt: skip
+
+
+@pytest.fixture(name="told", scope="module")
+def _told(base, tmp_path_factory):
+    """What became of each of INSIDE, two at a time, unvetted; and the file that some write."""
+    file = tmp_path_factory.mktemp("outside") / "written"
+    derived = score.derive("", "", 1)
+    job = asdict(BUDGET) | {
+        "class": "Mine", "init": str(base), "seed": 1, "where": "mine.py",
+        "data": f"phantoms:8@{derived.first}@1",
+    }  # fmt: skip
+
+    def run(name):
+        text = INSIDE[name][0].replace("FILE", repr(str(file)))
+        try:
+            score.run_seed(job, text, 10 if name == "hangs" else 100)
+        except UserError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(INSIDE, pool.map(run, INSIDE), strict=True)), file
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_what_vetting_does_not_see_is_caught_while_it_runs(told, name):
+    sentences, file = told
+    wanted = INSIDE[name][1]
+    if wanted is None:
+        assert sentences[name] is None
+    else:
+        assert wanted in (sentences[name] or "nothing was told"), sentences[name]
+        assert sentences[name].startswith("mine.py") and "\n" not in sentences[name]
+    assert not file.exists()
+
+
+def test_the_snapshot_notices_functions_methods_and_constants(monkeypatch):
+    before = contain.snapshot()
+    assert contain.changed(before) == []
+    monkeypatch.setattr(scoring, "mean", lambda values: 1.0)
+    monkeypatch.setattr(scoring.Record, "text", None)
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", None)
+    monkeypatch.setattr(score.Budget, "steps", 1)
+    found = contain.changed(before)
+    assert {"scoring.mean", "records.Record.text", "torch.nn.functional.cross_entropy"} <= {*found}
+    monkeypatch.undo()
+    was = scoring.mean.__code__
+    scoring.mean.__code__ = (lambda values: 1.0).__code__
+    try:
+        assert contain.changed(before) == ["scoring.mean"]
+    finally:
+        scoring.mean.__code__ = was
