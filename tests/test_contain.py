@@ -71,7 +71,7 @@ def test_vetting_lets_honest_routers_through():
 
 
 INSIDE = {  # what vetting would have found, had it been hidden better: what is told at run time
-    "fine": (GOOD, None),
+    "looks ahead": (GOOD.replace("sums_to_one = True", "causal = False"), None),
     "patches the loss": (GOOD + "\nimport model\nmodel.MedMoE.loss = lambda *a: None\n", "changed"),
     "writes a file, and swallows the refusal": (
         GOOD + "\ntry:\n    open(FILE, 'w')\nexcept OSError:\n    pass\n",
@@ -100,10 +100,10 @@ def _told(base, tmp_path_factory):
     def run(name):
         text = INSIDE[name][0].replace("FILE", repr(str(file)))
         try:
-            score.run_seed(job, text, 10 if name == "hangs" else 100)
+            result = score.run_seed(job, text, 10 if name == "hangs" else 100)
         except UserError as error:
             return str(error)
-        return None
+        return result["closed"]
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(INSIDE, pool.map(run, INSIDE), strict=True)), file
@@ -111,14 +111,17 @@ def _told(base, tmp_path_factory):
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_what_vetting_does_not_see_is_caught_while_it_runs(told, name):
-    sentences, file = told
+    sentences, _ = told
     wanted = INSIDE[name][1]
     if wanted is None:
-        assert sentences[name] is None
+        assert sentences[name] is None, "no answers, as generation refuses it, but a loss"
     else:
         assert wanted in (sentences[name] or "nothing was told"), sentences[name]
         assert sentences[name].startswith("mine.py") and "\n" not in sentences[name]
-    assert not file.exists()
+
+
+def test_no_submission_wrote_outside_of_its_folder(told):
+    assert not told[1].exists()
 
 
 def test_the_snapshot_notices_functions_methods_and_constants(monkeypatch):
