@@ -4,6 +4,7 @@ The tests start processes and write files themselves, so contain.guard is not se
 stands between is course/vet.py, a clean environment and the time limit.
 """
 
+import re
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
@@ -51,6 +52,8 @@ def read_cases(file: Path) -> list[Case]:
         for child in node:
             if child.tag in ("failure", "error"):
                 state, message = "failed", child.get("message", "")
+                if message == "collection failure":  # the reason is in the last line of its text
+                    message = (child.text or message).strip().splitlines()[-1]
             elif child.tag == "skipped":
                 state, message = "skipped", child.get("message", "")
         cases.append(Case(node.get("name", "?"), state, one_line(message, 500)))
@@ -79,7 +82,10 @@ def judge(
         )  # fmt: skip
         if outcome.code is None:
             raise UserError(f"{where}: stopped after {limit_s:g} s, while in {tests.name}")
-        cases = read_cases(report) if report.is_file() else []
+        # The file as its author knows it, in names too, which then are the same in every run.
+        ours = re.compile(rf"[^\s\[]*{re.escape(folder.name)}.{re.escape(contain.FILE)}")
+        cases = [Case(*(ours.sub(where, part) for part in case))
+                 for case in (read_cases(report) if report.is_file() else [])]  # fmt: skip
         if not cases:
             lines = [line for line in outcome.tail.splitlines() if line.strip()]
             last = one_line(lines[-1], 300) if lines else "nothing"
