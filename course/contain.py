@@ -46,6 +46,7 @@ CHANGES = {  # audit events that change a file -> which of their arguments are i
     "os.symlink": (1,), "os.truncate": (0,), "os.chmod": (0,), "os.chown": (0,),
     "os.utime": (0,), "shutil.rmtree": (0,), "shutil.move": (0, 1), "shutil.copyfile": (1,),
 }  # fmt: skip
+RUNNING: set[int] = set()  # process groups that `run` waits for, of all threads
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Of torch, what a loss, a gradient or a step passes through.
 TORCH = ("torch", "torch.nn.functional", "torch.Tensor", "torch.nn.Module", "torch.nn.Linear",
@@ -70,6 +71,17 @@ def environment(folder: Path) -> dict[str, str]:
     return {k: os.environ[k] for k in kept if k in os.environ} | fixed
 
 
+def kill(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def stop_all() -> None:
+    """End what other threads wait for, as after Ctrl-C or when one seed has failed."""
+    for group in list(RUNNING):
+        kill(group)
+
+
 def run(command: list[str], folder: Path, limit_s: float, cwd: Path | None = None) -> Outcome:
     """Run it to its end or the limit's; no process of its group is left afterwards."""
     said = folder / "said.txt"
@@ -78,13 +90,14 @@ def run(command: list[str], folder: Path, limit_s: float, cwd: Path | None = Non
             command, cwd=cwd or folder, env=environment(folder), stdin=subprocess.DEVNULL,
             stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
+        RUNNING.add(child.pid)
         try:
             code = child.wait(limit_s)
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(child.pid, signal.SIGKILL)
+            RUNNING.discard(child.pid)
+            kill(child.pid)
             child.wait()
     stage = folder / "stage.txt"
     return Outcome(

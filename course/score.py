@@ -7,7 +7,8 @@ the same machine. --verify HASH checks a row that someone has handed in.
 Pictures, seeds and the order of the modalities follow from --student and, where it is set, from
 the environment variable COURSE_SECRET, by SHA-256. Without it anyone can score what anyone else
 scores; a lecturer who sets it scores on pictures that nobody has seen. A row is verified with the
-same secret, or none, that it was made with. The last line is JSON.
+same secret, or none, that it was made with; a row holds a hash of it, so choose a long one. Other
+machines and other versions of torch may round differently. The last line is JSON.
 """
 
 import hashlib
@@ -141,6 +142,7 @@ def run_seeds(
         except BaseException:
             for run in runs:  # the others would fail alike
                 run.cancel()
+            contain.stop_all()
             raise
 
 

@@ -1,5 +1,7 @@
 """Who cheats is told so, in a sentence with its line: python -m pytest tests/test_contain.py"""
 
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -122,6 +124,28 @@ def test_what_vetting_does_not_see_is_caught_while_it_runs(told, name):
 
 def test_no_submission_wrote_outside_of_its_folder(told):
     assert not told[1].exists()
+
+
+def test_children_do_not_know_the_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv(score.SECRET, "of the lecturer")
+    code = "import os, sys; sys.exit('lecturer' in str(os.environ))"
+    assert contain.run([sys.executable, "-c", code], tmp_path, 60).code == 0
+
+
+def test_when_one_seed_fails_the_others_are_stopped(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        waits = []
+        for folder in folders:
+            folder.mkdir()
+            waits.append(pool.submit(contain.run, sleep, folder, 50))
+        while len(contain.RUNNING) < 2:
+            time.sleep(0.01)
+        contain.stop_all()
+        assert [wait.result().code for wait in waits] == [-9, -9]
+    assert time.monotonic() - began < 20 and not contain.RUNNING
 
 
 def test_the_snapshot_notices_functions_methods_and_constants(monkeypatch):
