@@ -1,6 +1,6 @@
 """What --data names -> samples: captions, dialogues or single questions, of one split.
 
-    phantoms  phantoms:N  slake:DIR  vqa-rad:DIR  vqa-rad-3515:DIR  pathvqa:DIR
+    phantoms  phantoms:N  phantoms:N+FIRST  slake:DIR  vqa-rad:DIR  vqa-rad-3515:DIR  pathvqa:DIR
     medmnist:FILE.npz  llava:FILE.json  llava:DIR
 
 SOURCE@W takes its samples W times an epoch. The readers of published files are in benchmarks/.
@@ -43,13 +43,13 @@ def truth(seed: int) -> phantoms.Phantom:
 def read_phantoms(where: str, what: str, split: str) -> Iterator[Sample]:
     """Pictures drawn from seeds (phantoms.py), N_TRAIN or as many as the user says for training.
 
-    "N@FIRST" takes other pictures, in every split: those from its seed number FIRST on.
+    "N+FIRST" takes other pictures, in every split: those from its seed number FIRST on.
     """
-    wanted, _, first = (where or f"{N_TRAIN}@0").partition("@")
+    wanted, plus, first = (where or str(N_TRAIN)).partition("+")
     if not (re.fullmatch("[0-9]{1,7}", wanted) and 0 < int(wanted) <= 10**6):
         raise UserError(f"--data phantoms:{where}: must be phantoms:N, N from 1 to 1000000")
-    if "@" in where and not (re.fullmatch("[0-9]{1,9}", first) and int(first) <= 9 * 10**8):
-        raise UserError(f"--data phantoms:{where}: must be phantoms:N@FIRST, FIRST up to 900000000")
+    if plus and not (re.fullmatch("[0-9]{1,9}", first) and int(first) <= 9 * 10**8):
+        raise UserError(f"--data phantoms:{where}: must be phantoms:N+FIRST, FIRST up to 900000000")
     n = {"train": int(wanted), "val": N_VAL, "test": N_TEST}[split]
     for seed in phantoms.seeds(split, n, int(first or 0)):
         phantom = truth(seed)

@@ -133,7 +133,7 @@ def run_seeds(
     """One result a seed, two seeds at a time."""
     job = asdict(BUDGET) | {
         "where": where, "class": cls, "init": str(base.resolve()),
-        "data": f"phantoms:{BUDGET.train_pictures}@{derived.first}@1",  # @1: its weight
+        "data": f"phantoms:{BUDGET.train_pictures}+{derived.first}",
     }  # fmt: skip
     with ThreadPoolExecutor(min(JOBS, os.cpu_count() or 1)) as pool:
         runs = [pool.submit(run_seed, job | {"seed": s}, text, limit_s) for s in derived.seeds]

@@ -96,7 +96,7 @@ def _told(base, tmp_path_factory):
     derived = score.derive("", "", 1)
     job = asdict(BUDGET) | {
         "class": "Mine", "init": str(base), "seed": 1, "where": "mine.py",
-        "data": f"phantoms:8@{derived.first}@1",
+        "data": f"phantoms:8+{derived.first}",
     }  # fmt: skip
 
     def run(name):

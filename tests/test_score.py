@@ -125,7 +125,7 @@ def test_no_students_pictures_are_default_pictures():
         derived = score.derive(student, "", 3)
         assert sorted(derived.modalities) == list(range(len(MODALITIES)))
         for split in SPLITS:
-            spec = f"phantoms:5@{derived.first}@1"
+            spec = f"phantoms:5+{derived.first}"
             pictures = {s.image for s in load_samples([spec], "vqa", split)}
             largest = seeds(split, 10**6)  # all that --data phantoms:N can name
             assert pictures and not any(picture in largest for picture in pictures)

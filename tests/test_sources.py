@@ -49,6 +49,15 @@ def test_phantom_splits_share_no_picture_and_have_their_sizes():
     assert len(set.union(*seeds.values())) == sum(map(len, seeds.values()))
 
 
+def test_phantoms_from_another_seed_on_are_other_pictures_in_every_split():
+    for split in phantoms.SPLITS:
+        plain, later = (
+            [s.image for s in load_samples([spec], "captions", split)]
+            for spec in ("phantoms:30", "phantoms:30+700")
+        )
+        assert later == [seed + 700 for seed in plain]
+
+
 @pytest.mark.parametrize(
     "spec,reason",
     [
@@ -59,6 +68,8 @@ def test_phantom_splits_share_no_picture_and_have_their_sizes():
         ("phantoms:many", "N from 1"),
         ("phantoms:-3", "N from 1"),
         ("phantoms:9999999", "N from 1 to 1000000"),
+        ("phantoms:4+", "FIRST up to 900000000"),
+        ("phantoms:4+1000000000", "FIRST up to 900000000"),
     ],
 )
 def test_a_bad_source_is_refused_by_name(spec, reason):
