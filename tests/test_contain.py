@@ -89,9 +89,19 @@ INSIDE = {  # what vetting would have found, had it been hidden better: what is 
 }  # fmt: skip
 
 
+DAILY = (
+    "patches the loss",
+    "writes a file, and swallows the refusal",
+    "reads the modality",
+    "hangs",
+)
+
+
 @pytest.fixture(name="told", scope="module")
-def _told(base, tmp_path_factory):
-    """What became of each of INSIDE, two at a time, unvetted; and the file that some write."""
+def _told(request, base, tmp_path_factory):
+    """What became of those of INSIDE, two at a time, unvetted; and the file that some write."""
+    is_daily = "not slow" in request.config.getoption("-m")
+    names = DAILY if is_daily else tuple(INSIDE)
     file = tmp_path_factory.mktemp("outside") / "written"
     derived = score.derive("", "", 1)
     job = asdict(BUDGET) | {
@@ -108,10 +118,12 @@ def _told(base, tmp_path_factory):
         return result["closed"]
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(INSIDE, pool.map(run, INSIDE), strict=True)), file
+        return dict(zip(names, pool.map(run, names), strict=True)), file
 
 
-@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in DAILY else pytest.mark.slow) for n in INSIDE]
+)
 def test_what_vetting_does_not_see_is_caught_while_it_runs(told, name):
     sentences, _ = told
     wanted = INSIDE[name][1]
