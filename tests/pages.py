@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "course").glob("*.md"))
+PAGES = [*sorted((ROOT / "course").glob("*.md")), ROOT / "course" / "museum" / "README.md"]
 
 
 def blocks(page: Path, language: str) -> list[str]:
