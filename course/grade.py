@@ -128,7 +128,7 @@ def junit(grades: list[Grade]) -> ET.ElementTree:
 def row_of(grade: Grade) -> list[str]:
     """Cells; one that a spreadsheet would compute is made text."""
     cells = [str(getattr(grade, name)) for name in COLUMNS]
-    return [f"'{c}" if c[:1] in "=+@" else c for c in cells]
+    return [f"'{c}" if c.startswith(("=", "+", "@")) else c for c in cells]
 
 
 def show(grades: list[Grade]) -> str:

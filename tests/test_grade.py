@@ -59,6 +59,7 @@ def test_no_submission_stops_the_others(folder, tmp_path, capsys):
                         "f_none.py": "refused"}  # fmt: skip
     assert rows["e_good.py"]["contract"] == "2/2" and rows["c_fails.py"]["contract"] == "1/2"
     assert "gates must not fail" in rows["c_fails.py"]["note"]
+    assert rows["e_good.py"]["note"] == "" and grade.row_of(grade.Grade("=1+1"))[0] == "'=1+1"
     assert "line 1: imports os" in rows["b_cheats.py"]["note"]
     suites = {s.get("name"): s for s in ET.parse(report).getroot()}
     failures = {name: int(s.get("failures")) for name, s in suites.items()}
