@@ -73,7 +73,7 @@ class MoEConfig:
     router: str = "modality"
     level: str = "token"
     every: int = 2  # blocks 0, every, 2 * every, ... are sparse
-    start: str = "preserving"
+    start: str = "preserving"  # or "released", "fresh": moe.upcycle
     layers: tuple[int, ...] | None = None  # the sparse blocks; None: every `every`-th
     meta: bool = True  # Med-MoE's always-on expert
     residual: bool = False  # early TinyMed's mixture with a dense FFN
@@ -181,6 +181,25 @@ def model_config(values: dict) -> ModelConfig:
 def moe_config(values: dict) -> MoEConfig:
     layers = values.get("layers")  # JSON knows no tuples; older checkpoints have no such field
     return MoEConfig(**values | {"layers": None if layers is None else tuple(layers)})
+
+
+def named_layers(name: str, n_layers: int) -> tuple[int, ...] | None:
+    """--moe-layers -> the sparse blocks; None: every second one. Raises UserError."""
+    if name == "every-second":
+        return None
+    half = n_layers // 2
+    named = {
+        "first-half": range(half),
+        "second-half": range(half, n_layers),
+        "all": range(n_layers),
+    }
+    numbers = name.split(",")
+    if name not in named and all(n.isdecimal() and int(n) < n_layers for n in numbers):
+        return tuple(sorted({int(n) for n in numbers}))
+    if name not in named:
+        raise UserError(f"--moe-layers {name}: every-second, {', '.join(named)}, or numbers "
+                        f"below {n_layers} with commas between")  # fmt: skip
+    return tuple(named[name])
 
 
 def preset(name: str) -> Preset:

@@ -59,9 +59,16 @@ class TrainConfig(Common):
     router: str = flag("modality", "modality, topk, random, oracle, or FILE.py:Class")
     router_level: Literal["token", "sequence"] = flag("token", "a decision a token, or a sample")
     router_images: int = flag(1000, "images whose modality label trains the router")
-    experts: int = flag(4, "experts in a sparse block")
+    router_noise: float = flag(0.0, "share of those labels that are made wrong")
+    experts: int = flag(4, "experts in a sparse block; 0: it stays dense, and trains as it is")
     top_k: int = flag(2, "experts a token visits")
-    start: Literal["preserving", "released"] = flag("preserving", "phase 3 at step 0: see README")
+    meta: bool = flag(True, "an expert that all tokens visit")
+    moe_layers: str = flag(
+        "every-second", "sparse blocks: every-second, first-half, second-half, all, or 0,2,..."
+    )
+    start: Literal["preserving", "released", "fresh"] = flag(
+        "preserving", "phase 3 at step 0: see README"
+    )
     trains: Literal["paper", "released"] = flag("paper", "what phase 3 trains: see README")
     balance: float = flag(0.0, "weight of the load-balancing loss")
     z_loss: float = flag(0.0, "weight of the router z-loss")
@@ -103,7 +110,8 @@ def parse(cls: type, argv: Sequence[str] | None, prog: str) -> Any:
         if f.metadata.get("positional"):
             if get_origin(f.type) is Literal:
                 kind["choices"] = get_args(f.type)
-            parser.add_argument(f.name, nargs=None if f.default is MISSING else "?", **kind)
+            nargs = "+" if get_origin(f.type) is tuple else None if f.default is MISSING else "?"
+            parser.add_argument(f.name, nargs=nargs, **kind)
             continue
         options = get_args(f.type)
         kind["metavar"] = f.name.split("_")[-1].upper()
@@ -173,6 +181,18 @@ def at_least(flags: Common, **least: int) -> None:
     for name, minimum in least.items():
         if (value := getattr(flags, name)) is not None and value < minimum:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
+
+
+def check_sparse(flags: TrainConfig) -> None:
+    """Raise UserError for flags of the sparse blocks that exclude each other."""
+    if flags.experts == 0 and (flags.lora_rank or flags.trains == "released"):
+        raise UserError("--experts 0: trains its FFNs whole, without --lora-rank or --trains")
+    if flags.start == "fresh" and not flags.meta:
+        raise UserError("--start fresh: only the meta expert knows anything then, not --no-meta")
+    if flags.trains == "released" and flags.moe_layers == "all":
+        raise UserError("--trains released: trains dense FFNs too, --moe-layers all leaves none")
+    if not 0 <= flags.router_noise <= 1:
+        raise UserError(f"--router-noise {flags.router_noise}: must be from 0 to 1")
 
 
 def check_writable(file: Path) -> None:

@@ -105,6 +105,7 @@ class MedMoE(nn.Module):
 
         features: what the tower says of the images, (n_images, P, W), where it is known already.
         """
+        hints = hints._replace(ids=ids)
         is_patch = ids == IMAGE_ID  # (B, T)
         x = self.decoder.embed(ids.masked_fill(is_patch, 0))  # (B, T, D)
         # A cached step is one token, never a patch: no need to look, which would wait for a GPU.

@@ -58,6 +58,16 @@ class Experts(nn.Module):
                 stacked.register_parameter(key, nn.Parameter(copies))
             self.add_module(name, stacked)
 
+    def draw(self) -> None:
+        """Weights of their own for all experts, as nn.Linear draws them; 0 in the output layer."""
+        *first, last = self.children()
+        for layer in first:
+            bound = layer.weight.shape[-1] ** -0.5
+            for param in layer.parameters():
+                nn.init.uniform_(param, -bound, bound)
+        for param in last.parameters():
+            nn.init.zeros_(param)
+
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
         """x (N, D), gates (N, E) -> (N, D): the gated sum over the experts each row visits."""
         plan = ops.plan_visits(gates)
@@ -125,8 +135,11 @@ def upcycle(
     start "preserving": the layer first computes FFN(x), as before. Where the gates add up to 1,
     every output layer is halved (FFN/2 + FFN/2); else the experts' output layers begin at 0.
     Without a meta expert and with gates that add up to 1, plain copies preserve by themselves.
+    start "fresh": FFN(x) as well; experts drawn anew, no copies, and their output layers are 0.
     """
     moe = MoE(mlp, router, n_experts, meta, residual)
+    if start == "fresh":
+        moe.experts.draw()
     if start == "preserving" and meta:
         share = 0.5 if router.sums_to_one else 0.0
         name = "down" if moe.experts.is_gated else "fc2"

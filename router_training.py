@@ -13,6 +13,7 @@ Shapes: B batch, T positions, D d_model, E experts, L sparse layers, M sampled p
 import random
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain, zip_longest
 
 import torch
@@ -20,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import IMAGE_ID, MODALITIES, MoEConfig
+from config import IMAGE_ID, MODALITIES
 from data import Batch, Dataset, Text
 from flags import TrainConfig
 from metrics import format_confusion, router_report
-from model import MedMoE, precision, sparse_layers
+from model import MedMoE, precision
 from records import Sample
 from routers import Hints, pool
 
@@ -66,7 +67,7 @@ def one_per_image(samples: Iterable[Sample], n: int, seed: int) -> list[Sample]:
 
 
 @torch.no_grad()
-def ffn_inputs(model: MedMoE, batch: Batch, layers: range) -> Tensor:
+def ffn_inputs(model: MedMoE, batch: Batch, layers: Sequence[int]) -> Tensor:
     """What the FFNs of these blocks are given, (L, B, T, D) in fp32."""
     seen: list[Tensor] = []
     hooks = [
@@ -85,7 +86,7 @@ def ffn_inputs(model: MedMoE, batch: Batch, layers: range) -> Tensor:
 
 
 def router_inputs(
-    model: MedMoE, batch: Batch, layers: range, generator: torch.Generator
+    model: MedMoE, batch: Batch, layers: Sequence[int], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """-> pooled prompts (B, L, D) and single positions (B, L, M, D)."""
     x = ffn_inputs(model, batch, layers)  # (L, B, T, D)
@@ -99,7 +100,7 @@ def router_inputs(
 
 
 def collect(
-    model: MedMoE, batches: Sequence[Batch], layers: range, seed: int,
+    model: MedMoE, batches: Sequence[Batch], layers: Sequence[int], seed: int,
     device: torch.device, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """All batches' router inputs and labels: (n, L, D), (n, L, M, D), (n,)."""
@@ -157,27 +158,41 @@ def evaluate_router(
     return report
 
 
+def mislabel(samples: Sequence[Sample], share: float, seed: int) -> list[Sample]:
+    """This share of the samples, drawn, with another modality than theirs, each as likely."""
+    rng = random.Random(seed)
+    wrong = set(rng.sample(range(len(samples)), round(share * len(samples))))
+    return [
+        replace(s, modality=rng.choice([m for m in MODALITIES if m != s.modality]))
+        if i in wrong else s
+        for i, s in enumerate(samples)
+    ]  # fmt: skip
+
+
 def learn_router(
     model: MedMoE, samples: Sequence[Sample], text: Text, flags: TrainConfig,
-    device: torch.device, dtype: torch.dtype,
+    device: torch.device, dtype: torch.dtype, layers: Sequence[int],
 ) -> tuple[dict[str, Tensor], dict]:  # fmt: skip
     """Train on one question an image, a fifth of the images held out -> weights and a report.
 
-    Both are empty if no sample has a modality.
+    layers: the blocks that will be sparse. Both are empty if no sample has a modality.
     """
     labelled = one_per_image(samples, flags.router_images, flags.seed)
     train_samples, held_out = hold_out(labelled, 0.2, flags.seed)
     if not train_samples:
         print("phase 2: no sample has a modality, so there is no router to train")
         return {}, {}
-    layers = sparse_layers(model.config, MoEConfig())
+    if flags.router_noise:
+        train_samples = mislabel(train_samples, flags.router_noise, flags.seed)
     parts = []
     for part in (train_samples, held_out):
         data = Dataset(part, text, model.config, plain=False)
         rows = torch.arange(len(part)).split(64)
         batches = [data.batch(r.tolist()) for r in rows]
         parts.append(collect(model, batches, layers, flags.seed, device, dtype))
-    weights, report = train_router(*parts, n_experts=flags.experts, seed=flags.seed)
+    weights, report = train_router(
+        *parts, n_experts=flags.experts or len(MODALITIES), seed=flags.seed
+    )
     print(f"router: {len(train_samples)} labels; on {report['n']} held-out images "
           f"{report['accuracy']:.1%}, single positions {report['token_accuracy']:.1%}")  # fmt: skip
     print(format_confusion(report))

@@ -30,6 +30,7 @@ class Hints(NamedTuple):
 
     prompt: Tensor | None = None  # (B, T) bool, True before the first answer token
     modality: Tensor | None = None  # (B,) int64 index into config.MODALITIES, -1 unknown
+    ids: Tensor | None = None  # (B, T) int64 tokens, config.IMAGE_ID for a patch
     held: Routing | None = None  # (B, 1, E): what was decided at the position before (KV cache)
 
 

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from benchmarks import leaks
 from checkpoint import load_checkpoint, read_meta, read_seen
-from config import PHASES, RELEASED_EXTRA, ModelConfig, MoEConfig, UserError, preset, to_dict
+from config import (
+    PHASES,
+    RELEASED_EXTRA,
+    ModelConfig,
+    MoEConfig,
+    UserError,
+    named_layers,
+    preset,
+    to_dict,
+)
 from data import Dataset, Text
 from engine import lora
 from engine.features import check_cache, open_features
@@ -28,7 +37,7 @@ from engine.parallel import shard
 from engine.processes import ALONE, Processes, start
 from engine.run import Run, claim, refuse_changed_flags, unfinished
 from engine.step import train
-from flags import TrainConfig, at_least, check_writable, parse, reading, user_errors
+from flags import TrainConfig, at_least, check_sparse, check_writable, parse, reading, user_errors
 from model import (
     MedMoE,
     choose_device,
@@ -37,6 +46,7 @@ from model import (
     freeze_all_but,
     make_router,
     make_sparse,
+    sparse_layers,
 )  # fmt: skip
 from router_training import learn_router
 from routers import get_router
@@ -50,6 +60,11 @@ def trained_patterns(flags: TrainConfig, number: int, config: ModelConfig) -> tu
     trains = lora.TRAINS[number] if flags.lora_rank else PHASES[number].trains
     if number < 3:
         return trains + (("vision.*",) if flags.tune_vision else ())
+    if config.moe is None:
+        layers = sparse_layers(config, sparse_config(flags, config))
+        return tuple(f"decoder.blocks.{i}.mlp.*" for i in layers)
+    if not config.moe.meta:
+        trains = tuple(pattern for pattern in trains if ".meta." not in pattern)
     if flags.trains == "released":
         trains += RELEASED_EXTRA[config.decoder.family]
     if not get_router(config.moe.router).frozen:
@@ -80,10 +95,11 @@ def start_model(number: int, flags: TrainConfig, source: Path | None) -> tuple[M
     return model, source / "tokenizer.json", router
 
 
-def sparse_config(flags: TrainConfig) -> MoEConfig:
+def sparse_config(flags: TrainConfig, config: ModelConfig) -> MoEConfig:
     return MoEConfig(
-        flags.experts, flags.top_k, flags.router, flags.router_level, start=flags.start
-    )
+        flags.experts, flags.top_k, flags.router, flags.router_level, start=flags.start,
+        layers=named_layers(flags.moe_layers, config.decoder.n_layers), meta=flags.meta,
+    )  # fmt: skip
 
 
 def go_sparse(model: MedMoE, flags: TrainConfig, router: dict[str, Tensor]) -> None:
@@ -93,7 +109,7 @@ def go_sparse(model: MedMoE, flags: TrainConfig, router: dict[str, Tensor]) -> N
         raise UserError("--router modality: the checkpoint has no router.safetensors of phase 2")
     if learnt and len(router["bias"]) != flags.experts:
         raise UserError(f"--experts {flags.experts}: phase 2's router knows {len(router['bias'])}")
-    make_sparse(model, sparse_config(flags), router if learnt else None)
+    make_sparse(model, sparse_config(flags, model.config), router if learnt else None)
 
 
 def prepare(number: int, flags: TrainConfig, source: Path | None) -> tuple[MedMoE, Path, list[str]]:
@@ -101,7 +117,7 @@ def prepare(number: int, flags: TrainConfig, source: Path | None) -> tuple[MedMo
     model, tokenizer, router = start_model(number, flags, source)
     if flags.weights != "float32":
         cast_weights(model, torch.bfloat16)
-    if number == 3 and model.config.moe is None:
+    if number == 3 and model.config.moe is None and flags.experts:
         go_sparse(model, flags, router)
     if flags.lora_rank:
         lora.add_lora(model, flags.lora_rank, number)
@@ -142,7 +158,9 @@ def run_phase(
     train(model, data, flags, recipe, run)
     if number == 2:
         questions = load_samples(flags.data, "vqa", "train", **reading(flags))
-        weights, report = learn_router(model, questions, text, flags, run.device, run.dtype)
+        layers = sparse_layers(model.config, sparse_config(flags, model.config))
+        where = run.device, run.dtype
+        weights, report = learn_router(model, questions, text, flags, *where, layers)
         extra |= {"router": weights} if weights else {}
         meta = {"router": report}
     lora.merge_lora(model)
@@ -168,7 +186,7 @@ def resolve(flags: TrainConfig) -> TrainConfig:
     model = preset(flags.preset).model
     out = flags.out or f"runs/{flags.preset}"
     flags = replace(flags, data=flags.data or ("phantoms",), out=out)
-    at_least(flags, accumulate=1, experts=1, save_every=1, keep=1, batch_size=1, steps=1,
+    at_least(flags, accumulate=1, experts=0, save_every=1, keep=1, batch_size=1, steps=1,
              router_images=1, expert_parallel=1, workers=0,
              max_missing=0)  # fmt: skip
     if flags.json:
@@ -190,8 +208,9 @@ def resolve(flags: TrainConfig) -> TrainConfig:
     if flags.jitter is None:
         flags = replace(flags, jitter=flags.tune_vision)
     check_cache(flags)
-    if flags.phase == 3:
-        make_router(model, sparse_config(flags))
+    check_sparse(flags)
+    if flags.phase == 3 and flags.experts:
+        make_router(model, sparse_config(flags, model))
         if flags.router == "modality" and flags.init is None:
             questions = load_samples(flags.data, "vqa", "train", **reading(flags))
             if len(known := {s.modality for s in questions} - {None}) < 2:
