@@ -5,6 +5,7 @@ Shapes: B batch, T positions, S image side, L sparse layers, E experts, C option
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from classify import option_likelihoods
-from config import IGNORE, MODALITIES
+from config import IGNORE, MODALITIES, UserError
 from data import Batch, Text, collate, encode_prompt
 from engine.processes import ALONE, Processes
 from metrics import router_report
-from model import MedMoE, Step, generate, precision
+from model import MedMoE, Step, generate, precision, sparse_layers
 from pictures import Images
 from records import Sample
+from routes import Route, load_routes, long_enough, record, replay, save_routes
+from scoring import question_ids
 from vision import normalise
 
 
@@ -26,6 +29,7 @@ class Prediction(NamedTuple):
     answer: str
     votes: Tensor  # (E,) router logits, mean over prompt and sparse layers; (0,) if dense
     load: Tensor  # (L, E) visits of the prompt's and the answer's positions to each expert
+    route: Route | None = None  # where it is asked for
 
 
 def unpack(steps: list[Step], mask: Tensor, text: Text) -> list[Prediction]:
@@ -91,15 +95,49 @@ class Asker:
                 batch = batch._replace(images=picture.expand_as(batch.images))
             yield rows, batch.to(self.device)
 
-    def answer(self, samples: Sequence[Sample], picture: Tensor | None = None) -> list[Prediction]:
-        """Greedy answers to the first questions. picture (3, S, S): shown to all of them."""
+    def answer(
+        self, samples: Sequence[Sample], picture: Tensor | None = None,
+        routes: Sequence[Route] | None = None, keep: bool = False,
+    ) -> list[Prediction]:  # fmt: skip
+        """Greedy answers to the first questions. picture (3, S, S): shown to all of them.
+
+        routes: a sample's each, to be taken in place of deciding. keep: Predictions get theirs.
+        """
         found: dict[int, Prediction] = {}
         for rows, batch in self.batches(samples, "answers", picture):
+            given = replay([routes[i] for i in rows], batch.mask) if routes else None
             with precision(self.device, self.dtype):
-                steps = list(generate(self.model, batch, self.text.eos_id, self.max_new))
-            found |= dict(zip(rows, unpack(steps, batch.mask, self.text), strict=True))
+                rounds = generate(self.model, batch, self.text.eos_id, self.max_new, routes=given)
+                steps = list(rounds)
+            if routes:
+                tokens = torch.stack([step.tokens for step in steps], dim=1)
+                long_enough([routes[i] for i in rows], tokens, self.text.eos_id)
+            part = unpack(steps, batch.mask, self.text)
+            if keep:
+                taken = record([step.routings for step in steps], batch.mask)
+                part = [p._replace(route=r) for p, r in zip(part, taken, strict=True)]
+            found |= dict(zip(rows, part, strict=True))
         found = self.processes.join(found)
         return [found[i] for i in range(len(samples))]
+
+    def on_routes(
+        self, samples: Sequence[Sample], replayed: str | None, recorded: str | None
+    ) -> list[Prediction]:
+        """The answers along the routes of the file `replayed`; those taken go to `recorded`."""
+        if not (replayed or recorded):
+            return self.answer(samples)
+        moe, ids, routes = self.model.config.moe, question_ids(samples), None
+        if moe is None:
+            raise UserError("--record-routes, --replay-routes: a dense model has no routes")
+        if self.processes.world > 1:
+            raise UserError("--record-routes, --replay-routes: for one process")
+        if replayed:
+            shape = len(sparse_layers(self.model.config, moe)), moe.n_experts
+            routes = load_routes(Path(replayed), ids, shape)
+        found = self.answer(samples, routes=routes, keep=recorded is not None)
+        if recorded:
+            save_routes(Path(recorded), ids, [p.route for p in found])
+        return found
 
     def choose(self, samples: Sequence[Sample]) -> Tensor:
         """Probability of each of the options, which are the same for all samples, (n, C)."""
@@ -143,3 +181,13 @@ def expert_load(samples: Sequence[Sample], found: Sequence[Prediction]) -> dict[
         name = s.modality or "unknown"
         total[name] = total.get(name, 0) + p.load.double()
     return {name: (t / t.sum(1, keepdim=True)).tolist() for name, t in sorted(total.items())}
+
+
+def show_load(load: dict[str, list], n_experts: int, blocks: Sequence[int]) -> str:
+    """Expert load per sparse block and modality, in percent of the visits."""
+    lines = [" " * 26 + "".join(f"expert {e}".rjust(10) for e in range(n_experts))]
+    for layer, block in enumerate(blocks):
+        for name, table in load.items():
+            cells = "".join(f"{share:10.1%}" for share in table[layer])
+            lines.append(f"  block {block:<4}{name:<14}{cells}")
+    return "\n".join(lines)

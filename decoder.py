@@ -4,6 +4,8 @@ Shapes: B batch, T new positions, C all positions a query can look at (cached + 
 H heads, G heads of keys and values (G = H but for Llama), K head width, E experts, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -204,12 +206,14 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed.weight
 
     def forward(
-        self, x: Tensor, mask: Tensor, hints: Hints, cache: Cache | None = None
-    ) -> tuple[Tensor, list[Routing]]:
+        self, x: Tensor, mask: Tensor, hints: Hints, cache: Cache | None = None,
+        given: Sequence[Routing] = (),
+    ) -> tuple[Tensor, list[Routing]]:  # fmt: skip
         """x (B, T, D) embeddings, mask (B, T) True = real -> hidden (B, T, D), routings.
 
         Positions count real tokens only, so padding on either side changes nothing. The routings
-        are those of the sparse blocks, in order. With a cache, x continues what it holds.
+        are those of the sparse blocks, in order; given: what these take in place of deciding.
+        With a cache, x continues what it holds.
         """
         seen = mask if cache is None or cache.mask is None else torch.cat([cache.mask, mask], dim=1)
         positions = (seen.cumsum(dim=1) - 1).clamp(min=0)[:, -x.shape[1] :]  # (B, T)
@@ -217,8 +221,11 @@ class Decoder(nn.Module):
         visible = visible_positions(seen, x.shape[1])
         routings = []
         for layer, block in enumerate(self.blocks):
-            held = cache.held[layer] if cache is not None else None
-            args = x, mask, visible, turn, cache, layer, hints._replace(held=held)
+            if block.is_sparse:
+                held = cache.held[layer] if cache is not None else None
+                told = given[len(routings)] if given else None
+                hints = hints._replace(held=held, given=told)
+            args = x, mask, visible, turn, cache, layer, hints
             if self.recompute and self.training:  # dropout draws the same again
                 x, routing = checkpoint(block, *args, use_reentrant=False)
             else:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from asking import Asker, expert_load, judge_router
+from asking import Asker, expert_load, judge_router, show_load
 from benchmarks import leaks
 from checkpoint import load_model, read_seen
 from classify import judge_classes, show_classes
@@ -73,16 +73,8 @@ class EvalConfig(Common):
     max_new: int = flag(48, "longest answer, in tokens")
     router: str | None = flag(None, "decide by this one: a name or FILE.py:Class")
     router_level: Literal["trained", "token", "sequence"] = flag("trained", "or decide so")
-
-
-def show_load(load: dict[str, list], n_experts: int, blocks: Sequence[int]) -> str:
-    """Expert load per sparse block and modality, in percent of the visits."""
-    lines = [" " * 26 + "".join(f"expert {e}".rjust(10) for e in range(n_experts))]
-    for layer, block in enumerate(blocks):
-        for name, table in load.items():
-            cells = "".join(f"{share:10.1%}" for share in table[layer])
-            lines.append(f"  block {block:<4}{name:<14}{cells}")
-    return "\n".join(lines)
+    record_routes: str | None = flag(None, "write who visited whom to this FILE.safetensors")
+    replay_routes: str | None = flag(None, "do not decide: take the routes of this FILE")
 
 
 def show_parameters(p: dict) -> str:
@@ -179,7 +171,7 @@ def classification(asker: Asker, samples: list[Sample], answers: list[str]) -> d
 def report(asker: Asker, samples: list[Sample], flags: EvalConfig, meta: dict) -> dict:
     """Ask everything once, or twice with --blind; print the tables, return what --json writes."""
     model, train = asker.model, training_questions(flags, meta["flags"]["data"])
-    found = asker.answer(samples)
+    found = asker.on_routes(samples, flags.replay_routes, flags.record_routes)
     answers = [p.answer for p in found]
     result = report_scores(samples, answers, flags) | {
         "checkpoint": flags.checkpoint, "preset": meta["flags"]["preset"], "phase": meta["phase"],
@@ -264,10 +256,11 @@ def main(argv: list[str] | None = None) -> dict:
     if sum(value is not None for value in given.values()) != 1:
         raise UserError("eval.py takes one of: a checkpoint DIR, --predictions FILE, --compare A B")
     at_least(flags, limit=1, max_new=1, batch_size=1, max_missing=0)
-    if flags.answers and not flags.checkpoint:
-        raise UserError("--answers: only a checkpoint gives new answers")
-    written = [Path(file) for file in (flags.json, flags.answers) if file]
-    read = [Path(file) for file in (flags.predictions, *(flags.compare or ())) if file]
+    if (flags.answers or flags.record_routes or flags.replay_routes) and not flags.checkpoint:
+        raise UserError("--answers, --record-routes, --replay-routes: for a checkpoint's answers")
+    written = [Path(f) for f in (flags.json, flags.answers, flags.record_routes) if f]
+    inputs = flags.predictions, flags.replay_routes, *(flags.compare or ())
+    read = [Path(file) for file in inputs if file]
     for file in written:
         check_writable(file)
     places = [file.absolute() for file in written + read]

@@ -100,10 +100,12 @@ class MedMoE(nn.Module):
         hints: Hints = Hints(),
         cache: Cache | None = None,
         features: Tensor | None = None,
+        given: Sequence[Routing] = (),
     ) -> tuple[Tensor, list[Routing]]:
         """-> hidden states (B, T, D) after the final norm, routings. lm_head scores them.
 
         features: what the tower says of the images, (n_images, P, W), where it is known already.
+        given: one routing a sparse block, to be taken in place of what its router would decide.
         """
         hints = hints._replace(ids=ids)
         is_patch = ids == IMAGE_ID  # (B, T)
@@ -112,7 +114,7 @@ class MedMoE(nn.Module):
         n_images = len(images if features is None else features)
         if ids.shape[1] > 1 and (n_images or self.together or is_patch.any()):
             x = splice(x, self.look(images, features), is_patch)
-        return self.decoder(x, mask, hints, cache)
+        return self.decoder(x, mask, hints, cache, given)
 
     def look(self, images: Tensor, features: Tensor | None) -> Tensor:
         """images (n, 3, S, S), or what the tower says of them, (n, P, W) -> patches (n, P, D)."""
@@ -196,11 +198,13 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    routes: Iterator[Sequence[Routing]] | None = None,
 ) -> Iterator[Step]:
     """Continue each prompt, one token a Step, until all have said eos_id or max_new is reached.
 
     batch is padded on the left. temperature 0 is greedy; else tokens are drawn from the smallest
-    set whose probability reaches top_p. Raises UserError for a router that looks ahead.
+    set whose probability reaches top_p. routes: of each round, what the sparse blocks take in
+    place of deciding (routes.py). Raises UserError for a router that looks ahead.
     """
     assert batch.mask[:, -1].all(), "prompts are padded on the left"
     for block in model.decoder.blocks:
@@ -214,7 +218,8 @@ def generate(
     ids, mask, images = batch.ids, batch.mask, batch.images
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(max_new):
-        hidden, routings = model(ids, mask, images, hints, cache)
+        given = next(routes) if routes else ()
+        hidden, routings = model(ids, mask, images, hints, cache, given=given)
         logits = model.decoder.lm_head(hidden[:, -1]).float()  # (B, V)
         tokens = pick(logits, temperature, top_p, generator)  # (B,)
         tokens = tokens.masked_fill(ended, eos_id)

@@ -56,6 +56,11 @@ CONVENTIONS = {
     "X-ray": Convention(patient_side=True, bright=True, limit=7.5),
     "pathology": Convention(patient_side=False, bright=False, limit=7.5),
 }
+OTHERS = (  # the other four that there can be, for worlds of eight domains
+    Convention(True, False, 7.5), Convention(False, False, 5.0),
+    Convention(False, True, 5.0), Convention(False, True, 7.5),
+)  # fmt: skip
+WORLD = 10**10  # seeds from here on are of worlds with seed // WORLD domains
 # Shares of the limit, 15 % clear of it: large at 5.0 (5.75 to 6.25) is small at 7.5 (5.6 to 6.4).
 RADII = {"small": (0.75, 0.85), "large": (1.15, 1.25)}
 GAP = 4.0  # units from a spot to the next, and to the mid-lines
@@ -77,9 +82,22 @@ class Phantom:
     size: str  # "small" or "large", by the modality's limit
 
 
-def seeds(split: str, n: int, first: int = 0) -> range:
+def seeds(split: str, n: int, first: int = 0, domains: int = 4) -> range:
     """n seeds of a split, from its seed number `first` on; no seed is in two splits."""
-    return SPLITS[split][first : first + n]
+    found, world = SPLITS[split][first : first + n], 0 if domains == 4 else domains * WORLD
+    return range(found.start + world, found.stop + world)
+
+
+def convention(seed: int, organ: str) -> Convention:
+    """How a picture is read: by its modality's convention, in a world of four domains.
+
+    With 1 or 2 domains the modalities share the first conventions, with 8 each organ has its own.
+    """
+    modality, second = divmod(ORGAN_CLASSES.index(organ), 2)
+    domains = seed // WORLD or 4
+    if domains == 8 and second:
+        return OTHERS[modality]
+    return CONVENTIONS[MODALITIES[modality % domains]]
 
 
 def scatter(rng: np.random.Generator, n: int, radius: float, corner: complex, reach: float) -> list:
@@ -99,7 +117,7 @@ def plan(seed: int) -> tuple[np.random.Generator, dict, list, list]:
     rng = np.random.default_rng(seed)
     organ = ORGAN_CLASSES[rng.integers(8)]
     modality = next(m for m in MODALITIES if organ in ORGANS[m])
-    patient_side, _, limit = CONVENTIONS[modality]
+    patient_side, _, limit = convention(seed, organ)
     groups = []
     for corner in rng.permutation([-1 - 1j, -1 + 1j, 1 - 1j, 1 + 1j])[:2].tolist():
         count, size = int(rng.integers(4)), ("small", "large")[rng.integers(2)]
@@ -125,7 +143,7 @@ def draw(seed: int, size: int = 112, with_findings: bool = True) -> Phantom:
     canvas.frame(cmath.rect(zoom, turn), complex(dx, dy))
     PAINTERS[truth["organ"]](canvas)
     canvas.frame(1 + 0j, 0j)  # spots stand where they are said to be, however the anatomy lies
-    inks, bright = truth["modality"] == "pathology", CONVENTIONS[truth["modality"]].bright
+    inks, bright = truth["modality"] == "pathology", convention(seed, truth["organ"]).bright
     light, dark = (0.0, 1.4) if inks else (0.9, 0.08)
     for spot in normal:
         canvas.ellipse(*spot, dark if bright else light)

@@ -32,6 +32,7 @@ class Hints(NamedTuple):
     modality: Tensor | None = None  # (B,) int64 index into config.MODALITIES, -1 unknown
     ids: Tensor | None = None  # (B, T) int64 tokens, config.IMAGE_ID for a patch
     held: Routing | None = None  # (B, 1, E): what was decided at the position before (KV cache)
+    given: Routing | None = None  # (B, T, E): to be taken as it is; routes.py
 
 
 class Router(nn.Module):
@@ -74,6 +75,8 @@ class Router(nn.Module):
         """
 
     def forward(self, x: Tensor, mask: Tensor, hints: Hints = Hints()) -> Routing:
+        if hints.given is not None:
+            return hints.given
         if self.level == "sequence" and hints.held is not None:
             held = hints.held
             return Routing(*(t.expand(-1, x.shape[1], -1) for t in (held.gates, held.logits)))

@@ -1,7 +1,7 @@
 """What --data names -> samples: captions, dialogues or single questions, of one split.
 
-    phantoms  phantoms:N  phantoms:N+FIRST  slake:DIR  vqa-rad:DIR  vqa-rad-3515:DIR  pathvqa:DIR
-    medmnist:FILE.npz  llava:FILE.json  llava:DIR
+    phantoms  phantoms:N  phantoms:N+FIRST  phantoms:N/D  slake:DIR  vqa-rad:DIR  vqa-rad-3515:DIR
+    pathvqa:DIR  medmnist:FILE.npz  llava:FILE.json  llava:DIR
 
 SOURCE@W takes its samples W times an epoch. The readers of published files are in benchmarks/.
 Whatever is wrong with a file is found here, before anything is trained, and told in one line.
@@ -43,15 +43,19 @@ def truth(seed: int) -> phantoms.Phantom:
 def read_phantoms(where: str, what: str, split: str) -> Iterator[Sample]:
     """Pictures drawn from seeds (phantoms.py), N_TRAIN or as many as the user says for training.
 
-    "N+FIRST" takes other pictures, in every split: those from its seed number FIRST on.
+    "N+FIRST" takes other pictures, in every split: those from its seed number FIRST on. "N/D" is a
+    world of D domains, 1, 2, 4 or 8: phantoms.convention.
     """
-    wanted, plus, first = (where or str(N_TRAIN)).partition("+")
+    where, slash, domains = (where or str(N_TRAIN)).partition("/")
+    wanted, plus, first = where.partition("+")
+    if slash and domains not in ("1", "2", "4", "8"):
+        raise UserError(f"--data phantoms:{where}/{domains}: must be of 1, 2, 4 or 8 domains")
     if not (re.fullmatch("[0-9]{1,7}", wanted) and 0 < int(wanted) <= 10**6):
         raise UserError(f"--data phantoms:{where}: must be phantoms:N, N from 1 to 1000000")
     if plus and not (re.fullmatch("[0-9]{1,9}", first) and int(first) <= 9 * 10**8):
         raise UserError(f"--data phantoms:{where}: must be phantoms:N+FIRST, FIRST up to 900000000")
     n = {"train": int(wanted), "val": N_VAL, "test": N_TEST}[split]
-    for seed in phantoms.seeds(split, n, int(first or 0)):
+    for seed in phantoms.seeds(split, n, int(first or 0), int(domains or 4)):
         phantom = truth(seed)
         sample = Sample(str(seed), "phantoms", split, seed, (), phantom.modality)
         if what == "captions":

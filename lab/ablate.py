@@ -63,8 +63,10 @@ def chosen_rows(names: Sequence[str]) -> dict[str, Row]:
         if name not in SETS and name not in ROWS:
             raise UserError(f"{name}: neither a set ({', '.join(SETS)}) nor a row of lab/rows.py")
         for row in SETS.get(name, (name,)):
-            for one in (ROWS[row].against, row):
-                found.setdefault(one, ROWS[one])
+            wanted = [row]
+            while (other := ROWS[wanted[0]].against) != wanted[0]:
+                wanted.insert(0, other)
+            found |= {one: ROWS[one] for one in wanted if one not in found}
     return found
 
 

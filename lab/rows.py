@@ -18,7 +18,7 @@ class Row:
     phase2: str = ""
     phase3: str | None = ""  # None: phase 2's model is asked
     answers: str = ""  # flags of eval.py
-    against: str = "medmoe"  # the row it is compared with, question by question
+    against: str = "medmoe"  # the row it is compared with, question by question; itself: none
     common: str = ""  # flags of all phases
 
 

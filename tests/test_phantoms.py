@@ -236,3 +236,31 @@ def test_who_reads_only_the_words_of_a_closed_question_is_right_half_the_time():
                 guess = answers[q.question].most_common(1)
                 rights[bool(guess) and guess[0][0] == q.answer] += 1
     assert 0.45 < rights[True] / rights.total() < 0.55
+
+
+@pytest.mark.parametrize(("domains", "different"), [(1, 1), (2, 2), (4, 4), (8, 8)])
+def test_a_world_has_as_many_conventions_as_it_has_domains(domains, different):
+    world = phantoms.seeds("train", 400, domains=domains)
+    assert not set(world) & set(phantoms.seeds("train", 400, domains=4 if domains != 4 else 8))
+    found = {o: phantoms.convention(world[0], o) for o in phantoms.ORGAN_CLASSES}
+    assert len(set(found.values())) == different
+    of = {m: {found[o] for o in organs} for m, organs in phantoms.ORGANS.items()}
+    assert all(len(rules) == (2 if domains == 8 else 1) for rules in of.values())
+    sides = set()
+    for seed in world[:200]:
+        p = phantoms.draw(seed, 16)
+        if p.count:
+            _, _, spots, _ = phantoms.plan(seed)
+            on_viewers_left = spots[0][0] < 0
+            patient, _, limit = found[p.organ]
+            assert (p.side == "left") == (on_viewers_left != patient)
+            *_, rx, ry = spots[0]
+            assert (p.size == "large") == ((rx * ry) ** 0.5 > limit)
+            sides.add((p.organ, patient))
+    assert len({patient for _, patient in sides}) == (1 if domains < 4 else 2)
+
+
+def test_the_world_of_four_domains_is_the_one_without_a_number():
+    assert phantoms.seeds("test", 3, 5) == phantoms.seeds("test", 3, 5, domains=4)
+    assert all(phantoms.convention(2 * 10**9, o) == phantoms.CONVENTIONS[m]
+               for m, organs in phantoms.ORGANS.items() for o in organs)  # fmt: skip

@@ -69,6 +69,8 @@ def test_phantoms_from_another_seed_on_are_other_pictures_in_every_split():
         ("phantoms:-3", "N from 1"),
         ("phantoms:9999999", "N from 1 to 1000000"),
         ("phantoms:4+", "FIRST up to 900000000"),
+        ("phantoms:4/3", "1, 2, 4 or 8 domains"),
+        ("phantoms:4/", "1, 2, 4 or 8 domains"),
         ("phantoms:4+1000000000", "FIRST up to 900000000"),
     ],
 )

@@ -1,0 +1,167 @@
+"""Routes on disk, recorded and taken again: python -m pytest tests/test_routes.py"""
+
+import json
+
+import pytest
+import torch
+from mini import mini
+from safetensors.torch import load_file, save_file
+
+import eval as evaluation
+import routes
+import train
+from asking import Asker
+from checkpoint import load_model
+from config import PRESETS, UserError
+from model import generate
+from routers import Hints, Routing, TopKRouter
+from sources import load_samples
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("routes")
+    PRESETS["mini"] = mini(folder / "parts")
+    train.main(["--preset", "mini", "--data", "phantoms:16", "--out", str(folder / "run"),
+                "--steps", "2", "--batch-size", "4", "--no-eval", "--router-images", "8",
+                "--dtype", "float32"])  # fmt: skip
+    yield folder / "run" / "phase3"
+    del PRESETS["mini"]
+
+
+@pytest.fixture
+def asker(checkpoint):
+    model, text, _ = load_model(checkpoint, CPU)
+    return Asker(model, text, CPU, torch.float32, batch_size=4, max_new=5)
+
+
+def forget(model):
+    """Other routers: whoever still decides by these decides otherwise."""
+    generator = torch.Generator().manual_seed(3)
+    for block in model.decoder.blocks:
+        if block.is_sparse:
+            for param in block.mlp.router.parameters():
+                param.data = torch.randn(param.shape, generator=generator)
+
+
+def logits_of(model, batch, given=None):
+    """Of every round, while the routes are the model's own or `given` -> logits, routings."""
+    heads, hook = [], model.decoder.lm_head.register_forward_hook(lambda m, x, y: heads.append(y))
+    rounds = list(generate(model, batch, 0, 5, routes=given))
+    hook.remove()
+    return heads, [step.routings for step in rounds]
+
+
+def test_replayed_routes_give_the_same_logits_to_the_last_bit(asker):
+    samples = load_samples(["phantoms:16"], "vqa", "test")[:4]
+    ((_, batch),) = asker.batches(samples, "")
+    assert not batch.mask.all()  # there is padding
+    before, routings = logits_of(asker.model, batch)
+    recorded = routes.record(routings, batch.mask)
+    forget(asker.model)
+    otherwise, _ = logits_of(asker.model, batch)
+    assert not all(torch.equal(a, b) for a, b in zip(before, otherwise, strict=True))
+    again, replayed = logits_of(asker.model, batch, routes.replay(recorded, batch.mask))
+    assert len(again) == len(before) == 5
+    assert all(torch.equal(a, b) for a, b in zip(before, again, strict=True))
+    for mine, theirs in zip(routes.record(replayed, batch.mask), recorded, strict=True):
+        assert torch.equal(mine.gates, theirs.gates) and torch.equal(mine.logits, theirs.logits)
+
+
+def test_a_route_holds_a_samples_real_positions_only(asker):
+    samples = load_samples(["phantoms:16"], "vqa", "test")[:9]
+    found = asker.answer(samples, keep=True)
+    alone = [asker.answer([s], keep=True)[0].route for s in samples]
+    for p, own in zip(found, alone, strict=True):
+        assert p.route.n_prompt == own.n_prompt
+        n = min(len(own.gates), len(p.route.gates))
+        assert n >= own.n_prompt and p.route.gates.shape[1:] == (2, 4)
+        torch.testing.assert_close(p.route.gates[:n], own.gates[:n], atol=1e-5, rtol=0)
+        assert (p.route.gates != 0).sum(dim=-1).eq(2).all()  # padding would visit nobody
+
+
+def test_eval_records_and_replays(checkpoint, tmp_path, capsys):
+    file, common = str(tmp_path / "r.safetensors"), [str(checkpoint), "--dtype", "float32"]
+    common += ["--limit", "20", "--max-new", "4"]
+    first = evaluation.main([*common, "--record-routes", file])
+    again = evaluation.main([*common, "--replay-routes", file, "--record-routes",
+                             str(tmp_path / "again.safetensors")])  # fmt: skip
+    assert first["answers"] == again["answers"] and first["load"] == again["load"]
+    before, after = load_file(file), load_file(tmp_path / "again.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_replayed_routes_win_over_the_router(checkpoint, tmp_path):
+    """Every gate in the file moved to the last expert: all visits go there."""
+    file, moved = tmp_path / "r.safetensors", tmp_path / "moved.safetensors"
+    common = [str(checkpoint), "--limit", "6", "--max-new", "3", "--dtype", "float32"]
+    evaluation.main([*common, "--record-routes", str(file)])
+    tensors = load_file(file)
+    tensors["gates"] = torch.nn.functional.one_hot(
+        torch.full(tensors["gates"].shape[:2], 3), 4
+    ).float()
+    with routes.safe_open(file, "pt") as opened:
+        save_file(tensors, moved, opened.metadata())
+    found = evaluation.main([*common, "--replay-routes", str(moved)])
+    assert all(layer == [0, 0, 0, 1] for layers in found["load"].values() for layer in layers)
+
+
+def test_the_router_does_not_run_where_routes_are_given():
+    class Never(TopKRouter):
+        def gate(self, logits, mask, x):
+            raise AssertionError
+
+    given = Routing(torch.rand(1, 3, 4), torch.rand(1, 3, 4))
+    router = Never(8, 4, level="sequence")
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    assert router(torch.rand(1, 3, 8), mask, Hints(given=given, held=given)) is given
+
+
+def test_what_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path, capsys):
+    file = tmp_path / "r.safetensors"
+    common = [str(checkpoint), "--dtype", "float32", "--max-new", "3"]
+    evaluation.main([*common, "--limit", "4", "--record-routes", str(file)])
+    tensors = load_file(file)
+    ids = [s.id for s in load_samples(["phantoms:16"], "vqa", "test")[:4]]
+
+    def refused(words, *more, limit="4"):
+        with pytest.raises(SystemExit) as stopped:
+            evaluation.main([*common, "--limit", limit, *map(str, more)])
+        told = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stopped.value.code == 2 and words in told, told
+
+    def written(ids=ids, **changed):
+        path = tmp_path / "bad.safetensors"
+        save_file({k: v.contiguous() for k, v in (tensors | changed).items()}, path,
+                  {"questions": json.dumps(ids)})  # fmt: skip
+        return path
+
+    refused("1 of 5 questions are not in it", "--replay-routes", file, limit="5")
+    refused("cannot be read", "--replay-routes", tmp_path / "none.safetensors")
+    file.with_name("torn.safetensors").write_bytes(file.read_bytes()[:-9])
+    refused("cannot be read", "--replay-routes", tmp_path / "torn.safetensors")
+    narrow = {k: tensors[k][..., :3] for k in ("gates", "logits")}
+    refused("not of 2 sparse layers and 4 experts", "--replay-routes", written(**narrow))
+    refused("not of 2 sparse", "--replay-routes", written(ids=ids[:3]))
+    refused("not of 2 sparse", "--replay-routes", written(ends=tensors["ends"] + 1))
+    longer = tensors["prompts"] + 1
+    refused("a prompt has", "--replay-routes", written(prompts=longer))
+    dense = checkpoint.with_name("phase2")
+    with pytest.raises(SystemExit):
+        evaluation.main([str(dense), "--limit", "4", "--record-routes", str(file)])
+    assert "dense model has no routes" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluation.main(["--predictions", "x.jsonl", "--replay-routes", str(file)])
+    assert "checkpoint's answers" in capsys.readouterr().err
+
+
+def test_an_answer_longer_than_its_route_is_refused():
+    route = routes.Route(torch.zeros(7, 2, 4), torch.zeros(7, 2, 4), 5)  # two tokens were said
+    said = torch.tensor([[4, 5, 0, 0]])
+    routes.long_enough([route], said, eos_id=0)
+    with pytest.raises(UserError, match="longer"):
+        routes.long_enough([route], torch.tensor([[4, 5, 6, 0]]), eos_id=0)
+    routes.long_enough([route], torch.tensor([[4, 5, 6]]), eos_id=0)  # cut off, as it was before
