@@ -30,6 +30,7 @@ import torch
 from config import UserError
 from flags import argument, at_least, flag, parse, user_errors, write_json, write_text
 from lab.comparison import summarise, table
+from lab.forest import forest
 from lab.rows import ROWS, SETS, Row
 from records import read_json_file
 
@@ -179,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     base = results / value["name"]
     write_json(base.with_suffix(".json"), value)
     write_text(base.with_suffix(".md"), text, "--results")
+    forest(value, base.with_suffix(".png"))
     return value
 
 
