@@ -54,9 +54,7 @@ def forest(result: dict, file: Path) -> None:
     that leaves the picture is cut at its edge.
     """
     rows = [row for row in result["rows"] if row["against"]]
-    ends = [
-        100 * v for row in rows for v in (*row["against"]["ci95"], row["against"]["difference"])
-    ]
+    ends = [100 * end for row in rows for end in row["against"]["ci95"]]
     low, high = min([0.0, *ends]), max([0.0, *ends])
     step = step_of(high - low + 0.2)
     low, high = (low // step - 0.5) * step, (high // step + 1.5) * step

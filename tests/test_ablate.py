@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from config import UserError
 from flags import TrainConfig, parse
-from lab import ablate, comparison
+from lab import ablate, comparison, forest
 from lab.rows import ROWS, SETS, Row
 from scoring import question_ids
 from sources import load_samples
@@ -182,3 +183,24 @@ def test_the_table_says_what_was_counted(fake, tmp_path):
     difference = second["together"]["mean"] - first["together"]["mean"]
     assert second["against"]["difference"] == pytest.approx(difference)
     assert f"{difference * 100:+.1f}" in text and "0.00 M / 0.00 M" in text
+
+
+def test_the_plot_puts_each_dot_where_its_difference_is(fake, tmp_path):
+    found = run(tmp_path, "medmoe", "top-1", "no-meta", "--seeds", "2")
+    rows = found["rows"][1:]
+    for row, difference in zip(rows, (-0.02, 0.01), strict=True):
+        row["against"] |= {"difference": difference, "ci95": (-0.03, 0.03), "ci95_seeds": None}
+    file = tmp_path / "plot.png"
+    forest.forest(found, file)
+    picture = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    assert picture.shape == (forest.TOP + 2 * forest.ROW + 40, forest.WIDTH, 3)
+    is_dot = np.abs(picture - (0x0A, 0x58, 0xCA)).sum(axis=2) < 30
+    is_line = picture[forest.TOP + 1].sum(axis=1) < 450  # the line at 0; the others are light
+    zero = np.flatnonzero(is_line).mean()
+    middles = []
+    for i in range(2):
+        part = is_dot[forest.TOP + i * forest.ROW : forest.TOP + (i + 1) * forest.ROW]
+        tall = np.flatnonzero(part.sum(axis=0) > 7)  # the dot is taller than its interval's line
+        middles.append(tall.mean() - zero)
+    assert middles[0] < 0 < middles[1]
+    assert middles[0] / middles[1] == pytest.approx(-2, rel=0.05)
