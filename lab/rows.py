@@ -80,6 +80,21 @@ def experts_grid() -> dict[str, Row]:
     return rows
 
 
+def hard(title: str, phase3: str) -> Row:
+    """Phase 2 has taught nothing: what the domains disagree on is left to phase 3's FFNs."""
+    return Row(f"no phase 2: {title}", phase2=SKIP, phase3=phase3, against="no-phase-2")
+
+
+HARD = {
+    "hard-oracle": hard("oracle", "--router oracle"),
+    "hard-random": hard("router as drawn", "--router random"),
+    "hard-learned": hard("learned, balance loss 0.01", "--router topk --balance 0.01"),
+    "hard-no-meta": hard("without meta expert", "--no-meta"),
+    "hard-fresh-start": hard("experts drawn anew, from 0", "--start fresh"),
+    "hard-dense": hard("dense FFNs, trained on", "--experts 0"),
+    "hard-dense-activated": hard("dense, equal activated", f"{DENSE} --experts 2 --top-k 2"),
+    "hard-dense-total": hard("dense, equal total", f"{DENSE} --experts 4 --top-k 4"),
+}
 LABELS = {f"labels-{n}": Row(f"{n} labels for the router", phase2=f"--router-images {n}")
           for n in (50, 100, 200, 500, 1000)}  # fmt: skip
 NOISE = {f"noise-{n}": Row(f"{n} % of the labels wrong", phase2=f"--router-noise {n / 100}")
@@ -101,11 +116,12 @@ BACKBONES = {
 }  # fmt: skip
 GRID = experts_grid()
 CORE = tuple(ROWS)
-ROWS |= LABELS | NOISE | LAYERS | TRAINS | GRID | BACKBONES
+ROWS |= HARD | LABELS | NOISE | LAYERS | TRAINS | GRID | BACKBONES
 
 SETS = {
     "core": CORE,
     "design": ("medmoe", "dense-activated", "dense", "no-meta", "fresh-start", "oracle"),
+    "hard": ("no-phase-2", *HARD),
     "layers": ("medmoe", "dense", *LAYERS),
     "trains": ("medmoe", *TRAINS),
     "labels": (*LABELS, *NOISE),
