@@ -71,7 +71,9 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
             shares.append(mfu)
             bar.set_postfix(loss=f"{loss:.3f}", tok_s=speed, mfu=f"{mfu:.0%}", refresh=False)
             lr = optimizer.param_groups[0]["lr"]
-            run.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed, mfu=mfu)
+            load = {"visits": visits.double().round(decimals=4).tolist()} if routers else {}
+            run.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed, mfu=mfu,
+                    **load)  # fmt: skip
             done, stop = step + 1, signals.asked()
             if stop or (done % flags.save_every == 0 and done < n_steps):
                 run.save_step(model, optimizer, named, done)

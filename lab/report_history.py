@@ -1,0 +1,150 @@
+"""What lab.report finds beside a checkpoint: its run's log, earlier points, tables of ablations."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asking import Asker
+from checkpoint import load_model
+from config import UserError
+from model import MedMoE, make_sparse, precision
+from records import Sample, read_json_file
+from routers import Hints
+
+N_FOLLOWED = 64  # questions whose prompts are routed at every earlier point
+
+
+def read_log(checkpoint: Path, phase: int) -> list[dict]:
+    """The steps of this phase in the log.jsonl of the checkpoint's run; [] if there is none.
+
+    A crash may have torn the last line, which is then left out. Raises UserError for any other.
+    """
+    file = checkpoint.absolute().parent / "log.jsonl"
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{file}: line {number} is not JSON: {error}") from error
+    try:
+        return [r for r in records if r["phase"] == phase and math.isfinite(r.get("loss", "-"))]
+    except (KeyError, TypeError):
+        return [r for r in records if isinstance(r, dict) and r.get("phase") == phase
+                and isinstance(r.get("loss"), float) and isinstance(r.get("step"), int)]  # fmt: skip
+
+
+def balance(visits: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Visits (L, E) -> CV, standard deviation over mean, and MaxVio, most visits over mean less 1.
+
+    Each is 0 when balanced; means over the layers. MaxVio: Wang et al. 2024, arXiv 2408.15664.
+    """
+    table = torch.tensor(visits, dtype=torch.float64)  # (L, E)
+    mean = table.mean(dim=1)  # (L,)
+    mean = mean.where(mean > 0, torch.ones_like(mean))
+    cv = table.std(dim=1, correction=0) / mean
+    return {"cv": float(cv.mean()), "max_vio": float((table.amax(dim=1) / mean - 1).mean())}
+
+
+@torch.inference_mode()
+def first_experts(asker: Asker, samples: Sequence[Sample]) -> Tensor:
+    """The expert with the largest gate, (L, N) over the real positions of the prompts."""
+    found = []
+    for _, batch in asker.batches(samples, "settling"):
+        hints = Hints(prompt=batch.mask, modality=batch.modality)
+        with precision(asker.device, asker.dtype):
+            _, routings = asker.model(batch.ids, batch.mask, batch.images, hints)
+        gates = torch.stack([r.gates for r in routings])  # (L, B, T, E)
+        found.append(gates[:, batch.mask].argmax(dim=-1).cpu())
+    return torch.cat(found, dim=1)
+
+
+def start_of_phase_3(checkpoint: Path, final: MedMoE, asker: Asker) -> MedMoE | None:
+    """Phase 2's model with the final routers in it, which is where phase 3 began.
+
+    None where that cannot be told: the run's phase 2 is not there, or the routers were trained.
+    """
+    source = checkpoint.absolute().parent / "phase2"
+    routers = [block.mlp.router for block in final.decoder.blocks if block.is_sparse]
+    if not (source / "config.json").is_file() or not all(router.frozen for router in routers):
+        return None
+    model, _, _ = load_model(source, torch.device("cpu"), torch.float32)
+    if model.config.decoder != final.config.decoder or model.config.moe is not None:
+        return None
+    make_sparse(model, final.config.moe)
+    copies = [block.mlp.router for block in model.decoder.blocks if block.is_sparse]
+    for copy, router in zip(copies, routers, strict=True):
+        copy.load_state_dict(router.state_dict())
+        copy.level = router.level
+    return model.eval().to(asker.device)
+
+
+def saturation(checkpoint: Path, meta: dict, asker: Asker, samples: Sequence[Sample]) -> list[dict]:
+    """Earlier points -> {"step", "same": (L,) share of the tokens with their final first expert}.
+
+    After Muennighoff et al. 2024 (OLMoE, section 5.1), over the prompts of N_FOLLOWED questions.
+    """
+    final = asker.model
+    if final.config.moe is None or meta["phase"] != 3:
+        return []
+    every = max(1, len(samples) // N_FOLLOWED)
+    part = samples[::every][:N_FOLLOWED]
+    last = first_experts(asker, part)  # (L, N)
+    found = []
+
+    def compare(step: int, model: MedMoE) -> None:
+        other = Asker(model, asker.text, asker.device, asker.dtype, asker.batch_size)
+        same = (first_experts(other, part) == last).double().mean(dim=1)
+        found.append({"step": step, "same": same.tolist(), "tokens": last.shape[1]})
+
+    if "from" not in meta and (model := start_of_phase_3(checkpoint, final, asker)):
+        compare(0, model)
+    for folder in sorted(checkpoint.absolute().parent.glob("phase3-step*")):
+        if folder.name.removeprefix("phase3-step").isdecimal() and folder != checkpoint.absolute():
+            model, _, theirs = load_model(
+                folder, asker.device, asker.dtype, final.config.moe.router
+            )
+            if theirs["flags"]["seed"] == meta["flags"]["seed"] and (
+                model.config.moe == final.config.moe
+            ):
+                compare(int(folder.name.removeprefix("phase3-step")), model)
+    return found
+
+
+def read_ablations(folder: Path) -> list[dict]:
+    """Every table of ablations in the folder; [] if there is none. Raises UserError for another."""
+    tables = []
+    for file in sorted(folder.glob("*.json")):
+        table = read_json_file(file)
+        try:
+            rows = [check_row(row) for row in table["rows"]]
+            name, seeds = str(table["name"]), [int(seed) for seed in table["seeds"]]
+            tables.append({"name": name, "command": str(table["command"]), "seeds": seeds,
+                           "rows": rows})  # fmt: skip
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{file}: is no table of ablations: {error!r}") from error
+    return tables
+
+
+def check_row(row: Any) -> dict:
+    """Raises KeyError, TypeError or ValueError for a row that lacks something."""
+    against = row.get("against")
+    if against is not None:
+        low, high = map(float, against["ci95"])
+        against = {"row": str(against["row"]), "difference": float(against["difference"]),
+                   "ci95": [low, high]}  # fmt: skip
+    scores = {}
+    for part in ("together", "closed", "open"):
+        found = row[part]
+        sd = found.get("sd")
+        scores[part] = {"mean": float(found["mean"]), "sd": None if sd is None else float(sd)}
+    counts = {name: int(row["parameters"][name]) for name in ("total", "activated")}
+    return {"title": str(row["title"]), "group": str(row.get("group", "")), "row": str(row["row"]),
+            "n_seeds": int(row["n_seeds"]), "against": against, "parameters": counts,
+            **scores}  # fmt: skip

@@ -1,0 +1,183 @@
+"""What lab.report shows of a checkpoint's routing, as numbers: load, calibration, examples.
+
+Shapes: B batch, T positions, L sparse layers, E experts, S image side.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from asking import Asker, Prediction, unpack
+from config import IMAGE_ID, MODALITIES
+from model import generate, precision
+from records import Sample
+from scoring import value
+
+KINDS = ("image patches", "prompt text", "answer")  # of tokens
+N_BINS = 10  # of confidence
+
+
+class Trace(NamedTuple):
+    """A question, answered: what eval.py keeps of it, and the visits by kind of token."""
+
+    prediction: Prediction
+    visits: Tensor  # (3, L, E) visits, in the order of KINDS; (3, 0, 0) if dense
+
+
+class Example(NamedTuple):
+    """One question followed token by token."""
+
+    sample: Sample
+    answer: str
+    is_right: bool
+    picture: Tensor | None  # (3, S, S) uint8 as the tower is given it
+    patches: Tensor  # (L, P, E) gates of the picture's patches, row by row
+    tokens: list[str]  # of the answer
+    gates: list[Tensor | None]  # (L, E) of each token as it is read; None: it was not read again
+
+
+def follow(asker: Asker, samples: Sequence[Sample]) -> list[Trace]:
+    """Answer every question greedily and count where its tokens go."""
+    found: dict[int, Trace] = {}
+    for rows, batch in asker.batches(samples, "routes"):
+        with precision(asker.device, asker.dtype):
+            steps = list(generate(asker.model, batch, asker.text.eos_id, asker.max_new))
+        predictions = unpack(steps, batch.mask, asker.text)
+        visits = [torch.zeros(3, *p.load.shape) for p in predictions]
+        if steps[0].routings:
+            went = torch.stack([r.gates != 0 for r in steps[0].routings], dim=1)  # (B, L, T, E)
+            is_patch = batch.ids == IMAGE_ID  # (B, T)
+            for kind, which in enumerate((is_patch, batch.mask & ~is_patch)):
+                counted = (went & which[:, None, :, None]).sum(dim=2).cpu()  # (B, L, E)
+                for row, seen in zip(visits, counted, strict=True):
+                    row[kind] = seen
+            for row, p in zip(visits, predictions, strict=True):
+                row[2] = p.load - row[0] - row[1]
+        found |= {i: Trace(p, v) for i, p, v in zip(rows, predictions, visits, strict=True)}
+    return [found[i] for i in range(len(samples))]
+
+
+def shares(visits: Tensor) -> list[list[float]]:
+    """Visits (L, E) -> each expert's share of its layer's; zeros where nobody was visited."""
+    visits = visits.double()
+    return (visits / visits.sum(dim=-1, keepdim=True).clamp(min=1)).tolist()
+
+
+def load_tables(samples: Sequence[Sample], traces: Sequence[Trace]) -> dict[str, dict]:
+    """ "modality" and "kind" -> name -> (L, E) shares of the layer's visits, and how many."""
+    groups: dict[str, dict[str, Tensor]] = {"modality": {}, "kind": {}}
+    for s, trace in zip(samples, traces, strict=True):
+        name, total = s.modality or "unknown", trace.visits.double()
+        by_modality, by_kind = groups.values()
+        by_modality[name] = by_modality.get(name, 0) + total.sum(dim=0)
+        for kind, visits in zip(KINDS, total, strict=True):
+            by_kind[kind] = by_kind.get(kind, 0) + visits
+    order = [*MODALITIES, "unknown", *KINDS]
+    return {
+        group: {
+            name: {"shares": shares(tables[name]), "visits": int(tables[name].sum())}
+            for name in sorted(tables, key=order.index)
+            if tables[name].sum() > 0
+        }
+        for group, tables in groups.items()
+    }  # fmt: skip
+
+
+def calibration(confidences: Sequence[float], right: Sequence[bool]) -> dict:
+    """Expected calibration error over N_BINS bins of equal width (Guo et al. 2017, equation 3).
+
+    A confidence on the edge of two bins belongs to the lower one.
+    """
+    rows: dict[int, list[tuple[float, bool]]] = defaultdict(list)
+    for confidence, is_right in zip(confidences, right, strict=True):
+        upper = min(i for i in range(N_BINS) if confidence <= (i + 1) / N_BINS + 1e-12)
+        rows[upper].append((confidence, is_right))
+    bins, n = [], len(confidences)
+    for i, inside in sorted(rows.items()):
+        bins.append({
+            "low": i / N_BINS, "high": (i + 1) / N_BINS, "n": len(inside),
+            "confidence": sum(c for c, _ in inside) / len(inside),
+            "accuracy": sum(r for _, r in inside) / len(inside),
+        })  # fmt: skip
+    ece = sum(b["n"] / n * abs(b["accuracy"] - b["confidence"]) for b in bins)
+    return {"n": n, "ece": ece, "bins": bins}
+
+
+def router_confidence(
+    samples: Sequence[Sample], found: Sequence[Prediction], n_layers: int
+) -> tuple[list[float], list[bool]]:
+    """Per labelled image: softmax of the likeliest expert, and whether it carries the modality.
+
+    The softmax is of the logits' mean over the image's prompts and sparse layers, so that what
+    is likeliest here is what asking.judge_router counts.
+    """
+    votes: dict = {}
+    for s, p in zip(samples, found, strict=True):
+        if s.modality and s.image is not None and len(p.votes):
+            votes.setdefault(s.image, (s.modality, []))[1].append(p.votes)
+    confidences, right = [], []
+    for modality, rows in votes.values():
+        probs = (sum(rows) / len(rows) / n_layers).softmax(dim=0)  # (E,)
+        confidences.append(float(probs.max()))
+        right.append(int(probs.argmax()) == MODALITIES.index(modality) % len(probs))
+    return confidences, right
+
+
+def is_correct(sample: Sample, answer: str) -> bool:
+    """A closed question right, an open one with every word of the truth."""
+    return value(sample, answer, None) == 1
+
+
+def choose(samples: Sequence[Sample], answers: Sequence[str], n: int) -> list[int]:
+    """Which questions to show: of each modality in turn one right, one wrong, and so on.
+
+    Images differ, and kinds of question as far as they go round.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, s in enumerate(samples):
+        groups[s.modality or "unknown"].append(i)
+    names = [name for name in (*MODALITIES, "unknown") if name in groups]
+    chosen: list[int] = []
+    images, kinds = set(), set()
+    for turn in range(n):
+        for name in names:
+            free = [i for i in groups[name] if samples[i].image not in images or i not in chosen]
+            free = [i for i in free if i not in chosen]
+            wanted = [i for i in free if is_correct(samples[i], answers[i]) == (turn % 2 == 0)]
+            pool = wanted or free
+            if not pool or len(chosen) == n:
+                continue
+            seen = lambda i: (samples[i].image in images, samples[i].kind in kinds)  # noqa: E731
+            best = min(pool, key=seen)
+            chosen.append(best)
+            images.add(samples[best].image)
+            kinds.add(samples[best].kind)
+    return sorted(chosen, key=lambda i: names.index(samples[i].modality or "unknown"))
+
+
+def explain(asker: Asker, sample: Sample) -> Example:
+    """Ask one question again, by itself, and keep every gate."""
+    ((_, batch),) = asker.batches([sample], "example")
+    with precision(asker.device, asker.dtype):
+        steps = list(generate(asker.model, batch, asker.text.eos_id, asker.max_new))
+    answer = unpack(steps, batch.mask, asker.text)[0].answer
+    n_layers = len(steps[0].routings)
+    is_patch = (batch.ids[0] == IMAGE_ID).cpu()  # (T,)
+    patches = torch.zeros(0, int(is_patch.sum()), 0)
+    if n_layers:
+        patches = torch.stack([r.gates[0].cpu()[is_patch] for r in steps[0].routings])
+    tokens, gates = [], []
+    for i, step in enumerate(steps):
+        token = int(step.tokens[0])
+        if token == asker.text.eos_id:
+            break
+        tokens.append(asker.text.decode([token]))
+        # A step's routings are of the token said in the step before.
+        read = steps[i + 1].routings if i + 1 < len(steps) else []
+        gates.append(torch.stack([r.gates[0, 0].cpu() for r in read]) if read else None)
+    picture = None if sample.image is None else asker.images.get(sample)
+    right = is_correct(sample, answer)
+    return Example(sample, answer, right, picture, patches, tokens, gates)
