@@ -33,11 +33,12 @@ def read_log(checkpoint: Path, phase: int) -> list[dict]:
         except ValueError as error:
             if number < len(lines):
                 raise UserError(f"{file}: line {number} is not JSON: {error}") from error
-    try:
-        return [r for r in records if r["phase"] == phase and math.isfinite(r.get("loss", "-"))]
-    except (KeyError, TypeError):
-        return [r for r in records if isinstance(r, dict) and r.get("phase") == phase
-                and isinstance(r.get("loss"), float) and isinstance(r.get("step"), int)]  # fmt: skip
+    steps = [r for r in records if isinstance(r, dict) and r.get("phase") == phase]
+    return [r for r in steps if isinstance(r.get("step"), int) and is_finite(r.get("loss"))]
+
+
+def is_finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def balance(visits: Sequence[Sequence[float]]) -> dict[str, float]:
