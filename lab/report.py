@@ -152,7 +152,8 @@ def render(numbers: dict, examples: Sequence[Example], model: MedMoE, meta: dict
         settling_section(numbers["saturation"], blocks, last),
         ablation_section(numbers["ablations"]),
     ]
-    title = f"Where the tokens go: {Path(numbers['checkpoint']).name}"
+    where = "/".join(Path(numbers["checkpoint"]).parts[-2:])
+    title = f"Where the tokens go: {where}"
     return document(title, header(numbers, model, meta), parts, WARNING)
 
 

@@ -67,7 +67,7 @@ def shares(visits: Tensor) -> list[list[float]]:
 
 
 def load_tables(samples: Sequence[Sample], traces: Sequence[Trace]) -> dict[str, dict]:
-    """ "modality" and "kind" -> name -> (L, E) shares of the layer's visits, and how many."""
+    """By "modality" and by "kind" of token: name -> (L, E) "shares" and (L,) "visits" of a layer."""
     groups: dict[str, dict[str, Tensor]] = {"modality": {}, "kind": {}}
     for s, trace in zip(samples, traces, strict=True):
         name, total = s.modality or "unknown", trace.visits.double()
@@ -76,14 +76,14 @@ def load_tables(samples: Sequence[Sample], traces: Sequence[Trace]) -> dict[str,
         for kind, visits in zip(KINDS, total, strict=True):
             by_kind[kind] = by_kind.get(kind, 0) + visits
     order = [*MODALITIES, "unknown", *KINDS]
-    return {
-        group: {
-            name: {"shares": shares(tables[name]), "visits": int(tables[name].sum())}
-            for name in sorted(tables, key=order.index)
-            if tables[name].sum() > 0
-        }
-        for group, tables in groups.items()
-    }  # fmt: skip
+    found: dict[str, dict] = {}
+    for group, tables in groups.items():
+        found[group] = {}
+        for name in sorted(tables, key=order.index):
+            if (table := tables[name]).sum() > 0:
+                visits = table.sum(dim=-1).int().tolist()
+                found[group][name] = {"shares": shares(table), "visits": visits}
+    return found
 
 
 def calibration(confidences: Sequence[float], right: Sequence[bool]) -> dict:

@@ -10,10 +10,10 @@ from html import escape
 from lab import svg
 
 LIGHT = """--ink:#1c2128;--muted:#57606a;--bg:#f8f8f6;--card:#fff;--line:#d3d8de;--accent:#0a58ca;
---heat:55;--good:#17693a;--bad:#a8320b;
+--heat:65;--good:#17693a;--bad:#a8320b;
 --s0:#0a58ca;--s1:#b04a00;--s2:#17783a;--s3:#7a3fb5;--s4:#a3195b;--s5:#0b7285;--s6:#6b5900;--s7:#444c56"""
 DARK = """--ink:#e6edf3;--muted:#a5afb9;--bg:#0d1117;--card:#161b22;--line:#3d444d;--accent:#79b8ff;
---heat:42;--good:#6fdc8c;--bad:#ff9b72;
+--heat:50;--good:#6fdc8c;--bad:#ff9b72;
 --s0:#79b8ff;--s1:#ffab70;--s2:#6fdc8c;--s3:#d2a8ff;--s4:#ff9bce;--s5:#76e3ea;--s6:#e3c55b;--s7:#c0c8d0"""
 CSS = f"""
 :root{{color-scheme:light dark;{LIGHT}}}
@@ -28,30 +28,32 @@ h2{{font-size:1.25rem;margin:0 0 .5rem}}h3{{font-size:1.05rem;margin:1.4rem 0 .4
 p{{margin:.4rem 0 .8rem;max-width:44rem}}.note{{color:var(--muted)}}
 a{{color:var(--accent);text-underline-offset:.2em}}
 :focus-visible{{outline:3px solid var(--accent);outline-offset:2px}}
-.skip{{position:absolute;left:-99rem}}
-.skip:focus{{position:static}}
+.skip{{position:absolute;left:-99rem}}.skip:focus{{position:static}}
 .warning{{border-left:4px solid var(--bad);padding:.3rem .8rem;background:var(--card)}}
-nav ul{{display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;list-style:none;padding:0;margin:.6rem 0 1rem}}
+nav ul{{display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;list-style:none;padding:0;
+margin:.6rem 0 1rem}}
 main>section{{background:var(--card);border:1px solid var(--line);border-radius:12px;
 padding:1.1rem 1.2rem 1.3rem;margin:0 0 1.1rem}}
 dl{{display:grid;grid-template-columns:minmax(7rem,13rem) 1fr;gap:.25rem 1rem;margin:.8rem 0}}
 dt{{color:var(--muted)}}dd{{margin:0}}
 .scroll{{overflow-x:auto;margin:.6rem 0 1.2rem}}
+caption{{white-space:nowrap}}
 table{{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}}
 caption{{text-align:left;color:var(--muted);padding:0 0 .4rem}}
 th,td{{padding:.32rem .7rem;text-align:right;border-bottom:1px solid var(--line);font-weight:400;
 white-space:nowrap}}
-th{{text-align:left}}thead th{{font-weight:600;text-align:right}}
-thead th:first-child,.words td,.words thead th{{text-align:left}}
+th{{text-align:left}}thead th{{font-weight:600;text-align:right;white-space:normal;vertical-align:bottom}}
+thead th:first-child,.second th:nth-child(2),.words td,.words thead th{{text-align:left}}
 th[scope=rowgroup]{{vertical-align:top;font-weight:600}}
 .heat{{background:color-mix(in srgb,var(--accent) calc(var(--v)*var(--heat)*1%),var(--card));
 border:2px solid var(--card);border-radius:7px;min-width:5.4rem;text-align:center}}
 thead th.cell{{text-align:center}}
 .examples{{display:flex;flex-wrap:wrap;gap:.2rem 1rem;padding:0;list-style:none}}
 article{{border-top:1px solid var(--line);padding-top:.2rem;margin-top:1.3rem}}
-.views{{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.8rem;
+.views{{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.2rem,14rem));gap:.8rem;
 max-width:44rem;margin:.8rem 0}}
-figure{{margin:0}}figure svg{{width:100%;height:auto;display:block;border-radius:8px;background:#000}}
+figure{{margin:0}}figure svg{{width:100%;height:auto;display:block;border-radius:8px;
+background:#000}}
 figcaption{{color:var(--muted);font-size:.9rem;padding-top:.25rem}}
 .overlay .mark{{fill:#fff;stroke:#000;stroke-width:3px;paint-order:stroke;text-anchor:middle;
 font-weight:700;font-family:system-ui,sans-serif}}
@@ -59,10 +61,12 @@ font-weight:700;font-family:system-ui,sans-serif}}
 .e0{{fill:#3b82f6}}.e1{{fill:#f97316}}.e2{{fill:#22c55e}}.e3{{fill:#c026d3}}
 .e4{{fill:#ec4899}}.e5{{fill:#06b6d4}}.e6{{fill:#eab308}}.e7{{fill:#94a3b8}}
 .good{{color:var(--good);font-weight:600}}.bad{{color:var(--bad);font-weight:600}}
-code{{font:.92em ui-monospace,monospace;background:var(--bg);padding:.05em .3em;border-radius:4px;
+code{{font:.92em ui-monospace,monospace;background:var(--bg);padding:.05em .3em;
+border-radius:4px;
 white-space:pre-wrap}}
 @media (max-width:34rem){{main>section{{padding:.9rem .8rem 1rem}}dl{{grid-template-columns:1fr;gap:0}}
-dd{{margin-bottom:.5rem}}th,td{{padding:.3rem .45rem}}.heat{{min-width:4.2rem}}}}
+dd{{margin-bottom:.5rem}}
+caption{{white-space:normal}}th,td{{padding:.3rem .45rem}}.heat{{min-width:4.2rem}}}}
 @media print{{:root{{{LIGHT};--bg:#fff}}body{{font-size:10pt;
 -webkit-print-color-adjust:exact;print-color-adjust:exact}}
 nav,.skip{{display:none}}.scroll{{overflow:visible}}main>section{{border:0;padding:0}}

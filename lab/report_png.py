@@ -1,4 +1,4 @@
-"""The main figures of a report as PNG files, drawn by an installed Chromium from the same markup."""
+"""The main figures of a report as PNG files, drawn by an installed Chromium."""
 
 import shutil
 import subprocess

@@ -25,8 +25,8 @@ def load_section(load: dict, names: Sequence[str], blocks: Sequence[int]) -> Par
     """Where the tokens go: by modality of the picture, and by kind of token."""
     if not names:
         return section("load", "Expert load", note(NO_ROUTER))
-    parts = [tag("p", "Each row is one sparse block: what share of the visits each expert had. "
-                      "A row adds up to 100 %; the stronger the tint, the larger the share.")]  # fmt: skip
+    words = "What share of the visits each expert had in each sparse block. A row adds up to 100 %."
+    parts = [tag("p", f"{words} The stronger the tint, the larger the share.")]
     titles = {"modality": "by modality of the picture", "kind": "by kind of token"}
     for group, title in titles.items():
         parts.append(load_table(f"Share of visits {title}", load[group], names, blocks))
@@ -38,11 +38,12 @@ def load_table(caption: str, tables: dict, names: Sequence[str], blocks: Sequenc
     for layer, block in enumerate(blocks):
         for i, (name, found) in enumerate(tables.items()):
             cells = [tag("th", name, scope="row"), *map(heat, found["shares"][layer])]
-            cells.append(f"{found['visits']:,}")
+            cells.append(f"{found['visits'][layer]:,}")
             first = tag("th", f"block {block}", scope="rowgroup", rowspan=len(tables))
             rows.append(cells if i else [first, *cells])
-    head = ["block", "tokens of", *names, "visits, all blocks"]
-    return table(caption, head, rows)
+    experts = [n if n.startswith("expert ") else f"{n} expert" for n in names]
+    head = ["block", "tokens of", *experts, "visits"]
+    return table(caption, head, rows, "second")
 
 
 def embed(picture: Tensor) -> str:
@@ -86,7 +87,7 @@ def views(e: Example, number: int, names: Sequence[str], blocks: Sequence[int]) 
     what = f"{e.sample.modality or 'Medical'} picture of example {number}"
     plain = svg.picture(image, what, f"The picture that is asked about: {e.sample.turns[0][0]}",
                         side, side, "overlay")  # fmt: skip
-    figures = [tag("figure", Html(plain), tag("figcaption", "as the model is given it"))]
+    figures = [tag("figure", Html(plain), tag("figcaption", "as given"))]
     for layer in shown_layers(blocks):
         gates, first = e.patches[layer].max(dim=-1)  # (P,) both
         cells = [(int(expert) if gate > 0 else -1, float(gate))
@@ -101,7 +102,9 @@ def views(e: Example, number: int, names: Sequence[str], blocks: Sequence[int]) 
 def visited(gates: Tensor, names: Sequence[str]) -> str:
     """gates (E,) -> its experts, the largest gate first."""
     experts = [int(i) for i in gates.argsort(descending=True) if gates[i] > 0]
-    return " + ".join(f"{named(i, names)} {gates[i]:.2f}" for i in experts) or "none"
+    shown = [f"{gates[i]:.2f}" if gates[i] >= 0.005 else "<0.01" for i in experts]
+    said = [f"{named(i, names)} {gate}" for i, gate in zip(experts, shown, strict=True)]
+    return " + ".join(said) or "none"
 
 
 def token_table(e: Example, number: int, names: Sequence[str], blocks: Sequence[int]) -> Html:

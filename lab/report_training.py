@@ -53,10 +53,12 @@ def training_section(records: Sequence[dict], names: Sequence[str], phase: int) 
     if not records:
         return section("training", title, note(
             f"No log.jsonl with steps of phase {phase} lies beside this checkpoint."))  # fmt: skip
-    steps = [r["step"] for r in records]
+    steps, loss = [r["step"] for r in records], [r["loss"] for r in records]
+    smooth = [sum(w) / len(w) for w in (loss[max(0, i - 9) : i + 1] for i in range(len(loss)))]
+    both = {"loss": loss, "mean of the last 10 steps": smooth}
     parts = [
         tag("h3", "Loss"),
-        curves({"loss": [r["loss"] for r in records]}, steps, "Training loss", "loss"),
+        curves(both, steps, "Training loss", "loss"),
     ]
     if not names:
         return section("training", title, *parts)
@@ -94,8 +96,9 @@ def settling_section(points: Sequence[dict], blocks: Sequence[int], last: int | 
     parts = [tag("p", intro), table("First expert the same as at the end",
                                     ["point", *(f"block {b}" for b in blocks)], rows)]  # fmt: skip
     if not any(p["step"] for p in points):
-        parts.append(note("Step 0 is phase 2's model with this router. No step checkpoints of "
-                          "phase 3 lie in the run's folder: a finished run deletes them."))  # fmt: skip
+        parts.append(note(
+            "Step 0 is phase 2's model with this router. No step checkpoints of phase 3 lie in "
+            "the run's folder: a finished run deletes them."))  # fmt: skip
     elif last:
         ends = [*points, {"step": last, "same": [1.0] * len(blocks)}]
         named = {f"block {b}": [p["same"][i] for p in ends] for i, b in enumerate(blocks)}

@@ -18,7 +18,7 @@ DASHES = ("", "8 4", "2 4", "10 4 2 4", "14 5", "5 3", "2 2", "10 3 2 3 2 3")
 _names = count()  # for identifiers that no other chart of a page has
 
 CSS = """
-.chart{width:100%;height:auto;max-width:44rem;display:block;color:var(--ink)}
+.chart{width:100%;height:auto;display:block;color:var(--ink)}
 .chart text{fill:currentColor;font:13px system-ui,sans-serif}
 .chart .axis{stroke:var(--line);stroke-width:1;fill:none}
 .chart .grid{stroke:var(--line);stroke-width:1;opacity:.5}
@@ -72,6 +72,7 @@ def picture(body: str, title: str, told: str, width: float = WIDTH, height: floa
     name = f"svg{next(_names)}"
     return (
         f'<svg class="{style}" viewBox="0 0 {width:g} {height:g}" role="img" '
+        f'style="max-width:{1.1 * width:.0f}px" '
         f'aria-labelledby="{name}t {name}d"><title id="{name}t">{escape(title)}</title>'
         f'<desc id="{name}d">{escape(told)}</desc>{body}</svg>'
     )
@@ -205,7 +206,7 @@ def patches(image: str, side: float, cells: Sequence[tuple[int, float]], title: 
         x, y = i % per_row * step, i // per_row * step
         tone = f"e{expert % 8}" if expert >= 0 else "none"
         body.append(f'<rect class="patch {tone}" x="{x:.2f}" y="{y:.2f}" width="{step:.2f}" '
-                    f'height="{step:.2f}" fill-opacity="{0.08 + 0.5 * gate:.2f}"/>')  # fmt: skip
+                    f'height="{step:.2f}" fill-opacity="{0.06 + 0.36 * gate:.2f}"/>')  # fmt: skip
         mark = str(expert) if expert >= 0 else "-"
         body.append(f'<text class="mark" x="{x + step / 2:.2f}" y="{y + step * 0.68:.2f}" '
                     f'font-size="{step * 0.52:.2f}">{mark}</text>')  # fmt: skip
