@@ -168,6 +168,8 @@ def main(argv: list[str] | None = None) -> dict:
     chromium = find_chromium() if flags.png else None  # before the work, not after it
     device, dtype = choose_device(flags.device, flags.dtype)
     model, text, meta = load_model(Path(flags.checkpoint), device, dtype, flags.router)
+    if flags.png and model.config.moe is None:
+        raise UserError(f"--png {flags.png}: the checkpoint is dense, no routing to draw")
     for block in model.decoder.blocks:
         if block.is_sparse and flags.router_level != "trained":
             block.mlp.router.level = flags.router_level

@@ -67,7 +67,7 @@ def shares(visits: Tensor) -> list[list[float]]:
 
 
 def load_tables(samples: Sequence[Sample], traces: Sequence[Trace]) -> dict[str, dict]:
-    """By "modality" and by "kind" of token: name -> (L, E) "shares" and (L,) "visits" of a layer."""
+    """By "modality" and by "kind" of token: name -> (L, E) "shares", (L,) "visits"."""
     groups: dict[str, dict[str, Tensor]] = {"modality": {}, "kind": {}}
     for s, trace in zip(samples, traces, strict=True):
         name, total = s.modality or "unknown", trace.visits.double()

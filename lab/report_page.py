@@ -40,9 +40,10 @@ dt{{color:var(--muted)}}dd{{margin:0}}
 caption{{white-space:nowrap}}
 table{{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}}
 caption{{text-align:left;color:var(--muted);padding:0 0 .4rem}}
-th,td{{padding:.32rem .7rem;text-align:right;border-bottom:1px solid var(--line);font-weight:400;
-white-space:nowrap}}
-th{{text-align:left}}thead th{{font-weight:600;text-align:right;white-space:normal;vertical-align:bottom}}
+th,td{{padding:.32rem .7rem;text-align:right;border-bottom:1px solid var(--line);
+font-weight:400;white-space:nowrap}}
+th{{text-align:left}}thead th{{font-weight:600;text-align:right;
+white-space:normal;vertical-align:bottom}}
 thead th:first-child,.second th:nth-child(2),.words td,.words thead th{{text-align:left}}
 th[scope=rowgroup]{{vertical-align:top;font-weight:600}}
 .heat{{background:color-mix(in srgb,var(--accent) calc(var(--v)*var(--heat)*1%),var(--card));
@@ -62,9 +63,9 @@ font-weight:700;font-family:system-ui,sans-serif}}
 .e4{{fill:#ec4899}}.e5{{fill:#06b6d4}}.e6{{fill:#eab308}}.e7{{fill:#94a3b8}}
 .good{{color:var(--good);font-weight:600}}.bad{{color:var(--bad);font-weight:600}}
 code{{font:.92em ui-monospace,monospace;background:var(--bg);padding:.05em .3em;
-border-radius:4px;
-white-space:pre-wrap}}
-@media (max-width:34rem){{main>section{{padding:.9rem .8rem 1rem}}dl{{grid-template-columns:1fr;gap:0}}
+border-radius:4px;white-space:pre-wrap}}
+@media (max-width:34rem){{main>section{{padding:.9rem .8rem 1rem}}
+dl{{grid-template-columns:1fr;gap:0}}.views{{grid-template-columns:1fr 1fr}}
 dd{{margin-bottom:.5rem}}
 caption{{white-space:normal}}th,td{{padding:.3rem .45rem}}.heat{{min-width:4.2rem}}}}
 @media print{{:root{{{LIGHT};--bg:#fff}}body{{font-size:10pt;

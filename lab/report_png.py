@@ -85,8 +85,6 @@ def draw_figures(
 ) -> list[Path]:
     """load.png, overlays.png and, where modalities are known, calibration.png."""
     names, blocks = numbers["experts"], numbers["blocks"]
-    if not names:
-        raise UserError("--png: the checkpoint is dense, there is no routing to draw")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
