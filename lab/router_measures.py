@@ -152,8 +152,9 @@ def wrongly(asker: Asker, samples: Sequence[Sample], n_experts: int, seed: int) 
         rows = [i for i, s in enumerate(samples) if shift[s.image] == by]
         part = [samples[i] for i in rows]
         with forced(asker.model, partial(ByModality, shift=by)):
-            for i, scored in zip(rows, scores(part, asker.answer(part)), strict=True):
-                result[i] = scored
+            found = asker.answer(part) if part else []
+        for i, scored in zip(rows, scores(part, found), strict=True):
+            result[i] = scored
     return result
 
 

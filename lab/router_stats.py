@@ -25,7 +25,8 @@ def bootstrapped(
 ) -> Estimate | None:
     """statistic(rows) of all n rows, with the percentile interval over rows drawn anew.
 
-    Where all rows are alike it has no width, however few they are. Always the same draws; a draw for which it is undefined is left out; None if it is for all rows.
+    Where all rows are alike it has no width, however few they are. Always the same draws; one for
+    which the statistic is undefined is left out. None if it is undefined for all rows.
     """
     value = statistic(np.arange(n)) if n else None
     if value is None:
