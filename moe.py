@@ -76,19 +76,12 @@ class Experts(nn.Module):
         return ops.unpermute(out, gates, plan)
 
     def ffn(self, rows: Tensor, plan: ops.Plan) -> Tensor:  # (R, D) -> (R, D)
-        if self.is_gated:
-            hidden = F.silu(self.linear("gate", rows, plan)) * self.linear("up", rows, plan)
-            return self.linear("down", hidden, plan)
-        hidden = F.gelu(self.linear("fc1", rows, plan), approximate="tanh")  # (R, F)
-        return self.linear("fc2", hidden, plan)
+        return ops.grouped_ffn(rows, [_layer(part) for part in self.children()], plan)
 
-    def linear(self, name: str, rows: Tensor, plan: ops.Plan) -> Tensor:
-        layer = getattr(self, name)
-        y = ops.grouped_linear(rows, layer.weight, getattr(layer, "bias", None), plan)
-        if hasattr(layer, "lora_a"):  # engine/lora.py
-            low = ops.grouped_linear(rows, layer.lora_a, None, plan)  # (R, rank)
-            y = y + layer.lora_scale * ops.grouped_linear(low, layer.lora_b, None, plan)
-        return y
+
+def _layer(part: nn.Module) -> ops.Layer:
+    low = (part.lora_a, part.lora_b, part.lora_scale) if hasattr(part, "lora_a") else None
+    return ops.Layer(part.weight, getattr(part, "bias", None), low)
 
 
 class MoE(nn.Module):

@@ -1,19 +1,23 @@
-"""Attention, and rows to experts and back: permute, grouped_linear, unpermute, in plain torch.
+"""Attention, and rows to experts and back: permute, grouped_linear, grouped_ffn, unpermute.
 
 A router gives a gate for every (row, expert) pair; a pair whose gate is not zero is a visit.
 `permute` lays the visits out expert by expert, `grouped_linear` multiplies each expert's stretch
 with that expert's matrix, `unpermute` weighs the results by their gates and adds them up per row.
-No row is ever dropped or padded, whatever the router decides.
+No row is ever dropped or padded, whatever the router decides. What stands here in torch is the
+definition; on a Hopper GPU the kernels of cuda/ compute the same where `--kernels` allows it.
 
 Shapes: N rows, E experts, R visits, D, F widths; B batch, H heads, T queries, C keys, K head width.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import kernels
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -35,48 +39,110 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Te
 class Plan(NamedTuple):
     """Who visits whom, visits sorted by expert, and by row within an expert."""
 
-    row: Tensor  # (R,) int64, the row of each visit
-    expert: Tensor  # (R,) int64, ascending
+    row: Tensor | None  # (R,) int64, the row of each visit
+    expert: Tensor | None  # (R,) int64, ascending
     offs: Tensor  # (E,) int32, where each expert's stretch ends
+    slot: Tensor | None = None  # (N, E) int32, where a visit lies, -1: none; the kernels' list
 
 
 def plan_visits(gates: Tensor) -> Plan:
-    """gates (N, E), 0 = no visit -> the visits. One host sync on a GPU: R must be known."""
-    visits = gates.t() != 0  # (E, N) bool
+    """gates (N, E), 0 = no visit -> the visits. One host sync on a GPU: R must be known.
+
+    For the kernels the visits are listed in `slot` alone, and the sync is left to `permute`.
+    """
+    if kernels.serve_routing(gates):
+        return Plan(None, None, *reversed(kernels.CALL.route(gates.detach().contiguous())))
+    return _listed(gates.t() != 0)
+
+
+def _listed(visits: Tensor) -> Plan:  # (E, N) bool
     expert, row = visits.nonzero(as_tuple=True)  # both (R,)
     return Plan(row, expert, visits.sum(dim=1).cumsum(dim=0).int())
 
 
+def _as_list(plan: Plan) -> Plan:
+    """A plan made for the kernels, where torch has to do after all."""
+    return plan if plan.row is not None else _listed(plan.slot.t() >= 0)
+
+
 def permute(x: Tensor, plan: Plan) -> Tensor:
     """x (N, D) -> (R, D): a copy of its row for every visit."""
-    return x.index_select(0, plan.row)
+    if plan.slot is not None and kernels.serve_rows(x):
+        return kernels.CALL.permute(x.contiguous(), plan.slot, int(plan.offs[-1]))
+    return x.index_select(0, _as_list(plan).row)
 
 
 def unpermute(y: Tensor, gates: Tensor, plan: Plan) -> Tensor:
     """y (R, D) results of the visits, gates (N, E) -> (N, D): per row, the gated sum."""
+    if plan.slot is not None and kernels.serve_rows(y):
+        return kernels.CALL.unpermute(y.contiguous(), plan.slot, gates.contiguous())
+    plan = _as_list(plan)
     weight = gates[plan.row, plan.expert].to(y.dtype)  # (R,)
     out = y.new_zeros(gates.shape[0], y.shape[1])
     return out.index_add(0, plan.row, y * weight[:, None])
 
 
+class Layer(NamedTuple):
+    """One linear layer of E experts."""
+
+    weight: Tensor  # (E, F, D)
+    bias: Tensor | None = None  # (E, F)
+    low: tuple[Tensor, Tensor, float] | None = None  # engine/lora.py: A, B and what they count
+
+
+def grouped_ffn(x: Tensor, layers: Sequence[Layer], plan: Plan) -> Tensor:
+    """x (R, D) in the plan's order -> (R, D): each row through its expert's FFN.
+
+    Two layers: fc2(gelu(fc1 x)), three: down(silu(gate x) * up x); see moe.MLP and GatedMLP.
+    """
+    if all(layer.low is None for layer in layers):
+        params = [p for layer in layers for p in layer[:2] if p is not None]
+        rows, *params = _cast(x, *params)
+        if kernels.serve(rows, *params):
+            ffn = kernels.GatedFFN if len(layers) == 3 else kernels.GeluFFN
+            return ffn.apply(rows, *params, plan.offs)
+    *first, last = layers
+    if len(first) == 1:
+        hidden = F.gelu(_linear(x, first[0], plan), approximate="tanh")  # (R, F)
+    else:
+        hidden = F.silu(_linear(x, first[0], plan)) * _linear(x, first[1], plan)
+    return _linear(hidden, last, plan)
+
+
+def _linear(x: Tensor, layer: Layer, plan: Plan) -> Tensor:
+    y = grouped_linear(x, layer.weight, layer.bias, plan)
+    if layer.low is not None:
+        a, b, scale = layer.low
+        y = y + scale * grouped_linear(grouped_linear(x, a, None, plan), b, None, plan)
+    return y
+
+
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """x (R, D) in the plan's order, weight (E, F, D), bias (E, F) -> (R, F): x_r w[e]' + bias[e].
 
-    torch.nn.functional.grouped_mm where `_has_grouped_mm`, else one matmul per expert that is
-    visited, which is the definition. Computed in the weight's dtype, or in that of autocast.
+    The kernels where they serve; torch.nn.functional.grouped_mm where `_has_grouped_mm`; else one
+    matmul per expert that is visited, which is the definition. Computed in the weight's dtype, or
+    in that of autocast.
     """
-    kind, weight = x.device.type, local(weight)
-    autocast = torch.is_autocast_enabled(kind)  # it does not know grouped_mm
-    dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-    x, weight = x.to(dtype), weight.to(dtype)
-    bias = None if bias is None else local(bias).to(dtype)
+    x, weight, bias = _cast(x, weight, bias)
+    if kernels.serve(x, weight):
+        return kernels.Linear.apply(x, weight, bias, plan.offs)
     if _has_grouped_mm(x, weight):
         y = _DenseGrad.apply(F.grouped_mm(x, weight.transpose(1, 2), offs=plan.offs))
-        return y if bias is None else y + bias.index_select(0, plan.expert)
+        return y if bias is None else y + bias.index_select(0, _as_list(plan).expert)
     sizes = [end - start for start, end in pairwise([0, *plan.offs.tolist()])]
     biases = [None] * len(sizes) if bias is None else bias.unbind()
     groups = zip(x.split(sizes), weight.unbind(), biases, strict=True)
     return torch.cat([F.linear(*group) for group in groups if len(group[0]) or not len(x)])
+
+
+def _cast(x: Tensor, *params: Tensor | None) -> list[Tensor | None]:
+    """This process's share of parameters, and x, in the dtype that a matmul of them runs in."""
+    params = [None if p is None else local(p) for p in params]
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind)  # it does not know grouped_mm
+    dtype = torch.get_autocast_dtype(kind) if autocast else params[0].dtype
+    return [None if t is None else t.to(dtype) for t in (x, *params)]
 
 
 def local(tensor: Tensor) -> Tensor:

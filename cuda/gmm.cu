@@ -1,0 +1,226 @@
+// Grouped matmul on Hopper: each expert's rows times that expert's matrix. Without padding, and
+// the host need not know the offsets. See launchers.h for the three products.
+//
+// A block computes tiles of 128 x 256 outputs, one after another. It has three warpgroups: one asks
+// the copy engine for slices of both operands, 64 deep, up to 4 ahead; the other two multiply them,
+// 64 rows of the tile each. Slices go round through 4 places in shared memory, and each place
+// has two mbarriers: `full` ends a phase when the slice has come, `empty` when all have used it.
+#include "common.cuh"
+
+constexpr int kRows = 128, kCols = 256, kDeep = 64, kPlaces = 4, kThreads = 384;
+struct Slice { bf16 a[kRows * kDeep], b[kCols * kDeep]; };     // 16 KB + 32 KB
+struct Smem { Slice slice[kPlaces]; uint64_t full[kPlaces], empty[kPlaces]; };
+
+// ---- which tile --------------------------------------------------------------------------------
+// The first row and column of its outputs, the row at which its outputs end, and what it sums over:
+// columns of the operands, or (weight gradient) the rows of the expert.
+struct Tile { int expert, row, col, row_end, k_begin, k_end; };
+
+// The columns that a tile's 256 sums make: a gated tile has 128 of `gate` and the same 128 of `up`.
+template <Product op, Activation act>
+constexpr int kWidth = op == kForward && act == kSilu ? 128 : kCols;
+
+// The i-th tile, experts one after another; false after the last. 16 rows of tiles at a time, so
+// that what the blocks read at the same moment stays in the L2 cache.
+template <Product op, Activation act> __device__ bool find_tile(const Gmm& g, int i, Tile& tile) {
+  int width = kWidth<op, act>, across = ((op == kForward ? g.f : g.d) + width - 1) / width;
+  int begin = 0;
+  for (int e = 0; e < g.E; e++) {
+    int end = g.offs[e], rows = op == kWeightGrad ? g.f : end - begin;
+    int down = (rows + kRows - 1) / kRows;
+    if (i < down * across) {
+      int top = i / (16 * across) * 16, height = min(16, down - top), rest = i - top * across;
+      int row = (top + rest % height) * kRows, col = rest / height * width;
+      if (op == kWeightGrad) tile = {e, row, col, g.f, begin, end};
+      else tile = {e, begin + row, col, end, 0, op == kForward ? g.d : g.f};
+      return true;
+    }
+    i -= down * across;
+    begin = end;
+  }
+  return false;
+}
+
+// ---- operands ----------------------------------------------------------------------------------
+// In a place, an operand lies in panels 64 wide, 128 bytes a row. Forward reads both with k along
+// the rows: a panel's row is a row of the matrix. In the gradients an operand can be turned: a row
+// of a panel is one k, with 64 rows (or columns) of the result along it, and more panels follow.
+template <Product op> constexpr bool kTurnedA = op == kWeightGrad;
+template <Product op> constexpr bool kTurnedB = op != kForward;
+
+// What wgmma must know of an operand: its start; in units of 16 bytes, the steps between blocks of
+// 8 rows (1024 bytes) and between panels (turned only); the swizzle. "matrix descriptor" in PTX ISA.
+__device__ inline uint64_t descriptor(const bf16* panel, bool turned) {
+  uint64_t start = smem_addr(panel) >> 4, panels = turned ? kDeep * 128 >> 4 : 1, rows = 1024 >> 4;
+  return start | panels << 16 | rows << 32 | 1ull << 62;       // 1 << 62: 128-byte swizzle
+}
+
+template <Product op, Activation act>
+__device__ void load(Slice& s, uint64_t* full, const TensorMap& a, const TensorMap& b,
+                     const TensorMap& up, const Tile& t, int k) {
+  mbarrier_expect_bytes(full, sizeof(Slice));
+  if (op != kWeightGrad) tma_load(s.a, a, full, k, t.row, 0);
+  else
+    for (int p = 0; p < kRows / 64; p++)
+      tma_load(s.a + p * 64 * kDeep, a, full, t.row + p * 64, k, 0);
+  if (op == kForward && act == kSilu) {
+    tma_load(s.b, b, full, k, t.col, t.expert);
+    tma_load(s.b + 128 * kDeep, up, full, k, t.col, t.expert);
+  } else if (op == kForward) {
+    tma_load(s.b, b, full, k, t.col, t.expert);
+  } else {
+    for (int p = 0; p < kCols / 64; p++)
+      tma_load(s.b + p * 64 * kDeep, b, full, t.col + p * 64, k, op == kInputGrad ? t.expert : 0);
+  }
+}
+
+// The last slice of a weight gradient reaches into the next expert's rows. They must count as 0, in
+// both operands, as 0 times their infinity would not be.
+__device__ inline void clear_from(Slice& s, int k, int tid) {
+  for (int row = k + tid / 32; row < kDeep; row += 8)          // 8 warps, a row of 128 bytes each
+    for (int p = 0; p < (kRows + kCols) / 64; p++)
+      ((uint32_t*)&s)[(p * kDeep + row) * 32 + tid % 32] = 0;
+  fence_async_proxy();
+  named_barrier(1, 256);
+}
+
+// ---- what becomes of the sums ------------------------------------------------------------------
+// Value and slope of GELU, tanh-approximated as Phi-2's: z s with s = sigmoid(2 sqrt(2 / pi) (z +
+// 0.044715 z^3)), as (1 + tanh x) / 2 = sigmoid(2 x); and of SiLU: z sigmoid(z).
+__device__ inline float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
+__device__ inline float2 gelu(float z) {
+  float s = sigmoid(z * (1.59576912f + 0.07135482f * z * z));
+  return {z * s, s + z * s * (1 - s) * (1.59576912f + 0.21406445f * z * z)};
+}
+__device__ inline float2 silu(float z) {
+  float s = sigmoid(z);
+  return {z * s, s + z * s * (1 - s)};
+}
+__device__ inline void store2(bf16* to, const float (&v)[2]) {
+  *(__nv_bfloat162*)to = __floats2bfloat162_rn(v[0], v[1]);
+}
+// As it will be read again in backward, so that both directions see the same number.
+__device__ inline float rounded(float x) { return to_float(from_float<bf16>(x)); }
+
+// Two neighbouring sums, y (and gated, u of up), belong at out[at]. In backward y is the gradient
+// of the activation's result h; h is made again for the weight gradient that needs it, not kept.
+template <Product op, Activation act>
+__device__ void store(const Gmm& g, int64_t at, const bf16* bias, const float* y, const float* u) {
+  float out[2], out2[2], out3[2];
+  for (int i = 0; i < 2; i++) {
+    float sum = bias ? y[i] + to_float(bias[i]) : y[i];
+    out[i] = sum;
+    if (op == kForward && act == kGelu) {               // h, z
+      out2[i] = rounded(sum);
+      out[i] = gelu(out2[i]).x;
+    } else if (op == kForward && act == kSilu) {        // h, z of gate, u of up
+      out2[i] = rounded(sum), out3[i] = rounded(u[i]);
+      out[i] = silu(out2[i]).x * out3[i];
+    } else if (act == kGelu) {                          // the gradient of z, and h
+      float2 h = gelu(to_float(g.z[at + i]));
+      out[i] = sum * h.y, out2[i] = h.x;
+    } else if (act == kSilu) {                          // the gradients of z and u, and h
+      float2 h = silu(to_float(g.z[at + i]));
+      float up = to_float(g.u[at + i]);
+      out[i] = sum * up * h.y, out2[i] = sum * h.x, out3[i] = h.x * up;
+    }
+  }
+  store2(g.out + at, out);
+  if (act != kNone) store2(g.out2 + at, out2);
+  if (act == kSilu) store2(g.out3 + at, out3);
+}
+
+template <Product op, Activation act>
+__device__ void store_tile(const Gmm& g, const Tile& t, const float (&sum)[32][4], int half) {
+  int tid = threadIdx.x % 128, cols = op == kForward ? g.f : g.d;
+  int row = t.row + half * 64 + tid / 32 * 16 + tid % 32 / 4;
+  int64_t expert = op == kWeightGrad ? (int64_t)t.expert * g.f * g.d : 0;
+#pragma unroll
+  for (int j = 0; j < kWidth<op, act> / 8; j++) {
+    int col = t.col + j * 8 + tid % 4 * 2;
+    const bf16* bias = op == kForward && g.bias ? g.bias + t.expert * g.f + col : nullptr;
+#pragma unroll
+    for (int below = 0; below < 2; below++) {
+      int r = row + below * 8;
+      if (r < t.row_end && col < cols)
+        store<op, act>(g, expert + (int64_t)r * cols + col, bias, &sum[j][below * 2],
+                       &sum[act == kSilu ? j % 16 + 16 : j][below * 2]);
+    }
+  }
+}
+
+// ---- the kernel --------------------------------------------------------------------------------
+template <Product op, Activation act>
+__global__ void __launch_bounds__(kThreads, 1)
+gmm_kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
+           const __grid_constant__ TensorMap up, const __grid_constant__ Gmm g) {
+  Smem& s = *dynamic_smem<Smem>();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kPlaces; i++) {
+      mbarrier_init(&s.full[i], 1);                     // the loading thread, and the bytes
+      mbarrier_init(&s.empty[i], 8);                    // 8 warps multiply
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  Tile t;
+  int n = 0;                                            // slices so far, of all tiles of this block
+
+  if (threadIdx.x < 128) {
+    fewer_registers<40>();
+    if (threadIdx.x > 0) return;
+    for (int i = blockIdx.x; find_tile<op, act>(g, i, t); i += gridDim.x)
+      for (int k = t.k_begin; k < t.k_end; k += kDeep, n++) {
+        int place = n % kPlaces, round = n / kPlaces;
+        mbarrier_wait(&s.empty[place], round % 2 ^ 1);  // at first this does not wait: all is empty
+        load<op, act>(s.slice[place], &s.full[place], a, b, up, t, k);
+      }
+    return;
+  }
+
+  more_registers<232>();
+  int tid = threadIdx.x - 128, half = tid / 128;
+  for (int i = blockIdx.x; find_tile<op, act>(g, i, t); i += gridDim.x) {
+    float sum[32][4];
+    for (int k = t.k_begin; k < t.k_end; k += kDeep, n++) {
+      int place = n % kPlaces, round = n / kPlaces;
+      Slice& slice = s.slice[place];
+      mbarrier_wait(&s.full[place], round % 2);
+      if (op == kWeightGrad && k + kDeep > t.k_end) clear_from(slice, t.k_end - k, tid);
+      uint64_t da = descriptor(slice.a + half * 64 * kDeep, kTurnedA<op>);
+      uint64_t db = descriptor(slice.b, kTurnedB<op>);
+      wgmma_fence();
+      for (int j = 0; j < kDeep / 16; j++)              // 16 k on: 32 bytes, or 16 rows of 128
+        wgmma_m64n256k16<kTurnedA<op>, kTurnedB<op>>(
+            sum, da + j * (kTurnedA<op> ? 128 : 2), db + j * (kTurnedB<op> ? 128 : 2),
+            k > t.k_begin || j > 0);                    // the very first does not add, it sets
+      wgmma_commit();
+      wgmma_wait();
+      if (tid % 32 == 0) mbarrier_arrive(&s.empty[place]);
+    }
+    if (t.k_begin == t.k_end)                           // a weight gradient of no rows is zero
+      for (int j = 0; j < 32; j++)
+        for (int c = 0; c < 4; c++) sum[j][c] = 0;
+    store_tile<op, act>(g, t, sum, half);
+  }
+}
+
+template <Product op, Activation act>
+void start(const Gmm& g, const TensorMap& a, const TensorMap& b, const TensorMap& up) {
+  launch(gmm_kernel<op, act>, g.blocks, kThreads, sizeof(Smem), g.stream, a, b, up, g);
+}
+void gmm(const Gmm& g, Product op, Activation act) {
+  int box_a = op == kWeightGrad ? kDeep : kRows;
+  int box_b = op != kForward ? kDeep : act == kSilu ? 128 : kCols;
+  auto a = tensor_map(g.a, 1, g.rows, op == kForward ? g.d : g.f, box_a);
+  auto b = op == kWeightGrad ? tensor_map(g.b, 1, g.rows, g.d, box_b)
+                             : tensor_map(g.b, g.E, g.f, g.d, box_b);
+  auto up = g.up ? tensor_map(g.up, g.E, g.f, g.d, box_b) : b;
+  if (op == kForward && act == kNone) start<kForward, kNone>(g, a, b, up);
+  if (op == kForward && act == kGelu) start<kForward, kGelu>(g, a, b, up);
+  if (op == kForward && act == kSilu) start<kForward, kSilu>(g, a, b, up);
+  if (op == kInputGrad && act == kNone) start<kInputGrad, kNone>(g, a, b, up);
+  if (op == kInputGrad && act == kGelu) start<kInputGrad, kGelu>(g, a, b, up);
+  if (op == kInputGrad && act == kSilu) start<kInputGrad, kSilu>(g, a, b, up);
+  if (op == kWeightGrad) start<kWeightGrad, kNone>(g, a, b, up);
+}
