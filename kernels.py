@@ -81,7 +81,9 @@ def build(device: torch.device) -> None:
     except (RuntimeError, OSError) as error:  # no nvcc, no ninja, a compiler's error
         log = folder / "build.log"
         log.write_text(str(error))
-        raise UserError(f"cuda/ cannot be built: {first_error(str(error))} (all in {log})") from None
+        raise UserError(
+            f"cuda/ cannot be built: {first_error(str(error))} (all in {log})"
+        ) from None
 
 
 def digest() -> str:

@@ -4,6 +4,7 @@
 #ifdef CUDA_ON_CPU
 #include "cuda_on_cpu.h"
 #else
+#include <cstdint>
 #include <stdexcept>
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -11,7 +12,6 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 #include "ptx.cuh"
-
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t smem, cudaStream_t stream,
             const Args&... args) {

@@ -6,7 +6,6 @@
 // 64 rows of the tile each. Slices go round through 4 places in shared memory, and each place
 // has two mbarriers: `full` ends a phase when the slice has come, `empty` when all have used it.
 #include "common.cuh"
-
 constexpr int kRows = 128, kCols = 256, kDeep = 64, kPlaces = 4, kThreads = 384;
 struct Slice { bf16 a[kRows * kDeep], b[kCols * kDeep]; };     // 16 KB + 32 KB
 struct Smem { Slice slice[kPlaces]; uint64_t full[kPlaces], empty[kPlaces]; };
@@ -48,8 +47,8 @@ template <Product op, Activation act> __device__ bool find_tile(const Gmm& g, in
 template <Product op> constexpr bool kTurnedA = op == kWeightGrad;
 template <Product op> constexpr bool kTurnedB = op != kForward;
 
-// What wgmma must know of an operand: its start; in units of 16 bytes, the steps between blocks of
-// 8 rows (1024 bytes) and between panels (turned only); the swizzle. "matrix descriptor" in PTX ISA.
+// What wgmma must know of an operand, "matrix descriptor" in PTX ISA: where it starts; in units of
+// 16 bytes, the steps between panels (if turned) and between 8 rows (1024 bytes); the swizzle.
 __device__ inline uint64_t descriptor(const bf16* panel, bool turned) {
   uint64_t start = smem_addr(panel) >> 4, panels = turned ? kDeep * 128 >> 4 : 1, rows = 1024 >> 4;
   return start | panels << 16 | rows << 32 | 1ull << 62;       // 1 << 62: 128-byte swizzle
@@ -59,19 +58,13 @@ template <Product op, Activation act>
 __device__ void load(Slice& s, uint64_t* full, const TensorMap& a, const TensorMap& b,
                      const TensorMap& up, const Tile& t, int k) {
   mbarrier_expect_bytes(full, sizeof(Slice));
-  if (op != kWeightGrad) tma_load(s.a, a, full, k, t.row, 0);
-  else
-    for (int p = 0; p < kRows / 64; p++)
-      tma_load(s.a + p * 64 * kDeep, a, full, t.row + p * 64, k, 0);
-  if (op == kForward && act == kSilu) {
-    tma_load(s.b, b, full, k, t.col, t.expert);
-    tma_load(s.b + 128 * kDeep, up, full, k, t.col, t.expert);
-  } else if (op == kForward) {
-    tma_load(s.b, b, full, k, t.col, t.expert);
-  } else {
-    for (int p = 0; p < kCols / 64; p++)
-      tma_load(s.b + p * 64 * kDeep, b, full, t.col + p * 64, k, op == kInputGrad ? t.expert : 0);
-  }
+  if (!kTurnedA<op>) tma_load(s.a, a, full, k, t.row, 0);
+  for (int p = 0; kTurnedA<op> && p < kRows / 64; p++)
+    tma_load(s.a + p * 64 * kDeep, a, full, t.row + p * 64, k, 0);
+  if (!kTurnedB<op>) tma_load(s.b, b, full, k, t.col, t.expert);
+  for (int p = 0; kTurnedB<op> && p < kCols / 64; p++)
+    tma_load(s.b + p * 64 * kDeep, b, full, t.col + p * 64, k, op == kInputGrad ? t.expert : 0);
+  if (act == kSilu && op == kForward) tma_load(s.b + 128 * kDeep, up, full, k, t.col, t.expert);
 }
 
 // The last slice of a weight gradient reaches into the next expert's rows. They must count as 0, in
@@ -96,9 +89,6 @@ __device__ inline float2 silu(float z) {
   float s = sigmoid(z);
   return {z * s, s + z * s * (1 - s)};
 }
-__device__ inline void store2(bf16* to, const float (&v)[2]) {
-  *(__nv_bfloat162*)to = __floats2bfloat162_rn(v[0], v[1]);
-}
 // As it will be read again in backward, so that both directions see the same number.
 __device__ inline float rounded(float x) { return to_float(from_float<bf16>(x)); }
 
@@ -106,28 +96,27 @@ __device__ inline float rounded(float x) { return to_float(from_float<bf16>(x));
 // of the activation's result h; h is made again for the weight gradient that needs it, not kept.
 template <Product op, Activation act>
 __device__ void store(const Gmm& g, int64_t at, const bf16* bias, const float* y, const float* u) {
-  float out[2], out2[2], out3[2];
+  float out[3][2];
   for (int i = 0; i < 2; i++) {
     float sum = bias ? y[i] + to_float(bias[i]) : y[i];
-    out[i] = sum;
+    out[0][i] = sum;
     if (op == kForward && act == kGelu) {               // h, z
-      out2[i] = rounded(sum);
-      out[i] = gelu(out2[i]).x;
+      out[1][i] = rounded(sum);
+      out[0][i] = gelu(out[1][i]).x;
     } else if (op == kForward && act == kSilu) {        // h, z of gate, u of up
-      out2[i] = rounded(sum), out3[i] = rounded(u[i]);
-      out[i] = silu(out2[i]).x * out3[i];
+      out[1][i] = rounded(sum), out[2][i] = rounded(u[i]);
+      out[0][i] = silu(out[1][i]).x * out[2][i];
     } else if (act == kGelu) {                          // the gradient of z, and h
       float2 h = gelu(to_float(g.z[at + i]));
-      out[i] = sum * h.y, out2[i] = h.x;
+      out[0][i] = sum * h.y, out[1][i] = h.x;
     } else if (act == kSilu) {                          // the gradients of z and u, and h
       float2 h = silu(to_float(g.z[at + i]));
       float up = to_float(g.u[at + i]);
-      out[i] = sum * up * h.y, out2[i] = sum * h.x, out3[i] = h.x * up;
+      out[0][i] = sum * up * h.y, out[1][i] = sum * h.x, out[2][i] = h.x * up;
     }
   }
-  store2(g.out + at, out);
-  if (act != kNone) store2(g.out2 + at, out2);
-  if (act == kSilu) store2(g.out3 + at, out3);
+  for (int i = 0; i <= act; i++)
+    *(__nv_bfloat162*)(g.out[i] + at) = __floats2bfloat162_rn(out[i][0], out[i][1]);
 }
 
 template <Product op, Activation act>
@@ -140,16 +129,13 @@ __device__ void store_tile(const Gmm& g, const Tile& t, const float (&sum)[32][4
     int col = t.col + j * 8 + tid % 4 * 2;
     const bf16* bias = op == kForward && g.bias ? g.bias + t.expert * g.f + col : nullptr;
 #pragma unroll
-    for (int below = 0; below < 2; below++) {
-      int r = row + below * 8;
+    for (int below = 0, r = row; below < 2; below++, r += 8)
       if (r < t.row_end && col < cols)
         store<op, act>(g, expert + (int64_t)r * cols + col, bias, &sum[j][below * 2],
                        &sum[act == kSilu ? j % 16 + 16 : j][below * 2]);
-    }
   }
 }
 
-// ---- the kernel --------------------------------------------------------------------------------
 template <Product op, Activation act>
 __global__ void __launch_bounds__(kThreads, 1)
 gmm_kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
@@ -167,9 +153,8 @@ gmm_kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMa
   int n = 0;                                            // slices so far, of all tiles of this block
 
   if (threadIdx.x < 128) {
-    fewer_registers<40>();
-    if (threadIdx.x > 0) return;
-    for (int i = blockIdx.x; find_tile<op, act>(g, i, t); i += gridDim.x)
+    give_regs<40>();
+    for (int i = blockIdx.x; threadIdx.x == 0 && find_tile<op, act>(g, i, t); i += gridDim.x)
       for (int k = t.k_begin; k < t.k_end; k += kDeep, n++) {
         int place = n % kPlaces, round = n / kPlaces;
         mbarrier_wait(&s.empty[place], round % 2 ^ 1);  // at first this does not wait: all is empty
@@ -177,11 +162,10 @@ gmm_kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMa
       }
     return;
   }
-
-  more_registers<232>();
+  take_regs<232>();
   int tid = threadIdx.x - 128, half = tid / 128;
   for (int i = blockIdx.x; find_tile<op, act>(g, i, t); i += gridDim.x) {
-    float sum[32][4];
+    float sum[32][4] = {};                              // a weight gradient of no rows stays 0
     for (int k = t.k_begin; k < t.k_end; k += kDeep, n++) {
       int place = n % kPlaces, round = n / kPlaces;
       Slice& slice = s.slice[place];
@@ -191,36 +175,26 @@ gmm_kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMa
       uint64_t db = descriptor(slice.b, kTurnedB<op>);
       wgmma_fence();
       for (int j = 0; j < kDeep / 16; j++)              // 16 k on: 32 bytes, or 16 rows of 128
-        wgmma_m64n256k16<kTurnedA<op>, kTurnedB<op>>(
-            sum, da + j * (kTurnedA<op> ? 128 : 2), db + j * (kTurnedB<op> ? 128 : 2),
-            k > t.k_begin || j > 0);                    // the very first does not add, it sets
+        wgmma_m64n256k16<kTurnedA<op>, kTurnedB<op>>(sum, da + j * (kTurnedA<op> ? 128 : 2),
+                                                     db + j * (kTurnedB<op> ? 128 : 2));
       wgmma_commit();
       wgmma_wait();
       if (tid % 32 == 0) mbarrier_arrive(&s.empty[place]);
     }
-    if (t.k_begin == t.k_end)                           // a weight gradient of no rows is zero
-      for (int j = 0; j < 32; j++)
-        for (int c = 0; c < 4; c++) sum[j][c] = 0;
     store_tile<op, act>(g, t, sum, half);
   }
 }
 
-template <Product op, Activation act>
-void start(const Gmm& g, const TensorMap& a, const TensorMap& b, const TensorMap& up) {
-  launch(gmm_kernel<op, act>, g.blocks, kThreads, sizeof(Smem), g.stream, a, b, up, g);
-}
 void gmm(const Gmm& g, Product op, Activation act) {
-  int box_a = op == kWeightGrad ? kDeep : kRows;
-  int box_b = op != kForward ? kDeep : act == kSilu ? 128 : kCols;
-  auto a = tensor_map(g.a, 1, g.rows, op == kForward ? g.d : g.f, box_a);
-  auto b = op == kWeightGrad ? tensor_map(g.b, 1, g.rows, g.d, box_b)
-                             : tensor_map(g.b, g.E, g.f, g.d, box_b);
-  auto up = g.up ? tensor_map(g.up, g.E, g.f, g.d, box_b) : b;
-  if (op == kForward && act == kNone) start<kForward, kNone>(g, a, b, up);
-  if (op == kForward && act == kGelu) start<kForward, kGelu>(g, a, b, up);
-  if (op == kForward && act == kSilu) start<kForward, kSilu>(g, a, b, up);
-  if (op == kInputGrad && act == kNone) start<kInputGrad, kNone>(g, a, b, up);
-  if (op == kInputGrad && act == kGelu) start<kInputGrad, kGelu>(g, a, b, up);
-  if (op == kInputGrad && act == kSilu) start<kInputGrad, kSilu>(g, a, b, up);
-  if (op == kWeightGrad) start<kWeightGrad, kNone>(g, a, b, up);
+  static void (*const kernels[])(TensorMap, TensorMap, TensorMap, Gmm) = {
+      gmm_kernel<kForward, kNone>, gmm_kernel<kForward, kGelu>, gmm_kernel<kForward, kSilu>,
+      gmm_kernel<kInputGrad, kNone>, gmm_kernel<kInputGrad, kGelu>, gmm_kernel<kInputGrad, kSilu>,
+      gmm_kernel<kWeightGrad, kNone>};
+  int box = op != kForward ? kDeep : act == kSilu ? 128 : kCols;
+  int width = op == kForward ? g.d : g.f;
+  auto a = tensor_map(g.a, 1, g.rows, width, op == kWeightGrad ? kDeep : kRows);
+  auto b = op == kWeightGrad ? tensor_map(g.b, 1, g.rows, g.d, box)
+                             : tensor_map(g.b, g.E, g.f, g.d, box);
+  auto up = g.up ? tensor_map(g.up, g.E, g.f, g.d, box) : b;
+  launch(kernels[op * 3 + act], g.blocks, kThreads, sizeof(Smem), g.stream, a, b, up, g);
 }

@@ -1,16 +1,13 @@
 // What the kernels offer to binding.cpp: plain functions that start them on a stream.
-//
-// N rows, E experts, R visits (pairs of a row and an expert whose gate is not zero), D, F widths.
+// n rows, E experts, R visits (pairs of a row and an expert whose gate is not zero), d, f widths.
 // Visits lie sorted by expert, then by row: expert e owns rows offs[e - 1] to offs[e] of R.
 #pragma once
-#include <cstdint>
 #ifdef CUDA_ON_CPU                       // tests/cuda_on_cpu.h runs the kernels without a GPU
 using cudaStream_t = void*;
 #else
 #include <cuda_runtime_api.h>
 #endif
-struct __nv_bfloat16;
-using bf16 = __nv_bfloat16;
+using bf16 = struct __nv_bfloat16;
 
 // permute.cu. Rows of d float or bf16, in multiples of 16 bytes: what a thread moves at a time.
 struct Rows {
@@ -18,15 +15,15 @@ struct Rows {
   bool is_bf16;
   const int* slot;                       // (n, E), where in R the visit lies; -1: no visit
   const float* gates;                    // (n, E), or null: they are 1
-  const void *x, *y;                     // (n, d) and (R, d)
+  const void *in, *y;
   void* out;
   float* dgates;                         // (n, E)
   cudaStream_t stream;
 };
 void route(const float* gates, int n, int E, int* slot, int* offs, cudaStream_t);
-void permute(const Rows&);               // x -> out (R, d)
-void unpermute(const Rows&);             // y -> out (n, d)
-void unpermute_grad(const Rows&);        // x, its result's gradient -> out (R, d), dgates
+void permute(const Rows&);               // in (n, d) -> out (R, d)
+void unpermute(const Rows&);             // in (R, d) -> out (n, d)
+void unpermute_grad(const Rows&);        // in (n, d), y (R, d) -> out (R, d), dgates
 
 // gmm.cu. a (R, d), b (E, f, d) -> (R, f): act(a_r b[e]' + bias[e]); the gradient of its input,
 // a (R, f), b (E, f, d) -> (R, d): a_r b[e]; and of its weight, a (R, f), b (R, d) -> (E, f, d):
@@ -34,11 +31,11 @@ void unpermute_grad(const Rows&);        // x, its result's gradient -> out (R, 
 enum Product { kForward, kInputGrad, kWeightGrad };
 enum Activation { kNone, kGelu, kSilu };
 struct Gmm {
-  int rows, E, f, d;
+  int E, f, d, rows;
   const int* offs;
   const bf16 *a, *b, *up;                // up: the second matrix of a gated FFN, like b
   const bf16 *bias, *z, *u;              // (E, f) or null; what the activation read in forward
-  bf16 *out, *out2, *out3;               // store() in gmm.cu says what goes where
+  bf16* out[3];                          // store() in gmm.cu says what goes where
   int blocks;                            // one for each multiprocessor
   cudaStream_t stream;
 };

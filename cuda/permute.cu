@@ -1,72 +1,62 @@
-// Rows to experts and back: route, permute, unpermute and their gradients.
-// No sort, no atomics, nothing depends on the order in which threads run.
+// Rows to experts and back: route, permute, unpermute and the gradients.
+// No sort, no atomics; the result does not depend on the order in which threads run.
 #include "common.cuh"
+constexpr int kWarps = 32, kMaxExperts = 48;
 
-// ---- route: gates (N, E) -> slot (N, E), offs (E) ----------------------------------------------
-// A stable counting sort in one block. Thread i owns a stretch of rows: it counts their visits to
-// each expert; a prefix sum over all counts, expert by expert, says where its visits begin; then
-// it hands out the slots. The gates of 4 096 rows are 64 KB: one multiprocessor is enough.
-constexpr int kRoute = 1024;
-
-__device__ int prefix_in_warp(int x) {                 // the sum of lanes 0 to this one
-  int lane = threadIdx.x % 32;
-  for (int step = 1; step < 32; step *= 2) {
-    int below = __shfl_up_sync(~0u, x, step);
-    if (lane >= step) x += below;
-  }
-  return x;
-}
-
-__global__ void __launch_bounds__(kRoute)
+// ---- route: gates (n, E) -> slot (n, E), offs (E) ----------------------------------------------
+// A stable counting sort in one block; the gates of 4 096 rows are 64 KB. A warp owns a stretch of
+// rows. It counts their visits to each expert; sums over the warps before it, expert by expert, say
+// where its visits begin; then it hands out the slots. A ballot has a bit for each lane.
+__global__ void __launch_bounds__(kWarps * 32)
 route_kernel(const float* gates, int n, int E, int* slot, int* offs) {
-  int* count = dynamic_smem<int>();                    // (E, kRoute), then its prefix sums
-  __shared__ int warp_sum[32];
-  int tid = threadIdx.x, stretch = (n + kRoute - 1) / kRoute;
-  int begin = min(tid * stretch, n), end = min(begin + stretch, n);
+  __shared__ int count[kMaxExperts][kWarps];           // then: the slot of the warp's first visit
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, stretch = (n + kWarps - 1) / kWarps;
+  int begin = min(warp * stretch, n), end = min(begin + stretch, n);
   for (int e = 0; e < E; e++) {
     int visits = 0;
-    for (int row = begin; row < end; row++) visits += gates[(int64_t)row * E + e] != 0;
-    count[e * kRoute + tid] = visits;
-  }
-  __syncthreads();
-
-  int mine = 0;                                        // thread i sums the E counts from i * E on
-  for (int i = 0; i < E; i++) mine += count[tid * E + i];
-  int before = prefix_in_warp(mine);
-  if (tid % 32 == 31) warp_sum[tid / 32] = before;
-  __syncthreads();
-  if (tid < 32) warp_sum[tid] = prefix_in_warp(warp_sum[tid]);
-  __syncthreads();
-  before += (tid < 32 ? 0 : warp_sum[tid / 32 - 1]) - mine;
-  for (int i = 0; i < E; i++) {
-    int visits = count[tid * E + i];
-    count[tid * E + i] = before;
-    before += visits;
-  }
-  __syncthreads();
-
-  for (int e = 0; e < E; e++) {
-    int next = count[e * kRoute + tid];
-    for (int row = begin; row < end; row++) {
-      int64_t at = (int64_t)row * E + e;
-      slot[at] = gates[at] != 0 ? next++ : -1;
+    for (int first = begin; first < end; first += 32) {
+      int row = first + lane;
+      visits += __popc(__ballot_sync(~0u, row < end && gates[(int64_t)row * E + e] != 0));
     }
-    if (tid == kRoute - 1) offs[e] = next;             // the last thread's visits end the expert's
+    if (lane == 0) count[e][warp] = visits;
+  }
+  __syncthreads();
+  for (int e = 0, before = 0; warp == 0 && e < E; e++) {
+    int visits = count[e][lane], sum = visits;         // lane's is the sum of lanes 0 to lane
+    for (int step = 1; step < 32; step *= 2) {
+      int below = __shfl_up_sync(~0u, sum, step);
+      if (lane >= step) sum += below;
+    }
+    count[e][lane] = before + sum - visits;
+    before += __shfl_sync(~0u, sum, 31);
+    if (lane == 0) offs[e] = before;
+  }
+  __syncthreads();
+  for (int e = 0; e < E; e++) {
+    int next = count[e][warp];
+    for (int first = begin; first < end; first += 32) {
+      int64_t row = first + lane, at = row * E + e;
+      bool visits = row < end && gates[at] != 0;
+      unsigned ballot = __ballot_sync(~0u, visits), below = ballot & ((1u << lane) - 1);
+      if (row < end) slot[at] = visits ? next + __popc(below) : -1;
+      next += __popc(ballot);
+    }
   }
 }
 
+// ---- a warp for each row, 16 bytes for each lane at a time -------------------------------------
+constexpr int kRows = 8;                               // of a block
+__device__ inline int64_t my_row() { return (int64_t)blockIdx.x * kRows + threadIdx.x / 32; }
 // 16 bytes of a matrix of T with rows of d, from a column on. The product can pass 2^31.
 template <class T> __device__ Vec<T>& at(const void* matrix, int64_t row, int d, int column) {
   return *(Vec<T>*)((T*)matrix + row * d + column);
 }
 
-// ---- permute: out[slot[row][e]] = x[row] -------------------------------------------------------
-// A block for each row, read once and written once for each of its visits.
-template <class T>
-__global__ void permute_kernel(const Rows r) {
-  int64_t row = blockIdx.x;
-  for (int c = threadIdx.x * Vec<T>::N; c < r.d; c += blockDim.x * Vec<T>::N) {
-    auto v = at<T>(r.x, row, r.d, c);
+// out[slot[row][e]] = in[row]: read once, written once for each visit.
+template <class T> __global__ void permute_kernel(const Rows r) {
+  int64_t row = my_row();
+  for (int c = threadIdx.x % 32 * Vec<T>::N; row < r.n && c < r.d; c += 32 * Vec<T>::N) {
+    auto v = at<T>(r.in, row, r.d, c);
     for (int e = 0; e < r.E; e++) {
       int slot = r.slot[row * r.E + e];
       if (slot >= 0) at<T>(r.out, slot, r.d, c) = v;
@@ -74,19 +64,17 @@ __global__ void permute_kernel(const Rows r) {
   }
 }
 
-// ---- unpermute: out[row] = sum over e of gates[row][e] y[slot[row][e]], in fp32 ----------------
-// Each row fetches what belongs to it, so it is written once, and its sum has a fixed order.
-// Without gates (null) they are 1: the gradient of permute.
-template <class T>
-__global__ void unpermute_kernel(const Rows r) {
-  int64_t row = blockIdx.x;
-  for (int c = threadIdx.x * Vec<T>::N; c < r.d; c += blockDim.x * Vec<T>::N) {
+// out[row] = the sum over e of gates[row][e] in[slot[row][e]], in fp32: each row fetches what is
+// its own, so it is written once. Without gates they are 1: the gradient of permute.
+template <class T> __global__ void unpermute_kernel(const Rows r) {
+  int64_t row = my_row();
+  for (int c = threadIdx.x % 32 * Vec<T>::N; row < r.n && c < r.d; c += 32 * Vec<T>::N) {
     float sum[Vec<T>::N] = {};
     for (int e = 0; e < r.E; e++) {
       int slot = r.slot[row * r.E + e];
       if (slot < 0) continue;
       float gate = r.gates ? r.gates[row * r.E + e] : 1.f;
-      auto v = at<T>(r.y, slot, r.d, c);
+      auto v = at<T>(r.in, slot, r.d, c);
       for (int i = 0; i < Vec<T>::N; i++) sum[i] += gate * to_float(v.v[i]);
     }
     Vec<T> o;
@@ -95,16 +83,14 @@ __global__ void unpermute_kernel(const Rows r) {
   }
 }
 
-// ---- its gradients: out[slot] = gate x[row], dgates[row][e] = <x[row], y[slot]> --------------
-template <class T>
-__global__ void unpermute_grad_kernel(const Rows r) {
-  __shared__ float warp_dot[32];
-  int64_t row = blockIdx.x;
-  for (int e = 0; e < r.E; e++) {                      // from e = 1 on x[row] is in the L1 cache
+// Its gradients: out[slot] = gate in[row], dgates[row][e] = <in[row], y[slot]>.
+template <class T> __global__ void unpermute_grad_kernel(const Rows r) {
+  int64_t row = my_row();
+  for (int e = 0; row < r.n && e < r.E; e++) {         // from e = 1 on in[row] is in the L1 cache
     int slot = r.slot[row * r.E + e];
     float gate = r.gates[row * r.E + e], dot = 0;
-    for (int c = threadIdx.x * Vec<T>::N; slot >= 0 && c < r.d; c += blockDim.x * Vec<T>::N) {
-      auto g = at<T>(r.x, row, r.d, c), v = at<T>(r.y, slot, r.d, c);
+    for (int c = threadIdx.x % 32 * Vec<T>::N; slot >= 0 && c < r.d; c += 32 * Vec<T>::N) {
+      auto g = at<T>(r.in, row, r.d, c), v = at<T>(r.y, slot, r.d, c);
       Vec<T> o;
       for (int i = 0; i < Vec<T>::N; i++) {
         dot += to_float(g.v[i]) * to_float(v.v[i]);
@@ -113,24 +99,15 @@ __global__ void unpermute_grad_kernel(const Rows r) {
       at<T>(r.out, slot, r.d, c) = o;
     }
     for (int mask = 16; mask; mask /= 2) dot += __shfl_xor_sync(~0u, dot, mask);
-    if (threadIdx.x % 32 == 0) warp_dot[threadIdx.x / 32] = dot;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      for (unsigned w = 1; w < blockDim.x / 32; w++) dot += warp_dot[w];
-      r.dgates[row * r.E + e] = dot;                   // 0 where there is no visit
-    }
-    __syncthreads();                                   // warp_dot is written again for the next e
+    if (threadIdx.x % 32 == 0) r.dgates[row * r.E + e] = dot;   // 0 where there is no visit
   }
 }
 
-// ---- launchers ---------------------------------------------------------------------------------
 void route(const float* gates, int n, int E, int* slot, int* offs, cudaStream_t stream) {
-  launch(route_kernel, 1, kRoute, E * kRoute * sizeof(int), stream, gates, n, E, slot, offs);
+  launch(route_kernel, 1, kWarps * 32, 0, stream, gates, n, E, slot, offs);
 }
-// A block a row, of whole warps, with as many threads as the row has pieces of 16 bytes.
 void start(void (*of_float)(Rows), void (*of_bf16)(Rows), const Rows& r) {
-  int pieces = r.d * (r.is_bf16 ? 2 : 4) / 16, threads = min(1024, (pieces + 31) / 32 * 32);
-  launch(r.is_bf16 ? of_bf16 : of_float, r.n, threads, 0, r.stream, r);
+  launch(r.is_bf16 ? of_bf16 : of_float, (r.n + kRows - 1) / kRows, kRows * 32, 0, r.stream, r);
 }
 void permute(const Rows& r) { start(permute_kernel<float>, permute_kernel<bf16>, r); }
 void unpermute(const Rows& r) { start(unpermute_kernel<float>, unpermute_kernel<bf16>, r); }

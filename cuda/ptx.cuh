@@ -1,6 +1,5 @@
-// The machine instructions of Hopper that gmm.cu uses, one small function each.
-// tests/cuda_on_cpu.h has functions of the same names in C++. In NVIDIA's "PTX ISA" each has a
-// section under the name in quotes.
+// The machine instructions of Hopper that gmm.cu uses, one small function each; tests/cuda_on_cpu.h
+// has them in C++. In NVIDIA's "PTX ISA" each has a section under its name.
 #pragma once
 #define DEV __device__ __forceinline__
 
@@ -9,13 +8,11 @@ template <class T> DEV T* dynamic_smem() {              // the block's shared me
   return (T*)smem;
 }
 DEV uint32_t smem_addr(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)                  // built for sm_90a
 #define HOPPER(...) asm volatile(__VA_ARGS__)
 #else                                                   // others compile too, and stop if called
 #define HOPPER(...) __trap()
 #endif
-
 // An mbarrier lies in shared memory and counts arrivals and bytes. When all that it waits for has
 // come, its phase (0, 1, 0, ...) ends; whoever waits names the phase's parity.
 DEV void mbarrier_init(uint64_t* b, int arrivals) {
@@ -40,47 +37,38 @@ DEV void named_barrier(int id, int threads) {           // __syncthreads() of so
 // What threads wrote to shared memory before it, the copy engine and wgmma see after it.
 DEV void fence_async_proxy() { HOPPER("fence.proxy.async.shared::cta;" ::: "memory"); }
 // A warpgroup (128 threads) gives registers back, or takes some: 64 K for the whole block.
-template <int N> DEV void fewer_registers() {
-  HOPPER("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
-}
-template <int N> DEV void more_registers() {
-  HOPPER("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
-}
-
+template <int N> DEV void give_regs() { HOPPER("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> DEV void take_regs() { HOPPER("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 // ---- TMA: one thread asks for a box of a matrix, the copy engine brings it ----------------------
 using TensorMap = CUtensorMap;
-
 // bf16 (experts, rows, cols), read in boxes of 1 x box_rows x 64. A box's row takes 128 bytes of
 // shared memory, its 16-byte pieces in an order that depends on the row ("128-byte swizzle"): so
 // columns too are read without bank conflicts. What lies outside an expert's matrix is read as 0.
 inline TensorMap tensor_map(const void* base, int64_t experts, int64_t rows, int64_t cols,
                             int box_rows) {
-  static auto encode = [] {                             // the driver's, found without linking to it
-    void* f = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault,
-                                           &found));
-    if (!f) throw std::runtime_error("this CUDA driver has no cuTensorMapEncodeTiled");
-    return (decltype(&cuTensorMapEncodeTiled))f;
-  }();
+  static void* encode = nullptr;                        // the driver's, found without linking to it
+  cudaDriverEntryPointQueryResult q;
+  if (!encode) check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
+                                                      cudaEnableDefault, &q));
+  if (!encode) throw std::runtime_error("this CUDA driver has no cuTensorMapEncodeTiled");
   cuuint64_t size[] = {(cuuint64_t)cols, (cuuint64_t)rows, (cuuint64_t)experts};
   cuuint64_t stride[] = {size[0] * 2, size[0] * size[1] * 2};           // bytes
   cuuint32_t box[] = {64, (cuuint32_t)box_rows, 1}, step[] = {1, 1, 1};
   TensorMap map;
-  if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void*)base, size, stride, box, step,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
-    throw std::runtime_error("cuTensorMapEncodeTiled refuses a matrix");
+  auto error = ((decltype(&cuTensorMapEncodeTiled))encode)(
+      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void*)base, size, stride, box, step,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (error) throw std::runtime_error("cuTensorMapEncodeTiled refuses a matrix");
   return map;
 }
-// "cp.async.bulk.tensor": the box at (expert, row, col); its bytes arrive at the mbarrier.
+// The box at (expert, row, col); its bytes arrive at the mbarrier.
 DEV void tma_load(void* to, const TensorMap& map, uint64_t* b, int col, int row, int expert) {
   HOPPER("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
          " [%0], [%1, {%2, %3, %4}], [%5];"
          ::"r"(smem_addr(to)), "l"(&map), "r"(col), "r"(row), "r"(expert), "r"(smem_addr(b))
          : "memory");
 }
-
 // ---- wgmma: a warpgroup multiplies 64 x 16 by 16 x 256, both in shared memory -------------------
 DEV void wgmma_fence() { HOPPER("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEV void wgmma_commit() { HOPPER("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -90,16 +78,15 @@ DEV void wgmma_wait() { HOPPER("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #define R4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define R16(i) R4(i), R4(i + 1), R4(i + 2), R4(i + 3)
 template <int MajorA, int MajorB>
-DEV void wgmma_m64n256k16(float (&d)[32][4], uint64_t a, uint64_t b, int accumulate) {
-  HOPPER("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-         "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+DEV void wgmma_m64n256k16(float (&d)[32][4], uint64_t a, uint64_t b) {
+  HOPPER("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
          "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
          "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,"
          "%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,"
          "%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,"
          "%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,"
          "%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,"
-         "%126,%127}, %128, %129, p, 1, 1, %131, %132;\n}"
+         "%126,%127}, %128, %129, 1, 1, 1, %130, %131;"
          : R16(0), R16(4), R16(8), R16(12), R16(16), R16(20), R16(24), R16(28)
-         : "l"(a), "l"(b), "r"(accumulate), "n"(MajorA), "n"(MajorB));
+         : "l"(a), "l"(b), "n"(MajorA), "n"(MajorB));
 }

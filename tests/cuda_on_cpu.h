@@ -198,11 +198,19 @@ template <class T> const T* warp_exchange(T mine) {
 template <class T> T __shfl_xor_sync(unsigned, T v, int mask) {
   return warp_exchange(v)[cpu::self->index % 32 ^ mask];
 }
+template <class T> T __shfl_sync(unsigned, T v, int lane) { return warp_exchange(v)[lane]; }
 template <class T> T __shfl_up_sync(unsigned, T v, int n) {
   auto all = warp_exchange(v);
   int lane = cpu::self->index % 32;
   return all[lane < n ? lane : lane - n];
 }
+inline unsigned __ballot_sync(unsigned, bool mine) {
+  auto all = warp_exchange(mine);
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; lane++) bits |= (unsigned)all[lane] << lane;
+  return bits;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 // ---- cuda/ptx.cuh ------------------------------------------------------------------------------
 template <class T> T* dynamic_smem() { return (T*)cpu::smem; }
@@ -236,8 +244,8 @@ inline void mbarrier_wait(uint64_t* b, int parity) {
 }
 inline void named_barrier(int id, int threads) { cpu::meet(cpu::block->barriers[id], threads); }
 inline void fence_async_proxy() {}
-template <int> void fewer_registers() {}
-template <int> void more_registers() {}
+template <int> void give_regs() {}
+template <int> void take_regs() {}
 
 struct TensorMap {
   const char* base;
@@ -286,7 +294,7 @@ inline float element(uint64_t d, bool turned, int mn, int k) {
   return __bfloat162float(v);
 }
 template <int TurnedA, int TurnedB>
-void wgmma_m64n256k16(float (&d)[32][4], uint64_t a, uint64_t b, int accumulate) {
+void wgmma_m64n256k16(float (&d)[32][4], uint64_t a, uint64_t b) {
   auto sums = &d;
   int t = cpu::self->index % 128, row = t / 32 * 16 + t % 32 / 4;
   cpu::self->mmas.back().push_back([=] {
@@ -300,10 +308,7 @@ void wgmma_m64n256k16(float (&d)[32][4], uint64_t a, uint64_t b, int accumulate)
           float v = element(b, TurnedB, j * 8 + t % 4 * 2 + c, k);
           s[0] += A[0][k] * v, s[1] += A[1][k] * v;
         }
-        for (int h = 0; h < 2; h++) {
-          float& sum = (*sums)[j][h * 2 + c];
-          sum = (accumulate ? sum : 0) + s[h];
-        }
+        for (int h = 0; h < 2; h++) (*sums)[j][h * 2 + c] += s[h];
       }
   });
 }
