@@ -118,7 +118,7 @@ def serve_rows(x: Tensor) -> bool:
 
 
 def serve_routing(gates: Tensor) -> bool:
-    """As `serve`, for the gates: fp32 as our routers give them, and no more than one block holds."""
+    """As `serve`, for gates: in fp32, as routers give them, of as many experts as route counts."""
     return gates.device.type in _serving and gates.dtype == torch.float32 and gates.shape[1] <= 48
 
 
@@ -205,12 +205,17 @@ def weight_grad(dy, x, offs) -> Tensor:
 
 
 def bias_grad(dy, offs) -> Tensor:
-    """dy (R, F) -> (E, F): the weight gradient for inputs that are 1; 8 of them, as it is aligned."""
+    """dy (R, F) -> (E, F): the weight gradient where inputs are 1; 8 of them, for alignment."""
     return weight_grad(dy, dy.new_ones(dy.shape[0], 8), offs)[..., 0]
 
 
+def apply(function: type[torch.autograd.Function], *args: Tensor | None) -> Tensor:
+    """One of the functions below, whose arguments must be contiguous."""
+    return function.apply(*(None if arg is None else arg.contiguous() for arg in args))
+
+
 class Linear(torch.autograd.Function):
-    """x (R, D), w (E, F, D), bias (E, F) or None -> (R, F)."""
+    """x (R, D), w (E, F, D), bias (E, F) or None, offs (E,) -> (R, F)."""
 
     @staticmethod
     def forward(ctx, x, w, bias, offs):

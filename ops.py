@@ -100,7 +100,7 @@ def grouped_ffn(x: Tensor, layers: Sequence[Layer], plan: Plan) -> Tensor:
         rows, *params = _cast(x, *params)
         if kernels.serve(rows, *params):
             ffn = kernels.GatedFFN if len(layers) == 3 else kernels.GeluFFN
-            return ffn.apply(rows, *params, plan.offs)
+            return kernels.apply(ffn, rows, *params, plan.offs)
     *first, last = layers
     if len(first) == 1:
         hidden = F.gelu(_linear(x, first[0], plan), approximate="tanh")  # (R, F)
@@ -126,7 +126,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -
     """
     x, weight, bias = _cast(x, weight, bias)
     if kernels.serve(x, weight):
-        return kernels.Linear.apply(x, weight, bias, plan.offs)
+        return kernels.apply(kernels.Linear, x, weight, bias, plan.offs)
     if _has_grouped_mm(x, weight):
         y = _DenseGrad.apply(F.grouped_mm(x, weight.transpose(1, 2), offs=plan.offs))
         return y if bias is None else y + bias.index_select(0, _as_list(plan).expert)

@@ -26,15 +26,16 @@ struct Device {                          // the tensor's, until the end of the o
 };
 #define BACKEND CUDA
 #endif
-template <class T> T* data(const Tensor& x, at::ScalarType type, at::IntArrayRef sizes) {
+template <class T>
+T* data(const Tensor& x, at::ScalarType type, at::IntArrayRef sizes, int alignment = 16) {
   TORCH_CHECK(x.scalar_type() == type && x.sizes() == sizes, "expected ", type, sizes, ", got ",
               x.scalar_type(), x.sizes());
-  TORCH_CHECK(x.is_contiguous() && (uintptr_t)x.data_ptr() % 16 == 0, "not contiguous or aligned");
+  TORCH_CHECK(x.is_contiguous() && (uintptr_t)x.data_ptr() % alignment == 0, "not aligned");
   return (T*)x.data_ptr();
 }
-bf16* bf16s(const Tensor& x, at::IntArrayRef sizes) { return data<bf16>(x, at::kBFloat16, sizes); }
-int* ints(const Tensor& x, at::IntArrayRef sizes) { return data<int>(x, at::kInt, sizes); }
-float* floats(const Tensor& x, at::IntArrayRef sizes) { return data<float>(x, at::kFloat, sizes); }
+bf16* bf16s(const Tensor& x, at::IntArrayRef s) { return data<bf16>(x, at::kBFloat16, s); }
+int* ints(const Tensor& x, at::IntArrayRef s) { return data<int>(x, at::kInt, s, 4); }
+float* floats(const Tensor& x, at::IntArrayRef s) { return data<float>(x, at::kFloat, s, 4); }
 
 std::tuple<Tensor, Tensor> route_op(const Tensor& gates) {
   Device device(gates);
