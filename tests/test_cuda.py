@@ -1,7 +1,8 @@
 """The kernels in cuda/, run without a GPU, equal torch: python -m pytest tests/test_cuda.py
 
-cuda_on_cpu.h stands in for the GPU. Every check runs in three orders of threads and blocks, with
-outputs that begin as NaN. tests/mutate_kernels.py breaks the kernels and sees these tests fail.
+cuda_on_cpu.h stands in for the GPU. Every check runs in three orders of threads and blocks, and on
+the GPU itself where there is a Hopper; with outputs that begin as NaN. tests/mutate_kernels.py
+breaks the kernels and sees these tests fail.
 """
 
 import cuda_on_cpu
@@ -15,7 +16,9 @@ import ops
 pytestmark = pytest.mark.skipif(
     cuda_on_cpu.missing() is not None, reason=f"kernels on a CPU: {cuda_on_cpu.missing()}"
 )
-ORDERS = pytest.mark.parametrize("order", cuda_on_cpu.ORDERS)
+MACHINES = [f"order {order}" for order in cuda_on_cpu.ORDERS]
+if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+    MACHINES.append("gpu")
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 # Rows of each expert, and the widths F and D of its matrix.
@@ -30,22 +33,29 @@ CASES = {
 }
 
 
-@pytest.fixture(name="machine", scope="session")
-def _machine():
-    return cuda_on_cpu.Machine(cuda_on_cpu.compiled())
+class Gpu:
+    def set(self, **values: int) -> None:
+        """Its threads choose their order themselves."""
 
 
-@pytest.fixture(autouse=True)
-def _poisoned(machine):
-    """Memory that nobody has written yet is NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    machine.set(order=0, blocks=3, only=-1)
-    yield
+@pytest.fixture(name="machine", params=MACHINES, autouse=True)
+def _machine(request):
+    """What computes. Memory that nobody has written yet is NaN, or the largest integer."""
+    if request.param == "gpu":
+        kernels.build(torch.device("cuda"))
+        machine, device = Gpu(), "cuda"
+    else:
+        machine, device = cuda_on_cpu.Machine(cuda_on_cpu.compiled()), "cpu"
+        machine.set(order=int(request.param[-1]), blocks=3, only=-1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with torch.device(device):
+        yield machine
     torch.use_deterministic_algorithms(False)
 
 
 def randn(*shape, seed=0, dtype=torch.bfloat16):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return drawn.to(torch.get_default_device(), dtype)
 
 
 def error(ours, expected):
@@ -54,17 +64,17 @@ def error(ours, expected):
     return difference.nan_to_num(float("inf")).item()
 
 
-def gates_of(pattern, n, n_experts, seed=0):
+def gates_of(pattern, n, n_experts):
     """Gates (N, E): any k experts a row, or as many as it happens to be."""
-    generator = torch.Generator().manual_seed(seed)
-    gates = torch.rand(n, n_experts, generator=generator) + 0.1
+    drawn = randn(n, n_experts, seed=1, dtype=torch.float32)
+    gates = drawn.abs() + 0.1
     if pattern == "any":
-        return gates * (torch.rand(n, n_experts, generator=generator) < 0.4)
+        return gates * (drawn > 0.3)
     if pattern == "last":
         return gates * (torch.arange(n_experts) == n_experts - 1)
     if pattern == "none":
         return torch.zeros_like(gates)
-    order = gates.argsort(dim=1)
+    order = drawn.argsort(dim=1).argsort(dim=1)
     gates[:, 0] *= -1  # a negative gate is a visit too
     return gates * (order < pattern)
 
@@ -73,10 +83,8 @@ GATES = [(1, 1, 1), (5, 4, 2), (300, 4, 2), (1001, 7, "any"), (64, 4, "last"), (
          (40, 48, 8), (4096, 4, 2)]  # fmt: skip
 
 
-@ORDERS
 @pytest.mark.parametrize(("n", "n_experts", "pattern"), [*GATES, (0, 4, 2)])
-def test_routing_is_the_plan_of_torch(machine, order, n, n_experts, pattern):
-    machine.set(order=order)
+def test_routing_is_the_plan_of_torch(n, n_experts, pattern):
     gates = gates_of(pattern, n, n_experts)
     slot, offs = kernels.CALL.route(gates)
     plan = ops.plan_visits(gates)
@@ -86,14 +94,12 @@ def test_routing_is_the_plan_of_torch(machine, order, n, n_experts, pattern):
     assert torch.equal(slot, expected)
 
 
-@ORDERS
 @BOTH
 @pytest.mark.parametrize(
     ("n", "n_experts", "pattern", "d"), [(*gates, 8 * (8 - i)) for i, gates in enumerate(GATES)]
     + [(37, 4, 2, 2560)],
 )  # fmt: skip
-def test_permute_and_unpermute_and_their_gradients(machine, order, dtype, n, n_experts, pattern, d):
-    machine.set(order=order)
+def test_permute_and_unpermute_and_their_gradients(dtype, n, n_experts, pattern, d):
     gates = gates_of(pattern, n, n_experts)
     plan, (slot, offs) = ops.plan_visits(gates), kernels.CALL.route(gates)
     x, n_visits = randn(n, d, dtype=dtype), int(offs[-1])
@@ -132,18 +138,14 @@ def products(sizes, f, d):
     yield "bias", kernels.bias_grad(dy, offs), torch.stack([a.sum(dim=0) for a in dys])
 
 
-@ORDERS
 @pytest.mark.parametrize("case", CASES)
-def test_grouped_products_equal_one_matmul_an_expert(machine, order, case):
-    machine.set(order=order, blocks=1 + order)
+def test_grouped_products_equal_one_matmul_an_expert(case):
     for name, ours, expected in products(*CASES[case]):
         assert ours.shape == expected.shape and ours.dtype == torch.bfloat16
         assert ours.numel() == 0 or error(ours, expected) < 6e-3, name
 
 
-@ORDERS
-def test_the_kernel_walks_more_than_16_rows_of_tiles(machine, order):
-    machine.set(order=order)
+def test_the_kernel_walks_more_than_16_rows_of_tiles():
     sizes, d = (17 * 128, 128 * 18 + 3), 8
     x, w = randn(sum(sizes), d), randn(2, 264, d, seed=1)
     offs = torch.tensor(sizes).cumsum(dim=0).int()
@@ -151,11 +153,9 @@ def test_the_kernel_walks_more_than_16_rows_of_tiles(machine, order):
     assert error(kernels.forward(x, w, None, offs)[0], expected) < 6e-3
 
 
-@ORDERS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_an_expert_is_not_given_does_not_reach_it(machine, order, bad):
+def test_what_an_expert_is_not_given_does_not_reach_it(bad):
     """Boxes reach past an expert's rows, and past its matrix: what lies there does not count."""
-    machine.set(order=order)
     sizes, f, d = (70, 30, 64), 72, 40
     offs = torch.tensor(sizes).cumsum(dim=0).int()
     x, dy, w = randn(164, d), randn(164, f, seed=1), randn(3, f, d, seed=2)
@@ -170,10 +170,8 @@ def test_what_an_expert_is_not_given_does_not_reach_it(machine, order, bad):
     assert not dirty[2][1].isfinite().any()
 
 
-@ORDERS
 @pytest.mark.parametrize("case", ["ragged, an empty one", "one row each", "one expert"])
-def test_fused_gelu_forward_and_in_the_gradient(machine, order, case):
-    machine.set(order=order)
+def test_fused_gelu_forward_and_in_the_gradient(case):
     sizes, f, d = CASES[case]
     offs, n = torch.tensor(sizes).cumsum(dim=0).int(), sum(sizes)
     x, w, bias = randn(n, d), randn(len(sizes), f, d, seed=1) / d**0.5, randn(len(sizes), f, seed=2)
@@ -190,10 +188,8 @@ def test_fused_gelu_forward_and_in_the_gradient(machine, order, case):
     assert error(dz, leaf.grad) < 6e-3
 
 
-@ORDERS
 @pytest.mark.parametrize("case", ["ragged, an empty one", "one row each", "one expert"])
-def test_fused_gate_forward_and_in_the_gradient(machine, order, case):
-    machine.set(order=order)
+def test_fused_gate_forward_and_in_the_gradient(case):
     sizes, f, d = CASES[case]
     offs, n = torch.tensor(sizes).cumsum(dim=0).int(), sum(sizes)
     x, gate, up = (randn(*s, seed=i) for i, s in enumerate([(n, d), *[(len(sizes), f, d)] * 2]))
