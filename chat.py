@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import kernels
 from checkpoint import load_model
 from config import IGNORE, IMAGE_ID, MODALITIES, UserError
 from data import Batch, Text, collate, encode_prompt
@@ -121,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 < flags.top_p <= 1:
         raise UserError(f"--top-p {flags.top_p}: must be above 0 and at most 1")
     device, dtype = choose_device(flags.device, flags.dtype)
+    kernels.choose(flags.kernels, device)
     model, text, _ = load_model(Path(flags.checkpoint), device, dtype)
     images = Images(model.config.vision.image_size, pad=True)
     if flags.question is not None:

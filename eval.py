@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import kernels
 from asking import Asker, expert_load, judge_router, show_load
 from benchmarks import leaks
 from checkpoint import load_model, read_seen
@@ -203,6 +204,7 @@ def report(asker: Asker, samples: list[Sample], flags: EvalConfig, meta: dict) -
 
 def evaluate_checkpoint(flags: EvalConfig, processes: Processes) -> dict:
     device, dtype = choose_device(flags.device, flags.dtype)
+    kernels.choose(flags.kernels, device)
     model, text, meta = load_model(Path(flags.checkpoint), device, dtype, flags.router)
     if flags.router_level != "trained":
         for block in model.decoder.blocks:

@@ -43,6 +43,7 @@ class Common:
     lang: Literal["en", "zh", "all"] = flag("en", "language of SLAKE's questions")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "matmul precision")
+    kernels: Literal["auto", "torch", "cuda"] = flag("auto", "the experts': cuda/ on a Hopper GPU")
     seed: int = flag(0, "seeds weights, order and dropout; not the data")
     batch_size: int | None = flag(None, "samples a step (default: the phase's)")
     json: str | None = flag(None, "also write the results to this FILE")

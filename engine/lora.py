@@ -52,7 +52,7 @@ def add_lora(model: MedMoE, rank: int, number: int) -> None:
             ffns = [block.mlp] if number == 2 else []
         for ffn in ffns:
             for name, layer in list(ffn.named_children()):
-                if isinstance(layer, nn.Linear):  # else E of them, stacked: see Experts.linear
+                if isinstance(layer, nn.Linear):  # else E of them, stacked: see ops.Layer
                     layer = recast(layer, LoRALinear)
                     setattr(ffn, name, layer)
                 *experts, n_out, n_in = layer.weight.shape

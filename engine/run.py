@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+import kernels
 from checkpoint import load_checkpoint, read_meta, save_checkpoint
 from config import UserError, to_dict
 from engine.durable import (
@@ -42,9 +43,9 @@ from tensorfiles import open_tensors
 
 # Flags that a run may go on with changed: they say where and how it computes, or what comes after.
 MAY_DIFFER = {
-    "phase", "out", "json", "max_missing", "device", "dtype", "workers", "cache_features",
-    "cache_gb", "compile", "activation_checkpointing", "expert_parallel", "save_every", "keep",
-    "resume", "eval",
+    "phase", "out", "json", "max_missing", "device", "dtype", "kernels", "workers",
+    "cache_features", "cache_gb", "compile", "activation_checkpointing", "expert_parallel",
+    "save_every", "keep", "resume", "eval",
 }  # fmt: skip
 # What it settles on must be the same, except where it computes; then it is not to the last bit.
 WHERE = ("device", "processes")
@@ -135,6 +136,7 @@ class Run:
         self.folder = Path(flags.out)
         self.path = self.folder / "log.jsonl"
         self.device, self.dtype = choose_device(flags.device, flags.dtype)
+        kernels.choose(flags.kernels, self.device)
         self.settled: dict[str, Any] = {
             "id": secrets.token_hex(8), "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type, "processes": processes.world,

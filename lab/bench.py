@@ -4,6 +4,7 @@
     python -m lab.bench generate                    greedy answers, batches of 1 and 8
     python -m lab.bench loader --data slake:DIR     reading pictures beside training on them
     python -m lab.bench memory --preset phi2        what training takes of a GPU: lab/memory.py
+    python -m lab.bench kernels                     the sparse layer's matmuls: lab/bench_kernels.py
 
 train, generate: same weights, same batches, same precision; lab/assembled.py says what the other
 model is (pip install transformers). --preset mid --batch-size 8 --steps 2: 111 M random parameters.
@@ -23,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+import kernels
 from checkpoint import narrow_matmuls
 from config import (
     EXPERTS,
@@ -38,7 +40,7 @@ from config import (
 from data import Batch, Dataset, Text, collate, encode_prompt
 from engine.flops import model_flops
 from flags import Common, argument, at_least, flag, parse, reading, user_errors
-from lab import memory
+from lab import bench_kernels, memory
 from model import MedMoE, choose_device, freeze_all_but, generate, make_sparse, precision
 from pictures import Images
 from records import Sample
@@ -289,11 +291,12 @@ BENCHES = {"train": bench_train, "generate": bench_generate, "loader": bench_loa
 @user_errors
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["memory"]:
-        return memory.main(argv[1:])
+    if argv[:1] in (["memory"], ["kernels"]):
+        return {"memory": memory, "kernels": bench_kernels}[argv[0]].main(argv[1:])
     flags = parse(BenchConfig, argv, "lab.bench")
     at_least(flags, rounds=1, steps=1, new_tokens=1, batch_size=1)
     device, dtype = choose_device(flags.device, flags.dtype)
+    kernels.choose(flags.kernels, device)
     result = BENCHES[flags.what](flags) | {
         "flags": to_dict(flags), "device": str(device), "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
