@@ -100,26 +100,28 @@ def first_error(log: str) -> str:
     return (wrong or lines or ["no reason given"])[0]
 
 
-def serve(*tensors: Tensor) -> bool:
-    """Does the extension compute with these: on the device it was chosen for, bf16, aligned?
+def active(x: Tensor) -> bool:
+    """Was the extension chosen for this tensor's device?"""
+    return x.device.type in _serving
 
-    It is written for matrices of bf16, their rows multiples of 16 bytes.
-    """
+
+def serve(*tensors: Tensor | None) -> bool:
+    """Does it multiply these? They must be bf16, their rows multiples of 16 bytes."""
     return all(
-        t.device.type in _serving and t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0
+        t is None or (active(t) and t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0)
         for t in tensors
     )
 
 
 def serve_rows(x: Tensor) -> bool:
-    """As `serve`, for what only moves rows: fp32 too."""
-    able = x.dtype in (torch.bfloat16, torch.float32) and x.shape[-1] * x.element_size() % 16 == 0
-    return x.device.type in _serving and able
+    """Does it move the rows of x? In fp32 too."""
+    able = x.dtype in (torch.bfloat16, torch.float32)
+    return active(x) and able and x.shape[-1] * x.element_size() % 16 == 0
 
 
 def serve_routing(gates: Tensor) -> bool:
-    """As `serve`, for gates: in fp32, as routers give them, of as many experts as route counts."""
-    return gates.device.type in _serving and gates.dtype == torch.float32 and gates.shape[1] <= 48
+    """Does it route these? Gates in fp32, as routers give them, of as many experts as it counts."""
+    return active(gates) and gates.dtype == torch.float32 and gates.shape[1] <= 48
 
 
 # What comes out, for torch.compile, which asks without computing.

@@ -39,10 +39,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Te
 class Plan(NamedTuple):
     """Who visits whom, visits sorted by expert, and by row within an expert."""
 
-    row: Tensor | None  # (R,) int64, the row of each visit
+    row: Tensor | None  # (R,) int64, the row of each visit; None: see slot
     expert: Tensor | None  # (R,) int64, ascending
     offs: Tensor  # (E,) int32, where each expert's stretch ends
-    slot: Tensor | None = None  # (N, E) int32, where a visit lies, -1: none; the kernels' list
+    slot: Tensor | None = None  # for the kernels: (N, E) int32, where in R a visit lies, -1: none
 
 
 def plan_visits(gates: Tensor) -> Plan:
@@ -51,7 +51,8 @@ def plan_visits(gates: Tensor) -> Plan:
     For the kernels the visits are listed in `slot` alone, and the sync is left to `permute`.
     """
     if kernels.serve_routing(gates):
-        return Plan(None, None, *reversed(kernels.CALL.route(gates.detach().contiguous())))
+        slot, offs = kernels.CALL.route(gates.detach().contiguous())
+        return Plan(None, None, offs, slot)
     return _listed(gates.t() != 0)
 
 
@@ -95,11 +96,12 @@ def grouped_ffn(x: Tensor, layers: Sequence[Layer], plan: Plan) -> Tensor:
 
     Two layers: fc2(gelu(fc1 x)), three: down(silu(gate x) * up x); see moe.MLP and GatedMLP.
     """
-    if all(layer.low is None for layer in layers):
-        params = [p for layer in layers for p in layer[:2] if p is not None]
+    if kernels.active(x) and all(layer.low is None for layer in layers):
+        ffn, params = kernels.GatedFFN, [layer.weight for layer in layers]
+        if len(layers) == 2:
+            ffn, params = kernels.GeluFFN, [p for layer in layers for p in layer[:2]]
         rows, *params = _cast(x, *params)
         if kernels.serve(rows, *params):
-            ffn = kernels.GatedFFN if len(layers) == 3 else kernels.GeluFFN
             return kernels.apply(ffn, rows, *params, plan.offs)
     *first, last = layers
     if len(first) == 1:

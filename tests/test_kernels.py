@@ -163,6 +163,15 @@ def test_the_layer_compiles_whole(ffn, backend, served):
 # --kernels
 
 
+@FFNS
+def test_where_it_was_not_chosen_nothing_is_cast_for_it(ffn, monkeypatch):
+    layer, _ = layer_and_plan(ffn, GATES)
+    casts, cast = [], ops._cast
+    monkeypatch.setattr(ops, "_cast", lambda *tensors: casts.append(tensors) or cast(*tensors))
+    layer(randn(40, 16), GATES)
+    assert len(casts) == len(list(layer.children()))
+
+
 def test_nothing_is_compiled_where_it_was_not_asked_for(capsys):
     kernels.choose("auto", torch.device("cpu"))
     kernels.choose("torch", torch.device("cuda"))
