@@ -67,11 +67,13 @@ border-radius:4px;white-space:pre-wrap}}
 @media (max-width:34rem){{main>section{{padding:.9rem .8rem 1rem}}
 dl{{grid-template-columns:1fr;gap:0}}.views{{grid-template-columns:1fr 1fr}}
 dd{{margin-bottom:.5rem}}
-caption{{white-space:normal}}th,td{{padding:.3rem .45rem}}.heat{{min-width:4.2rem}}}}
+caption span{{display:inline-block;position:sticky;left:0;white-space:normal;
+max-width:calc(100vw - 4.5rem)}}th,td{{padding:.3rem .45rem}}.heat{{min-width:4.2rem}}}}
 @media print{{:root{{{LIGHT};--bg:#fff}}body{{font-size:10pt;
 -webkit-print-color-adjust:exact;print-color-adjust:exact}}
-nav,.skip{{display:none}}.scroll{{overflow:visible}}main>section{{border:0;padding:0}}
-article,tr,figure,.chart{{break-inside:avoid}}h2,h3{{break-after:avoid}}th,td{{white-space:normal}}}}
+nav,.skip,.examples{{display:none}}.scroll{{overflow:visible}}.views{{max-width:27rem}}
+main>section{{border:0;padding:0}}
+article,tr,figure,.chart,.scroll{{break-inside:avoid}}h2,h3{{break-after:avoid}}th,td{{white-space:normal}}}}
 """
 
 
@@ -124,7 +126,7 @@ def table(
             header = {"scope": "row"} if i == 0 else {}
             cells.append(cell if is_cell else tag("td" if i else "th", cell, **header))
         lines.append(tag("tr", *cells))
-    inside = tag("table", tag("caption", caption), tag("thead", tag("tr", *top)),
+    inside = tag("table", tag("caption", tag("span", caption)), tag("thead", tag("tr", *top)),
                  tag("tbody", *lines), class_=style)  # fmt: skip
     label = re.split(r"[.:;]", caption)[0]
     return tag("div", inside, class_="scroll", tabindex=0, role="region", aria_label=label)
