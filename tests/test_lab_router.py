@@ -272,13 +272,13 @@ def test_a_broken_router_shows_in_the_answers(reports):
         assert found["true"]["mean"] == found["oracle"]["mean"] == 1 and found["wrong"]["mean"] == 0
     sound, broken = (reports[name]["answers"] for name in ("sound", "broken"))
     assert sound["own"]["ci95"][0] > broken["own"]["ci95"][1]
-    assert sound["true"]["difference"] < 0.1 and broken["true"]["difference_ci95"][0] > 0.3
+    assert sound["true"]["difference"] < 0.3 < broken["true"]["difference_ci95"][0]
     assert broken["by_route"]["wrong"]["n"] > sound["by_route"]["wrong"]["n"] + 10
     assert broken["by_route"]["difference"].value > 0.3
     # Of the sound router's pictures only those of the missing expert's modality suffer.
     for e, name in enumerate(MODALITIES):
         drops = [row[e]["difference"] for row in sound["without_by_modality"].values()]
-        assert min(drops) == sound["without_by_modality"][name][e]["difference"] < -0.8
+        assert min(drops) == sound["without_by_modality"][name][e]["difference"] < -0.5
 
 
 def test_swap_matrix_is_that_of_one_model_at_a_time(reports):
