@@ -9,6 +9,7 @@ visits a row's visit to an expert lies, -1: nowhere.
 """
 
 import hashlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -66,7 +67,9 @@ def build(device: torch.device) -> None:
     from torch.utils import cpp_extension
 
     name = f"medmoe_{digest()}"
-    folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    folder = Path(root) / name
+    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / f"{name}.so").exists():
         print(f"kernels: compiling cuda/ in {folder}, once; about a minute", file=sys.stderr)
     try:
