@@ -179,13 +179,13 @@ def check_on_gpu() -> dict[str, str]:
             found[name] = f"not run: no {command[0]} here"
             continue
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
             ends = "passed" if done.returncode == 0 else "FAILED"
             found[name] = f"{ends}: {' '.join((done.stdout.split(chr(10)) or [''])[-2:])}"
             if done.returncode:
                 print(done.stdout[-3000:], done.stderr[-1000:])
         except subprocess.TimeoutExpired:
-            found[name] = "not finished in 200 s"
+            found[name] = "not finished in 120 s"
         print(f"{name}: {found[name]}", flush=True)
     return found
 
