@@ -481,6 +481,7 @@ def kill_and_resume(command, ready):
     subprocess.run([*command, "--resume"], cwd=ROOT, check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_through_the_command_line(tmp_path):
     def tiny(name):
         return ["--phase", "1", "--data", "phantoms:16", "--steps", "10", "--batch-size",

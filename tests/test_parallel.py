@@ -73,6 +73,7 @@ def one(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_what_two_have_saved(one, tmp_path):
     """The same losses all along: 7 steps by two processes, 13 by one."""
     start = ["--phase", "3", "--init", str(one / "phase2")]

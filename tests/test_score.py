@@ -44,6 +44,7 @@ def last_line(text):
     return json.loads(text.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_row(base, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(GOOD)
     argv = ["--router", f"{tmp_path / 'mine.py'}:Mine", "--student", "anna", "--seeds", "2",
