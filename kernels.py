@@ -109,10 +109,11 @@ def active(x: Tensor) -> bool:
 
 
 def serve(*tensors: Tensor | None) -> bool:
-    """Does it multiply these? They must be bf16, their rows multiples of 16 bytes."""
+    """Does it multiply these? They must be bf16, all widths multiples of 8: 16 bytes."""
     return all(
-        t is None or (active(t) and t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0)
+        active(t) and t.dtype == torch.bfloat16 and all(n % 8 == 0 for n in t.shape[1:])
         for t in tensors
+        if t is not None
     )
 
 
