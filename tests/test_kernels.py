@@ -52,18 +52,22 @@ def test_schemas_fakes_and_gradients_pass_opcheck(served):
     x, y = randn(2, 8).requires_grad_(), randn(3, 8).requires_grad_()
     a, b, w = randn(20, 16), randn(20, 24), randn(3, 24, 16)
     call, none = kernels.CALL, [None] * 4
-    for op, args in (
+    whole = (
         (call.route, (gates,)),
         (call.permute, (x, slot, 3)),
         (call.unpermute, (y, slot, gates.clone().requires_grad_())),
+        (call.gmm, (kernels.FORWARD, kernels.SILU, a, w, w, None, None, None, OFFS)),
+    )
+    for op, args in whole:
+        torch.library.opcheck(op.default, args)
+    for op, args in (
         (call.unpermute, (y, slot, None)),
         (call.unpermute_grad, (x.detach(), y.detach(), slot, gates)),
         (call.gmm, (kernels.FORWARD, kernels.PLAIN, a, w, *none, OFFS)),
-        (call.gmm, (kernels.FORWARD, kernels.SILU, a, w, w, None, None, None, OFFS)),
         (call.gmm, (kernels.INPUT_GRAD, kernels.GELU, b, w, None, None, a, None, OFFS)),
         (call.gmm, (kernels.WEIGHT_GRAD, kernels.PLAIN, b, a, *none, OFFS)),
     ):
-        torch.library.opcheck(op.default, args)
+        torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def layer_and_plan(ffn, gates):
