@@ -241,7 +241,8 @@ def test_results_of_a_grouped_product_may_lie_beyond_2_to_the_31(machine):
 
 
 def test_weights_of_all_experts_may_have_more_than_2_to_the_31_entries(machine):
-    n_experts, f, d = 11, 8 * D, 10240  # expert 10 begins at 2.1e9
+    n_experts, f, d = 12, 8 * D, 10240
+    assert (n_experts - 1) * f * d > 2**31
     offs = torch.zeros(n_experts, dtype=torch.int32)
     offs[-1] = 40
     x, dy = sparse(40, d).fill_(1), sparse(40, f).fill_(0.5)
