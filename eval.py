@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError("eval.py takes one of: a checkpoint DIR, --predictions FILE, --compare A B")
     at_least(flags, limit=1, max_new=1, batch_size=1, max_missing=0)
     if (flags.answers or flags.record_routes or flags.replay_routes) and not flags.checkpoint:
-        raise UserError("--answers, --record-routes, --replay-routes: for a checkpoint's answers")
+        raise UserError("--answers and routes: only a checkpoint gives new answers")
     written = [Path(f) for f in (flags.json, flags.answers, flags.record_routes) if f]
     inputs = flags.predictions, flags.replay_routes, *(flags.compare or ())
     read = [Path(file) for file in inputs if file]

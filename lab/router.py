@@ -127,7 +127,7 @@ def report(asker: Asker, flags: RouterConfig, samples: list[Sample]) -> dict:
         "information": informed(pictures, found, blocks),
         "unknown": unknown(asker, samples, [s for s in others if s.image is not None]),
         "left_out": anew,
-        "answers": answers, "answers_refused": refused,
+        "on_routes": answers, "refused": refused,
     }  # fmt: skip
 
 

@@ -96,11 +96,9 @@ def show_by_route(found: dict) -> None:
 
 
 def show_answers(result: dict) -> None:
-    found, names = result["answers"], expert_names(result["experts"])
+    found, names = result["on_routes"], expert_names(result["experts"])
     if found is None:
-        print(
-            f"  not done: {result['answers_refused']}" if result["answers_refused"] else NO_LABELS
-        )
+        print(f"  not done: {result['refused']}" if result["refused"] else NO_LABELS)
         return
     own = found["own"]
     print(f"  own routes                {percent(own)} of {own['n']} questions about "

@@ -75,7 +75,7 @@ def test_rows_share_what_they_have_in_common_and_nothing_is_done_twice(fake, tmp
 
 
 def test_a_row_and_what_it_is_compared_with_are_trained_as_their_flags_say(fake, tmp_path):
-    run(tmp_path, "oracle-asked-wrong", "--seeds", "1", "--flags", "--batch-size 16")
+    run(tmp_path, "oracle-asked-wrong", "--seeds", "1", "--jobs", "1", "--flags", "--batch-size 16")
     train = [c for c in fake.commands if c[0] == "train.py"]
     assert [c[2] for c in train] == ["1", "2", "3", "3"]  # medmoe and oracle
     assert all(c[c.index("--batch-size") + 1] == "16" for c in train)

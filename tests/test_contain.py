@@ -168,6 +168,7 @@ def test_the_snapshot_notices_functions_methods_and_constants(monkeypatch):
     was = scoring.mean.__code__
     scoring.mean.__code__ = (lambda values: 1.0).__code__
     try:
-        assert contain.changed(before) == ["scoring.mean"]
+        found = contain.changed(before)  # and by the name that others gave it
+        assert "scoring.mean" in found and all(name.endswith(".mean") for name in found)
     finally:
         scoring.mean.__code__ = was

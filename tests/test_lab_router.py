@@ -222,8 +222,8 @@ def reports():
     load_published(model, tiny.model, tiny.clip, tiny.llm)
     make_sparse(model.eval(), MoEConfig())
     asker = Namer(model, Text(tiny.llm), CPU, torch.float32)
-    samples = asked("test", 48)
-    train, test = (features(asker, s, 100, seed=0) for s in (asked("train", 100), samples))
+    samples = asked("test", 96)
+    train, test = (features(asker, s, 200, seed=0) for s in (asked("train", 200), samples))
     found = {"left out": leave_out(train, test, 4, seed=0)}
     for name, learnt in (("sound", train), ("broken", shuffled(train, seed=0))):
         put(asker, train_router(learnt, test, 4, seed=0)[0])
@@ -236,19 +236,21 @@ def reports():
     return found
 
 
+@pytest.mark.slow
 def test_a_broken_router_shows_in_naming_calibration_and_confusion(reports):
     sound, broken = (reports[name]["naming"] for name in ("sound", "broken"))
     assert sound["accuracy"] > 0.8 and broken["accuracy"] < 0.6
     assert sound["ci95"][0] > broken["ci95"][1]
     assert sound["macro_f1"].low > broken["macro_f1"].high
     wrong = [np.sum(r["confusion"]) - np.trace(r["confusion"]) for r in (sound, broken)]
-    assert wrong[0] < 10 and wrong[1] > 18
+    assert wrong[0] < 20 and wrong[1] > 36
     gap = [r["confidence"] - r["accuracy"] for r in (sound, broken)]  # too sure
     assert gap[1] > gap[0] + 0.05
     bins = [{row["from"] for row in r["bins"] if row["n"]} for r in (sound, broken)]
     assert bins[0] != bins[1]
 
 
+@pytest.mark.slow
 def test_a_broken_router_shows_at_every_level(reports):
     for sound, broken in zip(reports["sound"]["levels"], reports["broken"]["levels"], strict=True):
         assert sound["pooled"].low > broken["pooled"].high
@@ -256,6 +258,7 @@ def test_a_broken_router_shows_at_every_level(reports):
         assert set(KINDS) < set(sound)
 
 
+@pytest.mark.slow
 def test_a_broken_router_shows_in_the_information(reports):
     pairs = zip(reports["sound"]["information"], reports["broken"]["information"], strict=True)
     for sound, broken in pairs:
@@ -263,6 +266,7 @@ def test_a_broken_router_shows_in_the_information(reports):
         assert sound["bits"].value > sound["null_q95"]
 
 
+@pytest.mark.slow
 def test_a_broken_router_shows_in_the_answers(reports):
     """Experts answer with their own modality: true > own > wrong, and swap is the identity."""
     for name in ("sound", "broken"):
@@ -273,7 +277,7 @@ def test_a_broken_router_shows_in_the_answers(reports):
     sound, broken = (reports[name]["answers"] for name in ("sound", "broken"))
     assert sound["own"]["ci95"][0] > broken["own"]["ci95"][1]
     assert sound["true"]["difference"] < 0.3 < broken["true"]["difference_ci95"][0]
-    assert broken["by_route"]["wrong"]["n"] > sound["by_route"]["wrong"]["n"] + 10
+    assert broken["by_route"]["wrong"]["n"] > sound["by_route"]["wrong"]["n"] + 20
     assert broken["by_route"]["difference"].value > 0.3
     # Of the sound router's pictures only those of the missing expert's modality suffer.
     for e, name in enumerate(MODALITIES):
@@ -281,6 +285,7 @@ def test_a_broken_router_shows_in_the_answers(reports):
         assert min(drops) == sound["without_by_modality"][name][e]["difference"] < -0.5
 
 
+@pytest.mark.slow
 def test_swap_matrix_is_that_of_one_model_at_a_time(reports):
     matrix = reports["sound"]["answers"]["swap"]
     assert {sum(cell["n"] for cell in row) // 4 for row in matrix.values()} == {
@@ -288,12 +293,13 @@ def test_swap_matrix_is_that_of_one_model_at_a_time(reports):
     }
 
 
+@pytest.mark.slow
 def test_a_modality_left_out_goes_to_the_others(reports):
     found = reports["left out"]
     assert list(found) == ["nothing", *MODALITIES]
     for e, name in enumerate(MODALITIES):
         assert found[name]["goes_to"][e] < 0.05 and sum(found[name]["goes_to"]) == pytest.approx(1)
-        assert found[name]["known"].value > 0.9
+        assert found[name]["known"].value > 0.8
         assert found[name]["confidence"] < found[name]["known_confidence"]
 
 
@@ -337,7 +343,7 @@ def test_the_report_is_written_and_has_no_paths(saved, tmp_path, capsys, moe):
     argv = [folder, "--limit", "2", "--device", "cpu", "--router-images", "40", "--break-router"]
     router.main([*argv, "--json", str(file), "--png", str(png)])
     found = json.loads(file.read_text())
-    assert found["broken"] and found["n_pictures"] == 6 and found["answers"]["n_pictures"] == 2
+    assert found["broken"] and found["n_pictures"] == 6 and found["on_routes"]["n_pictures"] == 2
     assert len(found["naming"]["confusion"]) == moe.get("n_experts", 4)
     assert str(tmp_path) not in file.read_text() and "NaN" not in file.read_text()
     assert png.stat().st_size > 1000
@@ -346,7 +352,7 @@ def test_the_report_is_written_and_has_no_paths(saved, tmp_path, capsys, moe):
 
 def test_a_router_that_looks_ahead_gets_a_report_without_answers(saved, capsys):
     found = router.main([saved(LOOKS_AHEAD), "--device", "cpu", "--router-images", "40"])
-    assert found["answers"] is None and found["naming"]["n"] == 6
+    assert found["on_routes"] is None and found["naming"]["n"] == 6
     assert "not done: a router that looks ahead" in capsys.readouterr().out
 
 
@@ -354,7 +360,7 @@ def test_pictures_without_modalities_leave_out_what_needs_them(saved, monkeypatc
     plain = lambda *args, **kw: [replace(s, modality=None) for s in load_samples(*args, **kw)]  # noqa: E731
     monkeypatch.setattr(router, "load_samples", plain)
     found = router.main([saved({}), "--device", "cpu"])
-    parts = ("naming", "levels", "information", "left_out", "answers")
+    parts = ("naming", "levels", "information", "left_out", "on_routes")
     assert all(found[part] is None for part in parts) and found["unknown"]["noise"]["n"] == 6
     assert capsys.readouterr().out.count("no picture has a known modality") == 4
     with pytest.raises(SystemExit, match="2"):

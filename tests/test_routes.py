@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path, capsys):
     assert "dense model has no routes" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluation.main(["--predictions", "x.jsonl", "--replay-routes", str(file)])
-    assert "checkpoint's answers" in capsys.readouterr().err
+    assert "only a checkpoint gives new answers" in capsys.readouterr().err
 
 
 def test_an_answer_longer_than_its_route_is_refused():
