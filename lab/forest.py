@@ -66,7 +66,7 @@ def forest(result: dict, file: Path) -> None:
         return LEFT + share * (WIDTH - LEFT - RIGHT)
 
     n = len(result["seeds"])
-    pen.text(16, 20, f"All answers: difference in percentage points, {n} seed{'s' * (n > 1)}")
+    pen.text(16, 20, f"All answers less Med-MoE's: percentage points, {n} seed{'s' * (n > 1)}")
     tick = round(low / step + 0.5) * step
     while tick < high:
         pen.line(at(tick), TOP - 8, at(tick), bottom, LINE if abs(tick) > 1e-9 else INK, 1)
