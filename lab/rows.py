@@ -88,12 +88,8 @@ def hard(title: str, phase3: str) -> Row:
 HARD = {
     "hard-oracle": hard("oracle", "--router oracle"),
     "hard-random": hard("router as drawn", "--router random"),
-    "hard-learned": hard("learned, balance loss 0.01", "--router topk --balance 0.01"),
     "hard-no-meta": hard("without meta expert", "--no-meta"),
-    "hard-fresh-start": hard("experts drawn anew, from 0", "--start fresh"),
-    "hard-dense": hard("dense FFNs, trained on", "--experts 0"),
     "hard-dense-activated": hard("dense, equal activated", f"{DENSE} --experts 2 --top-k 2"),
-    "hard-dense-total": hard("dense, equal total", f"{DENSE} --experts 4 --top-k 4"),
 }
 LABELS = {f"labels-{n}": Row(f"{n} labels for the router", phase2=f"--router-images {n}")
           for n in (50, 100, 200, 500, 1000)}  # fmt: skip
