@@ -88,6 +88,7 @@ def hard(title: str, phase3: str) -> Row:
 HARD = {
     "hard-oracle": hard("oracle", "--router oracle"),
     "hard-random": hard("router as drawn", "--router random"),
+    "hard-fresh-start": hard("experts drawn anew, from 0", "--start fresh"),
     "hard-no-meta": hard("without meta expert", "--no-meta"),
     "hard-dense-activated": hard("dense, equal activated", f"{DENSE} --experts 2 --top-k 2"),
 }

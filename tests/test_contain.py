@@ -89,7 +89,7 @@ INSIDE = {  # what vetting would have found, had it been hidden better: what is 
 }  # fmt: skip
 
 
-DAILY = ("patches the loss", "writes a file, and swallows the refusal", "reads the modality")
+DAILY = ("writes a file, and swallows the refusal", "reads the modality")
 
 
 @pytest.fixture(name="told", scope="module")
