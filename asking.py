@@ -5,8 +5,9 @@ Shapes: B batch, T positions, S image side, L sparse layers, E experts, C option
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from classify import option_likelihoods
 from config import IGNORE, MODALITIES, UserError
 from data import Batch, Text, collate, encode_prompt
 from engine.processes import ALONE, Processes
+from flags import reading
 from metrics import router_report
 from model import MedMoE, Step, generate, precision, sparse_layers
 from pictures import Images
 from records import Sample
 from routes import Route, load_routes, long_enough, record, replay, save_routes
 from scoring import question_ids
+from sources import has_splits, load_samples
 from vision import normalise
 
 
@@ -159,6 +162,26 @@ class Asker:
             total += self.images.get(s)
         mean = (total / max(1, len(unique))).round().to(torch.uint8)
         return normalise(mean[None])[0]
+
+
+def load_questions(flags: Any, known: dict) -> tuple[Any, list[Sample]]:
+    """The questions to ask. Without --data they are those of `known`, read as it says.
+
+    flags: a Common with `split` and `limit`; those that `known` said are in what is returned.
+    known: what flags.how_read found in a checkpoint or a result; {} if there is neither.
+    """
+    if not flags.data:
+        data = tuple(spec for spec in known.get("data", ()) if has_splits(spec))
+        if not data:
+            raise UserError("--data SOURCE is needed: nothing says which questions these are")
+        default = type(flags)  # a dataclass: its attributes are the defaults
+        said = {n: v for n, v in known.items() if getattr(flags, n) == getattr(default, n)}
+        flags = replace(flags, **said | {"data": data})  # flags that were given win
+    samples = load_samples(flags.data, "vqa", flags.split, **reading(flags))[: flags.limit]
+    if not samples:
+        raise UserError(f"--data {' '.join(flags.data)}: no questions in its {flags.split} split")
+    question_ids(samples)  # doubles are found before anything is asked
+    return flags, samples
 
 
 def judge_router(samples: Sequence[Sample], found: Sequence[Prediction]) -> dict:

@@ -116,19 +116,22 @@ def narrow_matmuls(model: MedMoE, dtype: torch.dtype) -> None:
 
 def load_model(
     directory: Path, device: torch.device, dtype: torch.dtype | None = None,
-    router: str | None = None,
+    router: str | None = None, level: str = "trained",
 ) -> tuple[MedMoE, Text, dict]:  # fmt: skip
     """-> the model, ready to answer, its tokenizer, and what else config.json says.
 
     dtype    what its matmuls will run in. torch.float32 makes narrower weights wider, a narrower
              one only those that nothing but matmuls read; None leaves them as they are stored
     router   takes the place of the checkpoint's, as when its file has moved; same parameters
+    level    "token" or "sequence": it decides so, however it was trained
     """
     config, meta = read_meta(directory)
     if router is not None and config.moe is None:
         raise UserError(f"--router {router}: {directory} is dense")
     if router is not None:
         config = replace(config, moe=replace(config.moe, router=router))
+    if level != "trained" and config.moe is not None:
+        config = replace(config, moe=replace(config.moe, level=level))
     stored = tensor_dtype(directory / "model.safetensors", "decoder.embed.weight")
     narrow = stored in (torch.bfloat16, torch.float16) and dtype != torch.float32
     try:

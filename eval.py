@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import kernels
-from asking import Asker, expert_load, judge_router, show_load
+from asking import Asker, expert_load, judge_router, load_questions, show_load
 from benchmarks import leaks
 from checkpoint import load_model, read_seen
 from classify import judge_classes, show_classes
@@ -85,25 +85,6 @@ def show_parameters(p: dict) -> str:
         f"{share[0]:.1%} of its own total, {share[1]:.1%} of the dense model it was made from "
         f"({p['dense_base']:,}), {share[2]:.2%} of 7 B"
     )
-
-
-def load_questions(flags: EvalConfig, known: dict) -> tuple[EvalConfig, list[Sample]]:
-    """The questions to ask. Without --data they are those of `known`, read as it says.
-
-    known: what flags.how_read found in a checkpoint or a result; {} if there is neither.
-    """
-    if not flags.data:
-        data = tuple(spec for spec in known.get("data", ()) if has_splits(spec))
-        if not data:
-            raise UserError("--data SOURCE is needed: nothing says which questions these are")
-        default = EvalConfig()
-        said = {n: v for n, v in known.items() if getattr(flags, n) == getattr(default, n)}
-        flags = replace(flags, **said | {"data": data})  # flags that were given win
-    samples = load_samples(flags.data, "vqa", flags.split, **reading(flags))[: flags.limit]
-    if not samples:
-        raise UserError(f"--data {' '.join(flags.data)}: no questions in its {flags.split} split")
-    question_ids(samples)  # doubles are found before anything is asked
-    return flags, samples
 
 
 def training_questions(flags: EvalConfig, trained: Sequence[str]) -> list[Sample]:
@@ -205,11 +186,8 @@ def report(asker: Asker, samples: list[Sample], flags: EvalConfig, meta: dict) -
 def evaluate_checkpoint(flags: EvalConfig, processes: Processes) -> dict:
     device, dtype = choose_device(flags.device, flags.dtype)
     kernels.choose(flags.kernels, device)
-    model, text, meta = load_model(Path(flags.checkpoint), device, dtype, flags.router)
-    if flags.router_level != "trained":
-        for block in model.decoder.blocks:
-            if block.is_sparse:
-                block.mlp.router.level = flags.router_level
+    asked = Path(flags.checkpoint), device, dtype, flags.router, flags.router_level
+    model, text, meta = load_model(*asked)
     known = how_read(meta["flags"], Path(flags.checkpoint))
     flags, samples = load_questions(flags, known)
     print(f"{flags.checkpoint} on {' '.join(flags.data)} {flags.split}")

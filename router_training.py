@@ -116,6 +116,16 @@ def collect(
     return torch.cat(pooled), torch.cat(single), torch.cat(truth)
 
 
+def features(
+    model: MedMoE, samples: Sequence[Sample], text: Text, layers: Sequence[int], seed: int,
+    device: torch.device, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `collect` makes of the samples, 64 at a time."""
+    data = Dataset(samples, text, model.config, plain=False)
+    batches = [data.batch(rows.tolist()) for rows in torch.arange(len(samples)).split(64)]
+    return collect(model, batches, layers, seed, device, dtype)
+
+
 def train_router(
     train: tuple[Tensor, Tensor, Tensor],
     held_out: tuple[Tensor, Tensor, Tensor],
@@ -184,12 +194,8 @@ def learn_router(
         return {}, {}
     if flags.router_noise:
         train_samples = mislabel(train_samples, flags.router_noise, flags.seed)
-    parts = []
-    for part in (train_samples, held_out):
-        data = Dataset(part, text, model.config, plain=False)
-        rows = torch.arange(len(part)).split(64)
-        batches = [data.batch(r.tolist()) for r in rows]
-        parts.append(collect(model, batches, layers, flags.seed, device, dtype))
+    where = layers, flags.seed, device, dtype
+    parts = [features(model, part, text, *where) for part in (train_samples, held_out)]
     weights, report = train_router(
         *parts, n_experts=flags.experts or len(MODALITIES), seed=flags.seed
     )

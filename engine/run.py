@@ -55,6 +55,23 @@ class Changed(UserError):
     """The run would not be the one that began."""
 
 
+def read_log(path: Path) -> list[dict]:
+    """The records of log.jsonl; a crash may have torn the last line, which is then left out.
+
+    Raises UserError for any other line that is not JSON.
+    """
+    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
+    lines = [line for line in lines if line]
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is not JSON: {error}") from error
+    return records
+
+
 def unfinished(folder: Path, number: int) -> list[Path]:
     """Checkpoints to go on from, of this phase, oldest first."""
     return sorted(folder.glob(f"phase{number}-step*"))
@@ -243,7 +260,7 @@ class Run:
         """Drop what an interrupted run logged after its checkpoint, then say what begins."""
 
         def rewrite() -> None:
-            kept = (r for r in self.logged()
+            kept = (r for r in read_log(self.path)
                     if r["phase"] != self.number or 0 <= r.get("step", -1) < first)  # fmt: skip
             write_file(self.path, "".join(json.dumps(r) + "\n" for r in kept))
 
@@ -253,19 +270,6 @@ class Run:
         self.log(begins=first, steps=n_steps, steps_per_epoch=per_epoch, trained=trained,
                  flags=to_dict(self.flags), device=str(self.device), dtype=str(self.dtype),
                  torch=torch.__version__, names=sorted(named))  # fmt: skip
-
-    def logged(self) -> list[dict]:
-        """The records of log.jsonl; a crash may have torn the last line, which is then left out."""
-        lines = self.path.read_text(errors="replace").split("\n") if self.path.exists() else []
-        lines = [line for line in lines if line]
-        records = []
-        for number, line in enumerate(lines, 1):
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                if number < len(lines):
-                    raise UserError(f"{self.path}: line {number} is not JSON: {error}") from error
-        return records
 
     def log(self, **values) -> None:
         if self.processes.is_first:

@@ -80,7 +80,9 @@ class Runner:
 
     def __init__(self, flags: AblateConfig):
         self.out, self.common = Path(flags.out).resolve(), shlex.split(flags.flags)
-        self.end = time.monotonic() + flags.minutes * 60 if flags.minutes else float("inf")
+        self.end = (
+            time.monotonic() + flags.minutes * 60 if flags.minutes is not None else float("inf")
+        )
         self.locks: dict[str, threading.Lock] = {}
         self.lock = threading.Lock()
         self.stopped = False

@@ -25,7 +25,7 @@ from checkpoint import load_model, narrow_matmuls
 from config import UserError, preset
 from data import Batch, Dataset, Text
 from flags import at_least, flag, parse, user_errors, write_json
-from lab.bench import mean_loss, prompts, stepper, summary, told
+from lab.bench import mean_loss, prompts, stepper, summary
 from lab.counts import ANSWER, VARIANTS, build, count, dimensions, show_counts
 from model import MedMoE, choose_device, freeze_all_but, generate, precision
 from sources import load_samples
@@ -159,14 +159,11 @@ def measure_memory(name: str, flags: CostConfig) -> dict[str, dict[str, int]]:
 def touched(directory: Path, flags: CostConfig, n: int = 200) -> dict[str, dict[str, float]]:
     """Level -> experts that a question's positions visit, of its prompt and of a token, a layer."""
     device, dtype = choose_device(flags.device, flags.dtype)
-    model, text, _ = load_model(directory, device, dtype)
-    if model.config.moe is None:
-        raise UserError(f"--checkpoint {directory}: a dense model")
     samples, found = load_samples(("phantoms",), "vqa", "test")[:n], {}
     for level in ("token", "sequence"):
-        for block in model.decoder.blocks:
-            if block.is_sparse:
-                block.mlp.router.level = level
+        model, text, _ = load_model(directory, device, dtype, level=level)
+        if model.config.moe is None:
+            raise UserError(f"--checkpoint {directory}: a dense model")
         seen = {"prompt": [], "answer": [], "token": []}
         for start in range(0, len(samples), 50):
             batch = prompts(samples[start : start + 50], text, model.config).to(device)
@@ -187,7 +184,7 @@ def show_measured(name: str, times: dict, sizes: dict) -> str:
     lines = [f"{name}: milliseconds, and how many times the dense model's"]
     lines.append(" " * 34 + "".join(f"{column:>22}" for column in columns))
     for key, rows in times.items():
-        cells = "".join(f"{row['ms']['median']:>9.1f}  x {told(row['ratio'])[:4]:<9}"
+        cells = "".join(f"{row['ms']['median']:>9.1f}  x {row['ratio']['median']:<9.2f}"
                         for row in rows.values())  # fmt: skip
         lines.append(f"  {VARIANTS[key].title:<32}{cells}")
     if sizes:

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from asking import Asker, judge_router
+from asking import Asker, judge_router, load_questions
 from checkpoint import load_model
 from config import MODALITIES, UserError
-from eval import load_questions
 from flags import (
     Common,
     TrainConfig,
@@ -32,7 +31,7 @@ from flags import (
     write_json,
     write_text,
 )
-from lab.report_history import read_ablations, read_log, saturation
+from lab.report_history import read_ablations, read_steps, saturation
 from lab.report_numbers import (
     Example,
     calibration,
@@ -99,7 +98,7 @@ def measure(asker: Asker, flags: ReportConfig, meta: dict) -> tuple[dict, list[E
         numbers["router"] = judge_router(samples, found)
         numbers["calibration"] = calibration(*router_confidence(samples, found, len(blocks)))
     numbers["saturation"] = saturation(checkpoint, meta, asker, samples)
-    numbers["steps"] = read_log(checkpoint, meta["phase"])
+    numbers["steps"] = read_steps(checkpoint, meta["phase"])
     numbers["ablations"] = read_ablations(Path(flags.ablations))
     chosen = choose(samples, answers, flags.pictures)
     return numbers, [explain(asker, samples[i]) for i in chosen]
@@ -167,12 +166,10 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError(f"--json {flags.json}: is the page, --out")
     chromium = find_chromium() if flags.png else None  # before the work, not after it
     device, dtype = choose_device(flags.device, flags.dtype)
-    model, text, meta = load_model(Path(flags.checkpoint), device, dtype, flags.router)
+    asked = Path(flags.checkpoint), device, dtype, flags.router, flags.router_level
+    model, text, meta = load_model(*asked)
     if flags.png and model.config.moe is None:
         raise UserError(f"--png {flags.png}: the checkpoint is dense, no routing to draw")
-    for block in model.decoder.blocks:
-        if block.is_sparse and flags.router_level != "trained":
-            block.mlp.router.level = flags.router_level
     asker = Asker(model, text, device, dtype, flags.batch_size or 64, flags.max_new)
     numbers, examples = measure(asker, flags, meta)
     written = render(numbers, examples, model, meta)

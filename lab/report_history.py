@@ -1,6 +1,5 @@
 """What lab.report finds beside a checkpoint: its run's log, earlier points, tables of ablations."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from asking import Asker
 from checkpoint import load_model
 from config import UserError
+from engine.run import read_log
 from model import MedMoE, make_sparse, precision
 from records import Sample, read_json_file
 from routers import Hints
@@ -19,20 +19,9 @@ from routers import Hints
 N_FOLLOWED = 64  # questions whose prompts are routed at every earlier point
 
 
-def read_log(checkpoint: Path, phase: int) -> list[dict]:
-    """The steps of this phase in the log.jsonl of the checkpoint's run; [] if there is none.
-
-    A crash may have torn the last line, which is then left out. Raises UserError for any other.
-    """
-    file = checkpoint.absolute().parent / "log.jsonl"
-    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{file}: line {number} is not JSON: {error}") from error
+def read_steps(checkpoint: Path, phase: int) -> list[dict]:
+    """The steps of this phase in the log.jsonl of the checkpoint's run; [] if there is none."""
+    records = read_log(checkpoint.absolute().parent / "log.jsonl")
     steps = [r for r in records if isinstance(r, dict) and r.get("phase") == phase]
     return [r for r in steps if isinstance(r.get("step"), int) and is_finite(r.get("loss"))]
 

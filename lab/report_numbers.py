@@ -7,11 +7,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from asking import Asker, Prediction, unpack
 from config import IMAGE_ID, MODALITIES
+from lab.router_stats import ece, reliability
 from model import generate, precision
 from records import Sample
 from scoring import value
@@ -87,23 +89,11 @@ def load_tables(samples: Sequence[Sample], traces: Sequence[Trace]) -> dict[str,
 
 
 def calibration(confidences: Sequence[float], right: Sequence[bool]) -> dict:
-    """Expected calibration error over N_BINS bins of equal width (Guo et al. 2017, equation 3).
-
-    A confidence on the edge of two bins belongs to the lower one.
-    """
-    rows: dict[int, list[tuple[float, bool]]] = defaultdict(list)
-    for confidence, is_right in zip(confidences, right, strict=True):
-        upper = min(i for i in range(N_BINS) if confidence <= (i + 1) / N_BINS + 1e-12)
-        rows[upper].append((confidence, is_right))
-    bins, n = [], len(confidences)
-    for i, inside in sorted(rows.items()):
-        bins.append({
-            "low": i / N_BINS, "high": (i + 1) / N_BINS, "n": len(inside),
-            "confidence": sum(c for c, _ in inside) / len(inside),
-            "accuracy": sum(r for _, r in inside) / len(inside),
-        })  # fmt: skip
-    ece = sum(b["n"] / n * abs(b["accuracy"] - b["confidence"]) for b in bins)
-    return {"n": n, "ece": ece, "bins": bins}
+    """The expected calibration error over N_BINS bins, and those that hold anything."""
+    confidence, hits = np.array(confidences, float), np.array(right, bool)
+    bins = [row for row in reliability(confidence, hits, N_BINS) if row["n"]]
+    error = ece(confidence, hits, N_BINS) if bins else 0.0
+    return {"n": len(confidence), "ece": error, "bins": bins}
 
 
 def router_confidence(

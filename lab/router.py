@@ -16,13 +16,13 @@ Intervals are 95 %: Wilson's for shares, else a bootstrap by picture. Letters as
 
 import shlex
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from asking import Asker
+from asking import Asker, load_questions
 from checkpoint import load_model
 from config import UserError
 from flags import (
@@ -38,13 +38,13 @@ from flags import (
     write_json,
 )
 from lab.router_measures import answered, informed, levels, naming, unknown
-from lab.router_probe import Pictures, features, leave_out, probe, put, shuffled
+from lab.router_probe import Pictures, labelled, leave_out, probe, put, shuffled
 from lab.router_show import draw_reliability, show
 from lab.tables import clean
 from model import choose_device, sparse_layers
 from records import Sample
 from router_training import train_router
-from sources import has_splits, load_samples
+from sources import load_samples
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RouterConfig(Common):
 
     checkpoint: str = argument("DIR of a finished phase 3")
     split: Literal["test", "val"] = flag("test", "which questions")
-    limit: int = flag(100, "pictures for the parts that answer questions, 13 times each")
+    limit: int | None = flag(100, "pictures for the parts that answer questions, 13 times each")
     others: tuple[str, ...] = flag((), "another SOURCE of pictures, unknown to it; repeatable")
     router_images: int = flag(400, "pictures for the routers that are trained anew")
     bins: int = flag(10, "of the reliability table")
@@ -63,18 +63,12 @@ class RouterConfig(Common):
 
 def read_questions(flags: RouterConfig, known: dict) -> tuple[RouterConfig, list[Sample]]:
     """The questions of the split that show a picture; without --data those of the checkpoint."""
-    if not flags.data:
-        data = tuple(spec for spec in known.get("data", ()) if has_splits(spec))
-        if not data:
-            raise UserError("--data SOURCE is needed: nothing says which questions these are")
-        default = {f.name: f.default for f in fields(flags)}
-        said = {n: v for n, v in known.items() if n in default and getattr(flags, n) == default[n]}
-        flags = replace(flags, **said | {"data": data})  # flags that were given win
-    samples = load_samples(flags.data, "vqa", flags.split, **reading(flags))
+    n_pictures = flags.limit  # which limits some parts only
+    flags, samples = load_questions(replace(flags, limit=None), known)
     samples = [s for s in samples if s.image is not None]
     if not samples:
         raise UserError(f"--data {' '.join(flags.data)}: no pictures in its {flags.split} split")
-    return flags, samples
+    return replace(flags, limit=n_pictures), samples
 
 
 def first_pictures(samples: list[Sample], n: int) -> list[Sample]:
@@ -98,7 +92,7 @@ def train_anew(asker: Asker, flags: RouterConfig, samples: list[Sample]) -> dict
             raise UserError("--break-router: the training pictures have no modality to shuffle")
         return None
     n_experts = asker.model.config.moe.n_experts
-    parts = [features(asker, part, flags.router_images, flags.seed) for part in (seen, samples)]
+    parts = [labelled(asker, part, flags.router_images, flags.seed) for part in (seen, samples)]
     train, test = (tuple(t.cpu() for t in part) for part in parts)
     if flags.break_router:
         train = shuffled(train, flags.seed)

@@ -19,7 +19,7 @@ from data import Batch, Dataset
 from lab.router_stats import detects, entropy, share
 from model import precision, sparse_layers
 from records import Sample
-from router_training import collect, one_per_image, train_router
+from router_training import features, one_per_image, train_router
 from routers import Hints
 from vision import normalise
 
@@ -146,13 +146,11 @@ def describe(logits: np.ndarray, known: np.ndarray | None) -> dict:
     }  # fmt: skip
 
 
-def features(asker: Asker, samples: Sequence[Sample], n_images: int, seed: int) -> Features:
+def labelled(asker: Asker, samples: Sequence[Sample], n_images: int, seed: int) -> Features:
     """What the routers would learn from: one question of up to n_images labelled pictures."""
-    part = one_per_image(samples, n_images, seed)
-    data = Dataset(part, asker.text, asker.model.config, plain=False)
-    batches = [data.batch(rows.tolist()) for rows in torch.arange(len(part)).split(64)]
-    layers = sparse_layers(asker.model.config, asker.model.config.moe)
-    return collect(asker.model, batches, layers, seed, asker.device, asker.dtype)
+    config, part = asker.model.config, one_per_image(samples, n_images, seed)
+    where = sparse_layers(config, config.moe), seed, asker.device, asker.dtype
+    return features(asker.model, part, asker.text, *where)
 
 
 def shuffled(train: Features, seed: int) -> Features:

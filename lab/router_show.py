@@ -38,7 +38,7 @@ def show_naming(found: dict | None) -> None:
           f"{len(found['bins'])} bins")  # fmt: skip
     for row in found["bins"]:
         if row["n"]:
-            print(f"    {row['from']:.2f} to {row['to']:.2f}  n {row['n']:>4}  sure "
+            print(f"    {row['low']:.2f} to {row['high']:.2f}  n {row['n']:>4}  sure "
                   f"{row['confidence']:.3f}, right {percent(row, 'accuracy')}")  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def reliability(confidence: np.ndarray, right: np.ndarray, n_bins: int) -> list[
         inside = place == b
         n, hits = int(inside.sum()), int(right[inside].sum())
         rows.append({
-            "from": b / n_bins, "to": (b + 1) / n_bins, "n": n,
+            "low": b / n_bins, "high": (b + 1) / n_bins, "n": n,
             "confidence": float(confidence[inside].mean()) if n else None,
             "accuracy": hits / n if n else None, "ci95": wilson(hits, n),
         })  # fmt: skip

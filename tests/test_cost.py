@@ -123,12 +123,18 @@ def test_variants_are_timed_in_turns_and_compared_in_their_own_round(monkeypatch
 
 
 def test_experts_that_a_question_touches(tmp_path, monkeypatch):
-    """Against a count by hand of who visits whom, for a random model of two sparse layers."""
+    """Counted for a random model of two sparse layers, routed by token and by sample."""
     model = counts.build(preset("tiny").model, counts.Variant("", MoEConfig(router="topk")))
     from data import Text
 
     text = Text(preset("tiny").llm)
-    monkeypatch.setattr(cost, "load_model", lambda *rest: (model.eval(), text, {}))
+
+    def load(*rest, level):
+        for block in model.decoder.blocks[::2]:
+            block.mlp.router.level = level
+        return model.eval(), text, {}
+
+    monkeypatch.setattr(cost, "load_model", load)
     flags = cost.CostConfig(device="cpu", dtype="float32")
     found = cost.touched(tmp_path, flags, n=3)
     assert found["sequence"] == {"prompt": 2, "answer": 2, "token": 2}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from mini import mini
 
+import asking
 import config
 import sources
 from asking import Asker, Prediction
@@ -26,8 +27,8 @@ from lab.router_probe import (
     KINDS,
     UNKNOWN,
     Pictures,
-    features,
     kinds,
+    labelled,
     leave_out,
     probe,
     put,
@@ -223,7 +224,7 @@ def reports():
     make_sparse(model.eval(), MoEConfig())
     asker = Namer(model, Text(tiny.llm), CPU, torch.float32)
     samples = asked("test", 96)
-    train, test = (features(asker, s, 200, seed=0) for s in (asked("train", 200), samples))
+    train, test = (labelled(asker, s, 200, seed=0) for s in (asked("train", 200), samples))
     found = {"left out": leave_out(train, test, 4, seed=0)}
     for name, learnt in (("sound", train), ("broken", shuffled(train, seed=0))):
         put(asker, train_router(learnt, test, 4, seed=0)[0])
@@ -246,7 +247,7 @@ def test_a_broken_router_shows_in_naming_calibration_and_confusion(reports):
     assert wrong[0] < 20 and wrong[1] > 36
     gap = [r["confidence"] - r["accuracy"] for r in (sound, broken)]  # too sure
     assert gap[1] > gap[0] + 0.05
-    bins = [{row["from"] for row in r["bins"] if row["n"]} for r in (sound, broken)]
+    bins = [{row["low"] for row in r["bins"] if row["n"]} for r in (sound, broken)]
     assert bins[0] != bins[1]
 
 
@@ -359,6 +360,7 @@ def test_a_router_that_looks_ahead_gets_a_report_without_answers(saved, capsys):
 def test_pictures_without_modalities_leave_out_what_needs_them(saved, monkeypatch, capsys):
     plain = lambda *args, **kw: [replace(s, modality=None) for s in load_samples(*args, **kw)]  # noqa: E731
     monkeypatch.setattr(router, "load_samples", plain)
+    monkeypatch.setattr(asking, "load_samples", plain)
     found = router.main([saved({}), "--device", "cpu"])
     parts = ("naming", "levels", "information", "left_out", "on_routes")
     assert all(found[part] is None for part in parts) and found["unknown"]["noise"]["n"] == 6

@@ -368,11 +368,11 @@ def test_a_torn_last_line_of_the_log_is_left_out(tmp_path):
     (tmp_path / "phase3").mkdir()
     log = tmp_path / "log.jsonl"
     log.write_text('{"phase": 3, "step": 0, "loss": 1.5}\n{"phase": 3, "ste')
-    assert [r["loss"] for r in report_history.read_log(tmp_path / "phase3", 3)] == [1.5]
+    assert [r["loss"] for r in report_history.read_steps(tmp_path / "phase3", 3)] == [1.5]
     log.write_text('{"phase": 3, "ste\n{"phase": 3, "step": 0, "loss": 1.5}\n')
     with pytest.raises(UserError, match="line 1"):
-        report_history.read_log(tmp_path / "phase3", 3)
-    assert report_history.read_log(tmp_path / "nowhere" / "phase3", 3) == []
+        report_history.read_steps(tmp_path / "phase3", 3)
+    assert report_history.read_steps(tmp_path / "nowhere" / "phase3", 3) == []
 
 
 def test_charts_stay_inside_and_take_odd_values():
