@@ -1,4 +1,4 @@
-"""Dimensions, presets and the table of phases.
+"""Dimensions, presets, the table of phases, and the flags of training.
 
 The letters used for shapes in the whole project, and their sizes in three presets:
 
@@ -7,17 +7,20 @@ The letters used for shapes in the whole project, and their sizes in three prese
     W tower width     128 / 1024 / 1024 D decoder width, d_model 128 / 2560 / 2048
     H attention heads   4 / 32 / 32     K head width               32 / 80 / 64
     F FFN hidden, d_ff 512/10240/5632   V vocabulary       1024 / 51200 / 100352
-    E experts                   4       k experts a token visits            2
-    R rows: (token, expert) visits, sorted by expert      N = B*T positions of a batch
+    E experts                   4       k experts per token                 2
+    N = B*T tokens of a batch           C positions a query can look at: cached + new
+    L sparse layers                     G heads of keys and values, H if not shared
                                         (sizes: tiny / phi2 / stablelm2)
 """
 
+import functools
 import json
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-MODALITIES = ("CT", "MRI", "X-ray", "pathology")  # the router's labels; index = expert
+MODALITIES = ("CT", "MRI", "X-ray", "pathology")  # the router's labels; index = expert: append
 
 IMAGE_ID = -200  # marks a patch's position in token ids (LLaVA's IMAGE_TOKEN_INDEX)
 IGNORE = -100  # label of a position that carries no loss
@@ -26,7 +29,18 @@ ASSETS = Path(__file__).parent / "assets" / "tiny"
 
 
 class UserError(Exception):
-    """Something the user can mend: told in one line, exit code 2, no traceback."""
+    """A mistake of the user's: printed as one line, exit code 2, no traceback."""
+
+
+def one_line(text: str, most: int = 2000) -> str:
+    """Text from a file, made safe to print: no line breaks, no control characters, not endless."""
+    line = "".join(c if c.isprintable() else " " for c in " ".join(text[: 2 * most].split()))
+    return line if len(line) <= most else line[:most] + " ..."
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -72,11 +86,9 @@ class MoEConfig:
     top_k: int = 2
     router: str = "modality"
     level: str = "token"
-    every: int = 2  # blocks 0, every, 2 * every, ... are sparse
     start: str = "preserving"  # or "released", "fresh": moe.upcycle
-    layers: tuple[int, ...] | None = None  # the sparse blocks; None: every `every`-th
+    layers: tuple[int, ...] | None = None  # the sparse blocks; None: every second one
     meta: bool = True  # Med-MoE's always-on expert
-    residual: bool = False  # early TinyMed's mixture with a dense FFN
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ class ModelConfig:
     vision: VisionConfig
     decoder: DecoderConfig
     moe: MoEConfig | None = None
-    system: str = ""  # what the chat template says before the first question
+    system: str = ""  # the chat template's text before the first question
 
 
 @dataclass(frozen=True)
@@ -100,8 +112,8 @@ class Recipe:
 class Preset:
     model: ModelConfig
     recipes: dict[int, Recipe]
-    long: dict[int, Recipe]  # while the tower learns these pictures too: see --tune-vision
-    clip: Path | None  # where the pretrained parts lie; None: the user names them
+    long: dict[int, Recipe]  # while the tower is trained too: see --tune-vision
+    clip: Path | None  # directories of the pretrained parts; None: the user names them
     llm: Path | None
 
 
@@ -110,7 +122,7 @@ class Phase:
     """One stage. `trains` are patterns over parameter names; everything else is frozen."""
 
     title: str
-    data: str  # which samples of a source: data.load_samples
+    data: str  # which samples of a source: sources/load.py
     plain: bool  # caption after image (True) or the chat template (False)
     trains: tuple[str, ...]
 
@@ -147,13 +159,14 @@ PRESETS = {
                             PAPER, PAPER, None, None),
 }
 
+# What a phase trains. train.trained_patterns changes it for flags that ask for more or less.
 EXPERTS = ("decoder.*.mlp.experts.*", "decoder.*.mlp.meta.*")
 PHASES = {
     1: Phase("alignment",          "captions",     True,  ("projector.*",)),
     2: Phase("instruction tuning", "instructions", False, ("projector.*", "decoder.*")),
     3: Phase("MoE tuning",         "vqa",          False, EXPERTS),
 }
-# What the released code trains besides in phase 3, by name match: dense FFNs and the projector.
+# What the released code trains as well in phase 3, by name match: dense FFNs and the projector.
 RELEASED_EXTRA = {
     "phi":      ("projector.*", "decoder.blocks.*.mlp.fc*"),
     "stablelm": ("projector.*", "decoder.blocks.*.mlp.gate.*", "decoder.blocks.*.mlp.up.*",
@@ -179,30 +192,104 @@ def model_config(values: dict) -> ModelConfig:
 
 
 def moe_config(values: dict) -> MoEConfig:
-    layers = values.get("layers")  # JSON knows no tuples; older checkpoints have no such field
+    """Older checkpoints have two more fields, which are not needed: `every` and `residual`."""
+    values = {k: v for k, v in values.items() if k not in ("every", "residual")}
+    layers = values.get("layers")  # JSON has no tuples
     return MoEConfig(**values | {"layers": None if layers is None else tuple(layers)})
 
 
 def named_layers(name: str, n_layers: int) -> tuple[int, ...] | None:
     """--moe-layers -> the sparse blocks; None: every second one. Raises UserError."""
-    if name == "every-second":
-        return None
-    half = n_layers // 2
-    named = {
-        "first-half": range(half),
-        "second-half": range(half, n_layers),
-        "all": range(n_layers),
-    }
+    every, half = tuple(range(n_layers)), n_layers // 2
+    named = {"every-second": None, "first-half": every[:half], "second-half": every[half:],
+             "all": every}  # fmt: skip
+    if name in named:
+        return named[name]
     numbers = name.split(",")
-    if name not in named and all(n.isdecimal() and int(n) < n_layers for n in numbers):
-        return tuple(sorted({int(n) for n in numbers}))
-    if name not in named:
-        raise UserError(f"--moe-layers {name}: every-second, {', '.join(named)}, or numbers "
-                        f"below {n_layers} with commas between")  # fmt: skip
-    return tuple(named[name])
+    if not all(n.isdecimal() and int(n) < n_layers for n in numbers):
+        raise UserError(f"--moe-layers {name}: {', '.join(named)}, or numbers below {n_layers} "
+                        "with commas between")  # fmt: skip
+    return tuple(sorted({int(n) for n in numbers}))
 
 
 def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise UserError(f"--preset {name}: not one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def flag(default: Any, help: str, group: str = "") -> Any:
+    """A dataclass field that becomes a command-line flag, in a named group of --help."""
+    return field(default=default, metadata={"help": help, "group": group})
+
+
+def argument(help: str, optional: bool = False) -> Any:
+    """A positional argument: a field without default, or with None where it may be left out."""
+    default = {"default": None} if optional else {}
+    return field(metadata={"help": help, "positional": True}, kw_only=True, **default)
+
+
+MODEL, OPTIM, DATA = "model", "optimisation", "data"
+SPEED, MANY, SAVE = "speed and memory", "many processes", "checkpoints"
+
+
+@dataclass(frozen=True)
+class Common:
+    """Flags that mean the same in every script."""
+
+    data: tuple[str, ...] = flag((), "SOURCE or SOURCE@WEIGHT; repeatable (sources/README.md)")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
+    batch_size: int | None = flag(None, "samples a step (default: the phase's)")
+    max_missing: int = flag(0, "image files of a source that may be missing", DATA)
+    image_folder: str | None = flag(None, "the folder with the images of llava:FILE.json", DATA)
+    router_labels: str | None = flag(None, 'FILE.json of {"image": "CT", ...} to use', DATA)
+    lang: Literal["en", "zh", "all"] = flag("en", "language of SLAKE's questions", DATA)
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "matmul precision", SPEED)
+    kernels: Literal["auto", "torch", "cuda"] = flag("auto", "cuda/ on a Hopper GPU", SPEED)
+    seed: int = flag(0, "of weights, order and dropout; not of the data", OPTIM)
+    json: str | None = flag(None, "also write the results to this FILE", SAVE)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Common):
+    """Train a Med-MoE. Phases that --out does not have yet run first."""
+
+    phase: Literal[1, 2, 3] = flag(3, "1 alignment, 2 instruction tuning + router, 3 MoE tuning")
+    preset: str = flag("tiny", "one of " + ", ".join(PRESETS))
+    out: str | None = flag(None, "output DIR (default: runs/PRESET)")
+    init: str | None = flag(None, "start from this checkpoint DIR instead of the phase before")
+    resume: bool = flag(False, "continue from the last checkpoint in --out")
+    router: str = flag("modality", "modality, topk, random, oracle, or FILE.py:Class")
+    steps: int | None = flag(None, "optimizer steps; overrides --epochs")
+    clip: str | None = flag(None, "pretrained CLIP tower DIR (default: the preset's)", MODEL)
+    llm: str | None = flag(None, "pretrained decoder DIR (default: the preset's)", MODEL)
+    router_level: Literal["token", "sequence"] = flag("token", "decide per token or sample", MODEL)
+    router_images: int = flag(1000, "images whose modality label trains the router", DATA)
+    router_noise: float = flag(0.0, "share of those labels to replace by wrong ones", DATA)
+    experts: int = flag(4, "experts in a sparse block; 0: it stays dense", MODEL)
+    top_k: int = flag(2, "experts per token", MODEL)
+    meta: bool = flag(True, "an always-on expert", MODEL)
+    moe_layers: str = flag("every-second", "or first-half, second-half, all, 0,2,...", MODEL)
+    start: Literal["preserving", "released", "fresh"] = flag("preserving", "see moe.upcycle", MODEL)
+    trains: Literal["paper", "released"] = flag("paper", "in phase 3: experts, or more", OPTIM)
+    balance: float = flag(0.0, "weight of the load-balancing loss", OPTIM)
+    z_loss: float = flag(0.0, "weight of the router z-loss", OPTIM)
+    tune_vision: bool | None = flag(None, "train the tower too (default: on new data)", OPTIM)
+    jitter: bool | None = flag(None, "augment the images (default: as --tune-vision)", DATA)
+    lr: float | None = flag(None, "peak learning rate (default: the phase's)", OPTIM)
+    epochs: float | None = flag(None, "passes over the data (default: the phase's)", OPTIM)
+    accumulate: int = flag(1, "micro-batches a step, which share the batch size", OPTIM)
+    clip_grad: float = flag(1.0, "largest gradient norm; 0: no clipping", OPTIM)
+    workers: int = flag(2, "threads that read the images of the next batches", SPEED)
+    cache_features: bool = flag(False, "keep the frozen tower's features on disk", SPEED)
+    cache_gb: float = flag(20.0, "largest size of that cache", SPEED)
+    compile: bool = flag(False, "compile the blocks with torch.compile", SPEED)
+    activation_checkpointing: bool = flag(False, "recompute activations in backward", SPEED)
+    weights: Literal["float32", "bf16", "bf16-stochastic"] = flag(
+        "float32", "bf16: with fp32 master copies, or stochastic rounding", SPEED
+    )
+    lora_rank: int = flag(0, "train LoRA of this rank in the FFNs, phases 2 and 3; 0: none", OPTIM)
+    expert_parallel: int = flag(1, "processes that share the experts (torchrun)", MANY)
+    save_every: int = flag(200, "steps between checkpoints", SAVE)
+    keep: int = flag(2, "how many checkpoints of an unfinished run are kept", SAVE)
+    eval: bool = flag(True, "score the held-out split at the end", SAVE)

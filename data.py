@@ -1,36 +1,62 @@
-"""Samples -> chat template -> tokens and labels -> batches.
+"""Samples -> chat template -> token ids and labels -> batches.
 
-Labels are built together with the tokens, piece by piece, so that they cover exactly what the
-model has to say: each answer and the token that ends it. Tokenising a dialogue whole and measuring
-where its answers lie, as LLaVA's code does, loses a sample wherever the two do not meet.
+Labels are built together with the ids, segment by segment, so that they cover exactly what the
+model learns to generate: each answer and the token that ends it. LLaVA's code tokenises a dialogue
+whole, measures where its answers should lie, and loses a sample wherever the two disagree.
 
 Shapes: B batch, T positions (text tokens + patches), P patches an image, S image side.
 """
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from config import IGNORE, IMAGE_ID, MODALITIES, ModelConfig, UserError
-from pictures import Images
-from records import Sample, warn_once
+from config import IGNORE, IMAGE_ID, MODALITIES, ModelConfig, UserError, warn_once
 from vision import normalise
 
 EOS = "<|endoftext|>"  # ends every answer, in Phi-2's and StableLM-2's vocabularies alike
 
-Turns = Sequence[tuple[str, str | None]]  # (question, answer); None: to be answered
-Piece = tuple[str | int, bool]  # a text or a token id, and whether the model has to say it
+Turns = Sequence[tuple[str, str | None]]  # (question, answer); None: for the model to answer
+Segment = tuple[str | int, bool]  # a text or a token id, and whether it is supervised
 Encoded = tuple[list[int], list[int]]  # token ids and labels, equally long
 
 
+class Packed(NamedTuple):
+    """An image inside an npz file."""
+
+    file: Path
+    split: str
+    index: int
+
+
+Image = Path | Packed | int  # a file, a row of an npz, a phantom's seed
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image, or none, with its questions and answers. Every source yields these."""
+
+    id: str  # unique within a source and split
+    source: str
+    split: str
+    image: Image | None  # None: text only
+    turns: tuple[tuple[str, str], ...]  # (question, answer); a caption answers ""
+    modality: str | None = None  # one of MODALITIES
+    answer_type: str = ""  # "open", "closed"
+    kind: str = ""  # of question, for reports
+    options: tuple[str, ...] = ()  # classification: all possible answers, in the labels' order
+    weight: float = 1.0  # times an epoch in training
+
+
 class Text:
-    """A tokenizer.json that cannot be talked into special tokens by what users or files say."""
+    """A tokenizer.json in which text from users or files never becomes a special token."""
 
     def __init__(self, path: str | Path):
         path = Path(path)
@@ -57,8 +83,8 @@ class Text:
         return self.tokenizer.decode([i for i in ids if i >= 0], skip_special_tokens=True)
 
 
-def chat(turns: Turns, has_image: bool, system: str, eos_id: int) -> Iterator[Piece]:
-    """The chat template, in pieces: the image is IMAGE_ID before the first question.
+def chat(turns: Turns, has_image: bool, system: str, eos_id: int) -> Iterator[Segment]:
+    """The chat template, in segments; the image is IMAGE_ID before the first question.
 
     {system} USER: <image>\\n{question} ASSISTANT: {answer}<|endoftext|>USER: {question} ...
     Source: Med-MoE conversation.py:312-335 @148cbd6, the same for both decoders.
@@ -76,61 +102,51 @@ def chat(turns: Turns, has_image: bool, system: str, eos_id: int) -> Iterator[Pi
         opening = "USER: "
 
 
-def caption(turns: Turns, has_image: bool) -> Iterator[Piece]:
+def caption(turns: Turns, has_image: bool) -> Iterator[Segment]:
     """Phase 1's plain form: the image, then its caption and a newline; no question, no end."""
     if has_image:
         yield IMAGE_ID, False
     yield f"{turns[0][1]}\n", True
 
 
-def encode(pieces: Iterable[Piece], text: Text, n_patches: int) -> Encoded:
+def encode(segments: Iterable[Segment], text: Text, n_patches: int) -> Encoded:
+    """Segments -> token ids, with IMAGE_ID once a patch, and labels, IGNORE where unsupervised."""
     ids, labels = [], []
-    for piece, is_said in pieces:
-        if isinstance(piece, str):
-            new = text.encode(piece)
+    for segment, is_supervised in segments:
+        if isinstance(segment, str):
+            new = text.encode(segment)
         else:
-            new = [piece] * (n_patches if piece == IMAGE_ID else 1)
+            new = [segment] * (n_patches if segment == IMAGE_ID else 1)
         ids += new
-        labels += new if is_said else [IGNORE] * len(new)
+        labels += new if is_supervised else [IGNORE] * len(new)
     return ids, labels
 
 
 def encode_sample(
-    sample: Sample,
-    text: Text,
-    n_patches: int,
-    system: str = "",
-    plain: bool = False,
+    sample: Sample, text: Text, n_patches: int, system: str = "", plain: bool = False,
     max_len: int | None = None,
-) -> Encoded:
+) -> Encoded:  # fmt: skip
     """A sample with its answers -> ids, with IMAGE_ID n_patches times, and labels.
 
-    Cut on the right to max_len. Raises UserError, naming the sample, if that leaves nothing that
-    the model has to say.
+    Cut on the right to max_len. Raises UserError, naming the sample, if no supervised token is
+    left.
     """
-    has_image = sample.image is not None
-    if plain:
-        pieces = caption(sample.turns, has_image)
-    else:
-        pieces = chat(sample.turns, has_image, system, text.eos_id)
-    ids, labels = encode(pieces, text, n_patches)
+    turns, has_image = sample.turns, sample.image is not None
+    segments = caption(turns, has_image) if plain else chat(turns, has_image, system, text.eos_id)
+    ids, labels = encode(segments, text, n_patches)
     if max_len is not None:
         ids, labels = ids[:max_len], labels[:max_len]
-        if set(labels[1:]) <= {IGNORE}:  # the first has no position before it to predict it from
+        if set(labels[1:]) <= {IGNORE}:  # the first token is never predicted
             name = f"{sample.source} {sample.split} sample {sample.id}"
             raise UserError(f"{name}: nothing to learn in its first {max_len} positions")
     return ids, labels
 
 
 def encode_prompt(
-    question: str,
-    has_image: bool,
-    text: Text,
-    n_patches: int,
-    system: str = "",
+    question: str, has_image: bool, text: Text, n_patches: int, system: str = "",
     max_len: int | None = None,
-) -> list[int]:
-    """The same up to "ASSISTANT:", for the model to go on from.
+) -> list[int]:  # fmt: skip
+    """A question without its answer -> ids up to "ASSISTANT:", for the model to continue.
 
     Raises UserError if it leaves no room for an answer within max_len.
     """
@@ -142,14 +158,10 @@ def encode_prompt(
 
 
 def encode_all(
-    samples: Sequence[Sample],
-    text: Text,
-    n_patches: int,
-    system: str = "",
-    plain: bool = False,
+    samples: Sequence[Sample], text: Text, n_patches: int, system: str = "", plain: bool = False,
     max_len: int | None = None,
-) -> list[Encoded]:
-    """encode_sample for each; how many were cut is told on stderr."""
+) -> list[Encoded]:  # fmt: skip
+    """encode_sample for each; a warning says how many were cut."""
     how = (text, n_patches, system, plain)
     encoded = [encode_sample(s, *how, max_len) for s in samples]
     full = [i for i, (ids, _) in enumerate(encoded) if len(ids) == max_len]
@@ -164,13 +176,12 @@ class Batch(NamedTuple):
 
     ids: Tensor  # (B, T) int64; IMAGE_ID at the P positions of each image
     mask: Tensor  # (B, T) bool, True = real token or patch
-    labels: Tensor  # (B, T) int64, the id where the model must say it, else IGNORE; not shifted
+    labels: Tensor  # (B, T) int64, the id where supervised, else IGNORE; not shifted
     images: Tensor  # (n_images, 3, S, S) CLIP-normalised, in the order of their placeholders
     modality: Tensor  # (B,) int64 index into MODALITIES, -1 unknown
-    features: Tensor | None = None  # (n_images, P, W) the tower's, if known; then images is empty
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self))
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
 
     def prompt(self) -> Tensor:
         """(B, T) bool: real positions before the first answer token."""
@@ -178,19 +189,14 @@ class Batch(NamedTuple):
 
 
 def collate(
-    samples: Sequence[Sample],
-    encoded: Sequence[Encoded],
-    images: Images,
-    eos_id: int,
+    samples: Sequence[Sample], encoded: Sequence[Encoded], images: Any, eos_id: int,
     side: str = "right",
-    features: Callable[[Tensor], Tensor] | None = None,
-) -> Batch:
+) -> Batch:  # fmt: skip
     """Samples with their token ids and labels -> a batch.
 
-    side       where the shorter ones are padded: "right" to train, "left" to generate
-    features   what the tower says of pixels (n, 3, S, S), (n, P, W), to give instead of images
-    Raises UserError for a batch that teaches nothing; on the left, where prompts have no labels,
-    it may.
+    images  sources.images.Images, which reads a sample's image as (3, S, S) uint8
+    side    where the shorter ones are padded: "right" to train, "left" to generate
+    Raises UserError for a batch without a supervised token, unless it is padded on the left.
     """
     n_rows, longest = len(samples), max(len(ids) for ids, _ in encoded)
     ids = torch.full((n_rows, longest), eos_id)  # (B, T)
@@ -198,20 +204,17 @@ def collate(
     mask = torch.zeros(n_rows, longest, dtype=torch.bool)  # (B, T) True = real
     for row, (row_ids, row_labels) in enumerate(encoded):
         n = len(row_ids)
-        place = slice(longest - n, None) if side == "left" else slice(n)
-        ids[row, place] = torch.tensor(row_ids)
-        labels[row, place] = torch.tensor(row_labels)
-        mask[row, place] = True
+        columns = slice(longest - n, None) if side == "left" else slice(n)
+        ids[row, columns] = torch.tensor(row_ids)
+        labels[row, columns] = torch.tensor(row_labels)
+        mask[row, columns] = True
     if side == "right" and bool((labels[:, 1:] == IGNORE).all()):
         named = ", ".join(f"{s.source} {s.id}" for s in samples)
         raise UserError(f"no answer to learn in the batch of samples {named}")
     pixels = [images.get(s) for s in samples if s.image is not None]
-    empty = torch.zeros(0, 3, images.size, images.size, dtype=torch.uint8)
-    stacked = torch.stack(pixels) if pixels else empty  # (n_images, 3, S, S)
-    known = [MODALITIES.index(s.modality) if s.modality else -1 for s in samples]
-    modality = torch.tensor(known)
-    if features is not None:
-        return Batch(ids, mask, labels, normalise(empty), modality, features(stacked))
+    none = torch.zeros(0, 3, images.size, images.size, dtype=torch.uint8)
+    stacked = torch.stack(pixels) if pixels else none  # (n_images, 3, S, S)
+    modality = torch.tensor([MODALITIES.index(s.modality) if s.modality else -1 for s in samples])
     return Batch(ids, mask, labels, normalise(stacked), modality)
 
 
@@ -229,13 +232,10 @@ def epoch_rows(weights: Sequence[float], rng: random.Random) -> list[int]:
 
 
 def epoch_batches(
-    lengths: Sequence[int],
-    batch_size: int,
-    seed: int,
-    epoch: int,
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int,
     weights: Sequence[float] | None = None,
-) -> list[list[int]]:
-    """Every index as often as it weighs (once), in batches of similar lengths, to pad little.
+) -> list[list[int]]:  # fmt: skip
+    """Every index, as often as its weight says, in batches of similar lengths, to pad little.
 
     The same for the same seed and epoch. Lengths are sorted within windows of 50 batches only, so
     that epochs still differ.
@@ -251,27 +251,19 @@ def epoch_batches(
 
 
 class Dataset:
-    """Samples as a model of these dimensions reads them: token ids, labels and pictures."""
+    """Samples as a model of these dimensions reads them: token ids, labels and images."""
 
     def __init__(
-        self,
-        samples: Sequence[Sample],
-        text: Text,
-        config: ModelConfig,
-        plain: bool,
-        workers: int = 0,
-    ):
+        self, samples: Sequence[Sample], text: Text, config: ModelConfig, plain: bool,
+        images: Any,
+    ):  # fmt: skip
         n_patches, max_len = config.vision.n_patches, config.decoder.max_len
-        self.samples = samples
+        self.samples, self.images, self.eos_id = samples, images, text.eos_id
         self.encoded = encode_all(samples, text, n_patches, config.system, plain, max_len)
-        # Of what is given, image and questions. Sorted with its answers' lengths too, a batch of a
-        # classification would hold a single class.
+        # The length of image and questions alone. Sorted by their answers' lengths too, a batch of
+        # a classification would hold a single class.
         self.lengths = [labels.count(IGNORE) for _, labels in self.encoded]
         self.weights = [s.weight for s in samples]
-        # As released: captions are learnt on cropped pictures, everything else on padded ones.
-        self.images = Images(config.vision.image_size, pad=not plain, workers=workers)
-        self.eos_id = text.eos_id
-        self.features: Callable[[Tensor], Tensor] | None = None  # of a frozen tower; see collate
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
         """The rows of each batch of this epoch."""
@@ -282,4 +274,4 @@ class Dataset:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         samples, encoded = ([part[r] for r in rows] for part in (self.samples, self.encoded))
-        return collate(samples, encoded, self.images, self.eos_id, features=self.features)
+        return collate(samples, encoded, self.images, self.eos_id)

@@ -1,63 +1,46 @@
 """Score a checkpoint on held-out questions: python eval.py runs/tiny/phase3
 
-First whether the questions or their images were in training; then the scores, under the released
-protocols too, by modality and by kind of question; whether the router names the modality; which
-experts each modality visits; how many parameters all of it takes. --blind asks everything again
-with every image replaced by their mean: what is left is guessing. Without a checkpoint:
+Question -> prompt -> generated answer -> right or wrong -> counts, with 95 % intervals. It also
+reports leaks from training, the scores by modality and kind of question and under the released
+protocols, the router's accuracy, the load of the experts, and the parameters. --blind answers all
+again with every image replaced by the mean image: what is left is guessing. --predictions and
+--compare score existing answers (scoring/compare.py).
 
-    python eval.py --predictions FILE.jsonl --data SOURCE    scores anyone's answers
-    python eval.py --compare A B --data SOURCE               two sets of answers, paired
-
+Shapes: B batch, T positions, S image side, L sparse layers, E experts, C options.
 """
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import kernels
-from asking import Asker, expert_load, judge_router, load_questions, show_load
-from benchmarks import leaks
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import ops
 from checkpoint import load_model, read_seen
-from classify import judge_classes, show_classes
-from config import UserError
-from engine.processes import Processes, start
-from flags import (
-    READING,
-    Common,
-    TrainConfig,
-    argument,
-    at_least,
-    check_writable,
-    command_line,
-    flag,
-    how_read,
-    parse,
-    reading,
-    user_errors,
-    write_json,
-    write_lines,
-)
-from metrics import format_confusion
-from model import choose_device, count_parameters, sparse_layers
-from records import Sample, read_json_file, warn_once
-from scoring import (
-    HEADER,
-    compare,
-    majority,
-    question_ids,
-    read_predictions,
-    show,
-    show_comparison,
-    show_protocols,
-    split_by,
-    under_all,
-)
-from sources import has_splits, load_samples
+from config import IGNORE, Common, TrainConfig, UserError, argument, flag, warn_once
+from data import Batch, Sample, Text, collate, encode_prompt
+from engine import cli
+from engine.inference import option_likelihoods
+from engine.processes import ALONE, Processes, choose_device, start
+from engine.routes import RouteRecorder
+from metrics import HEADER, format_confusion, majority, question_ids, show, split_by
+from model import MedMoE, Step, autocast, count_parameters, generate, sparse_layers
+from scoring import leaks
+from scoring.classify import judge_classes, show_classes
+from scoring.compare import compare, read_answers, show_comparison, show_protocols, under_all
+from scoring.router import expert_load, judge_router, show_load
+from sources.images import Images
+from sources.load import READING, has_splits, how_read, load_samples, reading
+from sources.records import read_json
+from vision import normalise
 
-SEVEN_B = 7_000_000_000  # the model whose cost the paper compares with, LLaVA-Med
+SEVEN_B = 7_000_000_000  # parameters of LLaVA-Med, which the paper compares with
 
 
 @dataclass(frozen=True)
@@ -72,37 +55,156 @@ class EvalConfig(Common):
     blind: bool = flag(False, "ask again with every image replaced by the mean image")
     limit: int | None = flag(None, "only the first N questions")
     max_new: int = flag(48, "longest answer, in tokens")
-    router: str | None = flag(None, "decide by this one: a name or FILE.py:Class")
-    router_level: Literal["trained", "token", "sequence"] = flag("trained", "or decide so")
-    record_routes: str | None = flag(None, "write who visited whom to this FILE.safetensors")
-    replay_routes: str | None = flag(None, "do not decide: take the routes of this FILE")
+    router: str | None = flag(None, "replace the router: a name or FILE.py:Class")
+    router_level: Literal["trained", "token", "sequence"] = flag("trained", "replace its level")
+    record_routes: str | None = flag(None, "write every routing to this FILE.safetensors")
+    replay_routes: str | None = flag(None, "use the routings of this FILE instead of the router")
+
+
+class Prediction(NamedTuple):
+    answer: str
+    votes: Tensor  # (E,) router logits, mean over the prompt, sum over sparse layers; (0,) if dense
+    load: Tensor  # (L, E) tokens of the prompt and the answer routed to each expert
+
+
+def unpack(steps: list[Step], mask: Tensor, text: Text) -> list[Prediction]:
+    """The Steps of a batch, and its prompts' mask (B, T) -> one Prediction a sample."""
+    tokens = torch.stack([step.tokens for step in steps], dim=1)  # (B, steps)
+    alive = (tokens != text.eos_id).cumprod(dim=1).bool()  # (B, steps) part of the answer
+    rows = zip(tokens, alive, strict=True)
+    answers = [text.decode(row[keep].tolist()).strip() for row, keep in rows]
+    if not steps[0].routings:
+        return [Prediction(answer, torch.zeros(0), torch.zeros(0, 0)) for answer in answers]
+    real = mask[:, None, :, None]  # (B, 1, T, 1)
+    logits = torch.stack([r.logits for r in steps[0].routings], dim=1)  # (B, L, T, E)
+    gates = torch.stack([r.gates for r in steps[0].routings], dim=1)
+    votes = (logits * real).sum(dim=(1, 2)) / real.sum(dim=(1, 2))  # (B, E), times L: same argmax
+    load = ((gates != 0) & real).sum(dim=2)  # (B, L, E)
+    for i, step in enumerate(steps[1:]):  # its routings are of the token of the step before
+        gates = torch.stack([r.gates for r in step.routings], dim=1)[:, :, 0]  # (B, L, E)
+        load += (gates != 0) & alive[:, i, None, None]
+    return [Prediction(*row) for row in zip(answers, votes.cpu(), load.cpu(), strict=True)]
+
+
+class Predictor:
+    """A loaded model that answers questions in batches."""
+
+    def __init__(
+        self, model: MedMoE, text: Text, device: torch.device, dtype: torch.dtype,
+        batch_size: int = 64, max_new: int = 48, processes: Processes = ALONE,
+    ):  # fmt: skip
+        self.model, self.text, self.device, self.dtype = model, text, device, dtype
+        self.batch_size, self.max_new, self.processes = batch_size, max_new, processes
+        self.images = Images(model.config.vision.image_size, pad=True, workers=2)
+
+    def batches(
+        self, samples: Sequence[Sample], title: str, image: Tensor | None = None
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """Prompts of similar lengths, with their rows. image (3, S, S) replaces every sample's.
+
+        Of several processes, each gets its share of the batches.
+        """
+        config, text = self.model.config, self.text
+        limits = config.vision.n_patches, config.system, config.decoder.max_len
+        encoded = []
+        for s in samples:
+            ids = encode_prompt(s.turns[0][0], s.image is not None, text, *limits)
+            encoded.append((ids, [IGNORE] * len(ids)))
+        order = sorted(range(len(samples)), key=lambda i: len(encoded[i][0]))
+        groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        groups = self.processes.share(groups)
+        bar = tqdm(groups, desc=title, mininterval=1, disable=not self.processes.is_first)
+        for rows, later in zip(bar, [*groups[1:], []], strict=True):
+            self.images.prefetch(samples[i] for i in later)
+            part = [samples[i] for i in rows], [encoded[i] for i in rows]
+            batch = collate(*part, self.images, text.eos_id, side="left")
+            if image is not None:
+                batch = batch._replace(images=image.expand_as(batch.images))
+            yield rows, batch.to(self.device)
+
+    def answer(
+        self, samples: Sequence[Sample], image: Tensor | None = None,
+        recorder: RouteRecorder | None = None,
+    ) -> list[Prediction]:  # fmt: skip
+        """Greedy answers to each sample's first question. recorder: records or replays routes."""
+        found: dict[int, Prediction] = {}
+        for rows, batch in self.batches(samples, "answers", image):
+            replayed = recorder.replay(self.model, rows, batch) if recorder else nullcontext()
+            with replayed, autocast(self.device, self.dtype):
+                steps = list(generate(self.model, batch, self.text.eos_id, self.max_new))
+            if recorder:
+                recorder.record(steps, rows, batch, self.text.eos_id)
+            found |= dict(zip(rows, unpack(steps, batch.mask, self.text), strict=True))
+        found = self.processes.join(found)
+        return [found[i] for i in range(len(samples))]
+
+    def choose(self, samples: Sequence[Sample]) -> Tensor:
+        """Probability of each of the options, which are the same for all samples, (n, C)."""
+        text = self.text
+        options = [[*text.encode(f" {name}"), text.eos_id] for name in samples[0].options]
+        found: dict[int, Tensor] = {}
+        for rows, batch in self.batches(samples, "options"):
+            with autocast(self.device, self.dtype):
+                scores = option_likelihoods(self.model, batch, options)
+            found |= dict(zip(rows, scores.softmax(dim=-1).cpu(), strict=True))
+        found = self.processes.join(found)
+        return torch.stack([found[i] for i in range(len(samples))])
+
+    def mean_image(self, samples: Sequence[Sample]) -> Tensor:
+        """(3, S, S) CLIP-normalised mean of the samples' different images."""
+        unique = {s.image: s for s in samples if s.image is not None}
+        total = torch.zeros(3, self.images.size, self.images.size, dtype=torch.float64)
+        for s in unique.values():
+            total += self.images.get(s)
+        mean = (total / max(1, len(unique))).round().to(torch.uint8)
+        return normalise(mean[None])[0]
+
+
+def load_questions(flags: Any, known: dict) -> tuple[Any, list[Sample]]:
+    """The questions to answer. Without --data they are those of `known`, read as it says.
+
+    flags: a Common with `split` and `limit`, returned with the values taken from `known`
+    known: the flags about data of a checkpoint or a result (sources.load.how_read), or {}
+    """
+    if not flags.data:
+        data = tuple(spec for spec in known.get("data", ()) if has_splits(spec))
+        if not data:
+            raise UserError("--data SOURCE is needed: no checkpoint or result names the questions")
+        default = type(flags)  # a dataclass: its attributes are the defaults
+        stored = {n: v for n, v in known.items() if getattr(flags, n) == getattr(default, n)}
+        flags = replace(flags, **stored | {"data": data})  # flags that were given win
+    samples = load_samples(flags.data, "vqa", flags.split, **reading(flags))[: flags.limit]
+    if not samples:
+        raise UserError(f"--data {' '.join(flags.data)}: no questions in its {flags.split} split")
+    question_ids(samples)  # raises for doubles before any work
+    return flags, samples
 
 
 def show_parameters(p: dict) -> str:
-    share = p["activated"] / p["total"], p["activated"] / p["dense_base"], p["activated"] / SEVEN_B
+    total, activated, base = p["total"], p["activated"], p["dense_base"]
     return (
-        f"parameters: {p['total']:,} in all, {p['activated']:,} activated a token = "
-        f"{share[0]:.1%} of its own total, {share[1]:.1%} of the dense model it was made from "
-        f"({p['dense_base']:,}), {share[2]:.2%} of 7 B"
+        f"parameters: {total:,} in all, {activated:,} activated a token = {activated / total:.1%} "
+        f"of its own total, {activated / base:.1%} of the dense model it was made from "
+        f"({base:,}), {activated / SEVEN_B:.2%} of 7 B"
     )
 
 
 def training_questions(flags: EvalConfig, trained: Sequence[str]) -> list[Sample]:
-    """For the majority control: the train split of --data, or what the checkpoint learnt from."""
+    """For the majority baseline: the train split of --data, or the checkpoint's training data."""
     specs = flags.data if all(has_splits(spec) for spec in flags.data) else trained
     try:
         return load_samples(specs, "vqa", "train", **reading(replace(flags, router_labels=None)))
     except UserError as error:
-        warn_once(f"no majority control: {error}")
+        warn_once(f"no majority baseline: {error}")
         return []
 
 
 def check_leaks(samples: list[Sample], checkpoint: Path | None, known: dict) -> dict:
-    """Are these questions or their images in what the checkpoint says it was trained on?"""
+    """Were these questions or their images in the checkpoint's training data? Prints a report."""
     report: dict[str, Any] = {"fingerprint": leaks.fingerprint(samples)}
     print(f"split {report['fingerprint']}, {len(samples)} questions")
     if checkpoint is None:
-        print("leaks: not checked, nothing says what these answers were trained on")
+        print("leaks: not checked, the training data of these answers are unknown")
         return report
     seen = read_seen(checkpoint)
     if seen is None:  # an older or converted checkpoint: look at the files it names, if any
@@ -112,7 +214,7 @@ def check_leaks(samples: list[Sample], checkpoint: Path | None, known: dict) -> 
         except UserError:
             specs = ()
         if not specs:
-            print(f"leaks: not checked, {checkpoint} does not say what it was trained on")
+            print(f"leaks: not checked, {checkpoint} has no record of its training data")
             return report
         print(f"leaks: compared with {' '.join(specs)}, {checkpoint} has no record of its own")
     report = leaks.check(samples, seen)
@@ -121,7 +223,7 @@ def check_leaks(samples: list[Sample], checkpoint: Path | None, known: dict) -> 
 
 
 def report_scores(samples: list[Sample], answers: list[str], flags: EvalConfig) -> dict:
-    """Print the tables of one set of answers; return what --json writes of them."""
+    """Print the tables of one set of answers; return their part of --json."""
     result = {
         **{name: getattr(flags, name) for name in READING}, "n": len(samples),
         "protocols": under_all(samples, answers),
@@ -137,43 +239,48 @@ def report_scores(samples: list[Sample], answers: list[str], flags: EvalConfig) 
     return result
 
 
-def classification(asker: Asker, samples: list[Sample], answers: list[str]) -> dict[str, dict]:
+def classification(predictor: Predictor, samples: list[Sample], answers: list[str]) -> dict:
     """Set -> accuracy and AUC, for the questions that have options."""
     found = {}
     for name in dict.fromkeys(s.source for s in samples if s.options):
         rows = [i for i, s in enumerate(samples) if s.source == name]
         part = [samples[i] for i in rows]
-        likely = asker.choose(part).double().numpy()
+        likely = predictor.choose(part).double().numpy()
         if judged := judge_classes(part, [answers[i] for i in rows], likely):
             found[name] = judged
             print(show_classes(name, judged))
     return found
 
 
-def report(asker: Asker, samples: list[Sample], flags: EvalConfig, meta: dict) -> dict:
-    """Ask everything once, or twice with --blind; print the tables, return what --json writes."""
-    model, train = asker.model, training_questions(flags, meta["flags"]["data"])
-    found = asker.on_routes(samples, flags.replay_routes, flags.record_routes)
+def report(predictor: Predictor, samples: list[Sample], flags: EvalConfig, meta: dict) -> dict:
+    """Answer everything, with --blind twice; print the tables, return the values for --json."""
+    model, train = predictor.model, training_questions(flags, meta["flags"]["data"])
+    paths = flags.replay_routes, flags.record_routes
+    recorder = RouteRecorder(model, question_ids(samples), *paths) if any(paths) else None
+    found = predictor.answer(samples, recorder=recorder)
+    if recorder:
+        recorder.save()
     answers = [p.answer for p in found]
     result = report_scores(samples, answers, flags) | {
         "checkpoint": flags.checkpoint, "preset": meta["flags"]["preset"], "phase": meta["phase"],
-        "seed": meta["flags"]["seed"], "device": str(asker.device), "dtype": str(asker.dtype),
+        "seed": meta["flags"]["seed"],
+        "device": str(predictor.device), "dtype": str(predictor.dtype),
         "trained_with": f"converted from {meta['from']}" if "from" in meta
-                        else command_line(TrainConfig, meta["flags"], "train.py"),
+                        else cli.command_line(TrainConfig, meta["flags"], "train.py"),
         "params": count_parameters(model),
     }  # fmt: skip
-    result["classification"] = classification(asker, samples, answers)
+    result["classification"] = classification(predictor, samples, answers)
     if flags.blind:
-        blind = [p.answer for p in asker.answer(samples, asker.mean_picture(samples))]
+        blind = [p.answer for p in predictor.answer(samples, predictor.mean_image(samples))]
         result["blind"] = {"protocols": under_all(samples, blind)}
         print(show("blind control", result["blind"]["protocols"]["strict"]))
     if train:
         result["majority"] = {"protocols": under_all(samples, majority(samples, train))}
-        print(show("majority answer", result["majority"]["protocols"]["strict"]))
+        print(show("majority baseline", result["majority"]["protocols"]["strict"]))
     if model.config.moe is not None:
         result["router"] = judge_router(samples, found)
         result["load"] = expert_load(samples, found)
-        print(f"router: names the modality of {result['router']['accuracy']:.1%} of "
+        print(f"router: finds the modality of {result['router']['accuracy']:.1%} of "
               f"{result['router']['n']} images")  # fmt: skip
         if result["router"]["n"]:
             print(format_confusion(result["router"]))
@@ -185,28 +292,16 @@ def report(asker: Asker, samples: list[Sample], flags: EvalConfig, meta: dict) -
 
 def evaluate_checkpoint(flags: EvalConfig, processes: Processes) -> dict:
     device, dtype = choose_device(flags.device, flags.dtype)
-    kernels.choose(flags.kernels, device)
-    asked = Path(flags.checkpoint), device, dtype, flags.router, flags.router_level
-    model, text, meta = load_model(*asked)
-    known = how_read(meta["flags"], Path(flags.checkpoint))
+    ops.choose(flags.kernels, device)
+    path, how = Path(flags.checkpoint), (flags.router, flags.router_level)
+    model, text, meta = load_model(path, device, dtype, *how)
+    known = how_read(meta["flags"], path)
     flags, samples = load_questions(flags, known)
-    print(f"{flags.checkpoint} on {' '.join(flags.data)} {flags.split}")
-    leaked = check_leaks(samples, Path(flags.checkpoint), known)
+    print(f"{path} on {' '.join(flags.data)} {flags.split}")
+    leaked = check_leaks(samples, path, known)
     size = flags.batch_size or 64
-    asker = Asker(model, text, device, dtype, size, flags.max_new, processes)
-    return {"leaks": leaked} | report(asker, samples, flags, meta)
-
-
-def read_answers(files: Sequence[str], samples: list[Sample]) -> list[list[str]]:
-    """Raises UserError where a result of ours was of other questions, whatever its identifiers."""
-    found = [read_predictions(Path(file), samples) for file in files]
-    ours = leaks.fingerprint(samples)
-    for file in files:
-        result = read_json_file(Path(file)) if file.endswith(".json") else {}
-        said = result["leaks"].get("fingerprint") if isinstance(result.get("leaks"), dict) else None
-        if said not in (None, ours):
-            raise UserError(f"{file}: answers to the split {said}, these questions are {ours}")
-    return found
+    predictor = Predictor(model, text, device, dtype, size, flags.max_new, processes)
+    return {"leaks": leaked} | report(predictor, samples, flags, meta)
 
 
 def evaluate_predictions(flags: EvalConfig) -> dict:
@@ -220,7 +315,7 @@ def evaluate_predictions(flags: EvalConfig) -> dict:
 def compare_answers(flags: EvalConfig) -> dict:
     first, second = flags.compare
     is_result = first.endswith(".json") and not flags.data
-    known = how_read(read_json_file(Path(first)), Path(first)) if is_result else {}
+    known = how_read(read_json(Path(first)), Path(first)) if is_result else {}
     flags, samples = load_questions(flags, known)
     found = compare(samples, *read_answers(flags.compare, samples))
     print(f"{first} and {second} on {' '.join(flags.data)} {flags.split}")
@@ -228,21 +323,19 @@ def compare_answers(flags: EvalConfig) -> dict:
     return {"compared": list(flags.compare), "data": list(flags.data)} | found
 
 
-@user_errors
+@cli.user_errors
 def main(argv: list[str] | None = None) -> dict:
-    flags = parse(EvalConfig, argv, "eval.py")
-    given = {"DIR": flags.checkpoint, "--predictions": flags.predictions,
-             "--compare": flags.compare}  # fmt: skip
-    if sum(value is not None for value in given.values()) != 1:
+    flags = cli.parse(EvalConfig, argv, "eval.py")
+    if [flags.checkpoint, flags.predictions, flags.compare].count(None) != 2:
         raise UserError("eval.py takes one of: a checkpoint DIR, --predictions FILE, --compare A B")
-    at_least(flags, limit=1, max_new=1, batch_size=1, max_missing=0)
+    cli.at_least(flags, limit=1, max_new=1, batch_size=1, max_missing=0)
     if (flags.answers or flags.record_routes or flags.replay_routes) and not flags.checkpoint:
-        raise UserError("--answers and routes: only a checkpoint gives new answers")
+        raise UserError("--answers and routes: only for a checkpoint")
     written = [Path(f) for f in (flags.json, flags.answers, flags.record_routes) if f]
     inputs = flags.predictions, flags.replay_routes, *(flags.compare or ())
     read = [Path(file) for file in inputs if file]
     for file in written:
-        check_writable(file)
+        cli.check_writable(file)
     places = [file.absolute() for file in written + read]
     if any(places.count(file.absolute()) > 1 for file in written):
         raise UserError(f"{written[0]}: would be written over another file of this command")
@@ -254,15 +347,15 @@ def main(argv: list[str] | None = None) -> dict:
         processes = start(flags.device)
         result = evaluate_checkpoint(flags, processes)
         processes.end()
-        if not processes.is_first:  # all know all answers; one is enough to write them
+        if not processes.is_first:  # each has all answers; the first writes them
             return result
     argv = sys.argv[1:] if argv is None else argv
     result["command"] = shlex.join(["python", "eval.py", *argv])
     if flags.answers:
         lines = ({"question_id": q, "text": a} for q, a in result.get("answers", {}).items())
-        write_lines(Path(flags.answers), lines)
+        cli.write_lines(Path(flags.answers), lines)
     if flags.json:
-        write_json(Path(flags.json), result)
+        cli.write_json(Path(flags.json), result)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Scores of answers and of routes, each with its definition; intervals for all of them.
+"""What "right" means: scores of answers and of routers, each with its definition and interval.
 
 An answer is compared after `words`: lower case, no punctuation, no articles. Closed questions are
 right or wrong; open ones get the recall of the true answer's words, as LLaVA-Med reports them.
@@ -6,10 +6,14 @@ right or wrong; open ones get the recall of the true answer's words, as LLaVA-Me
 
 import math
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
+
+from config import UserError, one_line
+from data import Sample
 
 ARTICLES = {"a", "an", "the"}
 WORD = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")
@@ -26,29 +30,28 @@ def is_exact(answer: str, truth: str) -> bool:
 
 
 def is_right(answer: str, truth: str) -> bool:
-    """A closed question: yes and no are looked for as words, any other answer must be exact.
+    """A closed question: yes and no are searched for as words, any other answer must be exact.
 
-    'No, it is normal' answers no; 'yes and no' answers nothing; 'normal' does not contain no.
+    'No, it is normal' means no; 'yes and no' means neither; 'normal' does not contain no.
     """
     if words(truth) in (["yes"], ["no"]):
-        said = {"yes", "no"} & set(words(answer))
-        return said == set(words(truth))
+        return {"yes", "no"} & set(words(answer)) == set(words(truth))
     return is_exact(answer, truth)
 
 
 def recall(answer: str, truth: str) -> float:
-    """An open question: the share of the truth's different words that the answer says."""
+    """An open question: the share of the truth's different words that are in the answer."""
     wanted = set(words(truth))
     return len(wanted & set(words(answer))) / len(wanted) if wanted else float(not words(answer))
 
 
 def precision(answer: str, truth: str) -> float:
-    """The share of the answer's different words that the truth says."""
+    """The share of the answer's different words that are in the truth."""
     return recall(truth, answer) if words(answer) else float(not words(truth))
 
 
 def overlap(answer: str, truth: str) -> int:
-    """Words in common, each as often as both say it."""
+    """Words in common, each as often as both contain it."""
     return (Counter(words(answer)) & Counter(words(truth))).total()
 
 
@@ -63,10 +66,10 @@ def bleu1(answer: str, truth: str) -> float:
 
     BLEU with single words (Papineni et al. 2002), one sentence, not smoothed.
     """
-    said, wanted = len(words(answer)), len(words(truth))
-    if said == 0:
+    n_answer, wanted = len(words(answer)), len(words(truth))
+    if n_answer == 0:
         return float(wanted == 0)
-    return overlap(answer, truth) / said * min(1.0, math.exp(1 - wanted / said))
+    return overlap(answer, truth) / n_answer * min(1.0, math.exp(1 - wanted / n_answer))
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -81,9 +84,9 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def bootstrap(values: Sequence[float], groups: Sequence[str], draws: int = 2000) -> tuple:
-    """95 % interval of the mean. Whole groups (images) are drawn: their questions are related.
+    """95 % interval of the mean, resampling whole groups (images): their questions are related.
 
-    Always the same draws, so the same values give the same interval.
+    The seed is fixed, so the same values give the same interval.
     """
     if len(values) == 0:
         return 0.0, 1.0
@@ -98,35 +101,23 @@ def bootstrap(values: Sequence[float], groups: Sequence[str], draws: int = 2000)
     return float(low), float(high)
 
 
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact p of as uneven a split of the questions that only one of two got right.
-
-    McNemar 1947, with the binomial distribution in place of chi squared.
-    """
-    n, k = only_first + only_second, min(only_first, only_second)
-    whole = math.lgamma(n + 1) - n * math.log(2)
-    logs = (whole - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1))
-    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
-
-
-def confusion(truth: Sequence[int], said: Sequence[int], n_classes: int) -> np.ndarray:
-    """(n_classes, n_classes) counts, rows the truth, columns what was said."""
+def confusion(truth: Sequence[int], predicted: Sequence[int], n_classes: int) -> np.ndarray:
+    """(n_classes, n_classes) counts, rows the truth, columns the prediction."""
     table = np.zeros((n_classes, n_classes), dtype=int)
-    np.add.at(table, (np.asarray(truth, int), np.asarray(said, int)), 1)
+    np.add.at(table, (np.asarray(truth, int), np.asarray(predicted, int)), 1)
     return table
 
 
 def f1_scores(table: np.ndarray) -> list[float | None]:
-    """Per class 2 * hits / (times true + times said); None for a class that never occurs."""
-    hits, true, said = np.diag(table), table.sum(1), table.sum(0)
-    return [
-        float(2 * h / (t + s)) if t + s else None for h, t, s in zip(hits, true, said, strict=True)
-    ]
+    """Per class 2 * hits / (times true + times predicted); None for a class that never occurs."""
+    hits, true, predicted = np.diag(table), table.sum(1), table.sum(0)
+    rows = zip(hits, true, predicted, strict=True)
+    return [float(2 * h / (t + p)) if t + p else None for h, t, p in rows]
 
 
-def router_report(truth: Sequence[int], said: Sequence[int], names: Sequence[str]) -> dict:
+def router_report(truth: Sequence[int], predicted: Sequence[int], names: Sequence[str]) -> dict:
     """Accuracy with its interval, the confusion table and F1 per class."""
-    table = confusion(truth, said, len(names))
+    table = confusion(truth, predicted, len(names))
     n, right = len(truth), int(np.trace(table))
     return {
         "n": n,
@@ -147,3 +138,93 @@ def format_confusion(report: dict) -> str:
         cells = "".join(f"{count:>11}" for count in row)
         lines.append(f"  {name:<12}{cells}{'-' if f1 is None else format(f1, '.3f'):>11}")
     return "\n".join(lines)
+
+
+class Protocol(NamedTuple):
+    """How the answers to closed and open questions are scored; see also scoring/protocols.py."""
+
+    closed: Callable[[str, str], float]
+    opened: Callable[[str, str], dict[str, float]]
+
+
+OPEN = {"recall": recall, "precision": precision, "f1": token_f1, "exact_match": is_exact,
+        "bleu1": bleu1}  # fmt: skip
+STRICT = Protocol(
+    closed=lambda answer, truth: float(is_right(answer, truth)),
+    opened=lambda answer, truth: {name: float(f(answer, truth)) for name, f in OPEN.items()},
+)
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def score(samples: Sequence[Sample], answers: Sequence[str], protocol: Protocol = STRICT) -> dict:
+    """Fractions, counts and intervals. A question that is not closed counts as open.
+
+    "overall" is the mean over all questions, closed right or wrong and open by recall; "accuracy"
+    takes the open ones by exact match, as classifiers over answers report it.
+    """
+    pairs = list(zip(samples, answers, strict=True))
+    closed = [(s, a) for s, a in pairs if s.answer_type == "closed"]
+    others = [(s, a) for s, a in pairs if s.answer_type != "closed"]
+    of_closed, of_open = ([str(s.image) for s, _ in part] for part in (closed, others))
+    right = [protocol.closed(a, s.turns[0][1]) for s, a in closed]
+    opened = [protocol.opened(a, s.turns[0][1]) for s, a in others]
+    result = {"n": len(samples), "n_closed": len(right), "n_open": len(opened)}
+    result["closed_accuracy"] = mean(right)
+    intervals = {"closed_accuracy": wilson(int(sum(right)), len(right))}
+    for name in OPEN:
+        values = [scores[name] for scores in opened]
+        result[f"open_{name}"] = mean(values)
+        intervals[f"open_{name}"] = bootstrap(values, of_open)
+    for name, by in (("overall", "recall"), ("accuracy", "exact_match")):
+        values = right + [scores[by] for scores in opened]
+        result[name], intervals[name] = mean(values), bootstrap(values, of_closed + of_open)
+    return result | {"ci95": intervals}
+
+
+def majority(samples: Sequence[Sample], train: Sequence[Sample]) -> list[str]:
+    """Majority baseline: the most frequent training answer to this kind of question."""
+    counts: dict[tuple, Counter] = defaultdict(Counter)
+    for s in train:
+        for key in ((s.kind, s.answer_type), (s.answer_type,)):
+            counts[key][s.turns[0][1]] += 1
+    best = {key: found.most_common(1)[0][0] for key, found in counts.items()}
+    return [best.get((s.kind, s.answer_type)) or best.get((s.answer_type,), "") for s in samples]
+
+
+def split_by(
+    samples: Sequence[Sample], answers: Sequence[str], key: Callable[[Sample], str]
+) -> dict[str, dict]:
+    """The scores of each group of samples with the same key."""
+    groups: dict[str, list[tuple[Sample, str]]] = defaultdict(list)
+    for s, answer in zip(samples, answers, strict=True):
+        groups[key(s)].append((s, answer))
+    return {name: score(*zip(*rows, strict=True)) for name, rows in sorted(groups.items())}
+
+
+def question_ids(samples: Sequence[Sample]) -> list[str]:
+    """The ids that predictions are joined by: the source's own; of several sources, "source/id"."""
+    several = len({s.source for s in samples}) > 1
+    ids = [f"{s.source}/{s.id}" if several else s.id for s in samples]
+    twice = [name for name, n in Counter(ids).items() if n > 1]
+    if twice:
+        raise UserError(f"question {twice[0]} is in the data {ids.count(twice[0])} times")
+    return ids
+
+
+def show(name: str, s: dict) -> str:
+    """One line of the table of scores."""
+
+    def part(key: str, n: int) -> str:
+        low, high = s["ci95"][key]
+        cell = f"{s[key]:6.1%} [{low:.1%}, {high:.1%}] {n:>5}" if n else "-"
+        return f"{cell:<30}"
+
+    cells = part("closed_accuracy", s["n_closed"]) + part("open_recall", s["n_open"])
+    return f"  {one_line(name, 40):<22}{cells}{part('overall', s['n'])}{s['accuracy']:6.1%}"
+
+
+HEADER = (" " * 24 + "closed accuracy, 95 %, n".ljust(30) + "open recall, 95 %, n".ljust(30)
+          + "together, 95 %, n".ljust(30) + " exact")  # fmt: skip

@@ -1,14 +1,13 @@
 """The whole system: CLIP tower -> projector -> spliced into the text -> decoder -> next token.
 
-    patches = projector(vision(image))                    (n_images, P, D)
+    patches = projector(vision(images))                   (n_images, P, D)
     x       = splice(embed(ids), patches)                 (B, T, D)
     h, routings = decoder(x)                              (B, T, D), one routing a sparse block
-    loss    = cross_entropy(lm_head(h[t]), ids[t + 1])    where labels say so
+    loss    = cross_entropy(lm_head(h[t]), ids[t + 1])    where labels are not IGNORE
 
 Shapes: B batch, T positions, P patches, W tower width, D d_model, V vocabulary, E experts.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -23,26 +22,10 @@ from data import Batch
 from decoder import Cache, Decoder
 from moe import upcycle
 from routers import Hints, Router, Routing, get_router
-from vision import VisionTower
+from vision import Projector, VisionTower
 
 
-def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """--device, --dtype -> where to compute, and in what precision matmuls run.
-
-    "auto" takes bf16 where it is fast: on a GPU, and on CPUs that multiply it in hardware.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here")
-    if dtype == "auto":
-        able = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = device == "cuda" or able.get("avx512_bf16") or able.get("amx_bf16")
-        dtype = "bfloat16" if fast else "float32"
-    return torch.device(device), getattr(torch, dtype)
-
-
-def precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """A context in which matmuls run in dtype; weights, norms and routers stay in fp32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
@@ -53,29 +36,19 @@ class Loss(NamedTuple):
     routings: list[Routing]
 
 
-class Projector(nn.Module):
-    """Tower width -> decoder width: Linear, exact GELU, Linear (LLaVA's mlp2x_gelu)."""
-
-    def __init__(self, width: int, d_model: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, d_model)
-        self.fc2 = nn.Linear(d_model, d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))  # (n_images, P, D)
-
-
 def splice(x: Tensor, patches: Tensor, is_patch: Tensor) -> Tensor:
-    """Put patch features, in order, where their places are in the text.
+    """Put patch features, in order, at their positions in the text.
 
     x (B, T, D) embeddings, patches (n_images, P, D), is_patch (B, T) bool -> (B, T, D).
-    Raises ValueError if the places are not as many as the patches, or a row holds half an image.
-    Source: Med-MoE llava_arch.py:256-368 @148cbd6; there one placeholder stands for all P places.
+    Raises ValueError if positions and patches differ in number, or a row holds half an image.
+    Source: Med-MoE llava_arch.py:256-368 @148cbd6; there one placeholder stands for all P patches.
     """
-    places = is_patch.sum(dim=1)  # (B,)
+    positions = is_patch.sum(dim=1)  # (B,)
     n_images, n_patches, _ = patches.shape
-    if places.sum() != n_images * n_patches or (places % n_patches).any():
-        raise ValueError(f"{places.tolist()} places for {n_images} images of {n_patches} patches")
+    if positions.sum() != n_images * n_patches or (positions % n_patches).any():
+        raise ValueError(
+            f"{positions.tolist()} places for {n_images} images of {n_patches} patches"
+        )
     return x.masked_scatter(is_patch[..., None], patches.to(x.dtype))
 
 
@@ -85,7 +58,6 @@ class MedMoE(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.together = False  # several processes: each runs every module, images or not
         self.vision = VisionTower(config.vision)
         self.projector = Projector(config.vision.width, config.decoder.d_model)
         self.decoder = Decoder(config.decoder)
@@ -93,41 +65,24 @@ class MedMoE(nn.Module):
             make_sparse(self, config.moe)
 
     def forward(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        images: Tensor,
-        hints: Hints = Hints(),
+        self, ids: Tensor, mask: Tensor, images: Tensor, hints: Hints = Hints(),
         cache: Cache | None = None,
-        features: Tensor | None = None,
-        given: Sequence[Routing] = (),
-    ) -> tuple[Tensor, list[Routing]]:
-        """-> hidden states (B, T, D) after the final norm, routings. lm_head scores them.
+    ) -> tuple[Tensor, list[Routing]]:  # fmt: skip
+        """Next to the Batch's ids, mask and images: what routers may know, and a cache to extend.
 
-        features: what the tower says of the images, (n_images, P, W), where it is known already.
-        given: one routing a sparse block, to be taken in place of what its router would decide.
+        -> hidden states (B, T, D) after the final norm, which lm_head scores; routings.
         """
-        hints = hints._replace(ids=ids)
         is_patch = ids == IMAGE_ID  # (B, T)
         x = self.decoder.embed(ids.masked_fill(is_patch, 0))  # (B, T, D)
-        # A cached step is one token, never a patch: no need to look, which would wait for a GPU.
-        n_images = len(images if features is None else features)
-        if ids.shape[1] > 1 and (n_images or self.together or is_patch.any()):
-            x = splice(x, self.look(images, features), is_patch)
-        return self.decoder(x, mask, hints, cache, given)
-
-    def look(self, images: Tensor, features: Tensor | None) -> Tensor:
-        """images (n, 3, S, S), or what the tower says of them, (n, P, W) -> patches (n, P, D)."""
-        shown = images if features is None else features
-        n = len(shown)
-        if self.together and n == 0:  # the others wait for this process's shares: a blank one
-            shown = shown.new_zeros(1, *shown.shape[1:])
-        return self.projector(self.vision(shown) if features is None else shown)[:n]
+        # A cached step is one token, never a patch; asking any() would wait for the GPU.
+        if len(images) or (ids.shape[1] > 1 and is_patch.any()):
+            x = splice(x, self.projector(self.vision(images)), is_patch)
+        return self.decoder(x, mask, hints._replace(ids=ids), cache)
 
     def loss(self, batch: Batch) -> Loss:
         """Next-token cross-entropy, summed over the supervised tokens (paper, equation 5)."""
         hints = Hints(prompt=batch.prompt(), modality=batch.modality)
-        hidden, routings = self(batch.ids, batch.mask, batch.images, hints, None, batch.features)
+        hidden, routings = self(batch.ids, batch.mask, batch.images, hints)
         target = batch.labels[:, 1:]  # (B, T - 1): position t is scored on token t + 1
         supervised = target != IGNORE
         logits = self.decoder.lm_head(hidden[:, :-1][supervised])  # (n_tokens, V)
@@ -136,8 +91,8 @@ class MedMoE(nn.Module):
 
 
 def sparse_layers(config: ModelConfig, moe: MoEConfig) -> Sequence[int]:
-    every = range(0, config.decoder.n_layers, moe.every)
-    return every if moe.layers is None else moe.layers
+    """The blocks whose FFN is sparse: every second one, unless moe.layers lists them."""
+    return range(0, config.decoder.n_layers, 2) if moe.layers is None else moe.layers
 
 
 def make_router(config: ModelConfig, moe: MoEConfig) -> Router:
@@ -154,36 +109,23 @@ def make_router(config: ModelConfig, moe: MoEConfig) -> Router:
 def make_sparse(
     model: MedMoE, moe: MoEConfig, router_weights: dict[str, Tensor] | None = None
 ) -> None:
-    """Upcycle every `moe.every`-th FFN in place; each gets its own copy of the router's weights.
+    """Upcycle the FFNs of the sparse layers in place; each gets its own copy of the router.
 
-    router_weights: {"weight": (E, D), "bias": (E,)} as phase 2 trained them, or None to leave a
-    router as it was drawn.
+    router_weights: {"weight": (E, D), "bias": (E,)} as phase 2 trained them; None leaves each
+    router as initialised.
     """
     for layer in sparse_layers(model.config, moe):
         block = model.decoder.blocks[layer]
         router = make_router(model.config, moe).to(block.attn.q.weight.device)
         if router_weights is not None:
             router.proj.load_state_dict(router_weights)
-        block.mlp = upcycle(block.mlp, router, moe.n_experts, moe.start, moe.meta, moe.residual)
+        block.mlp = upcycle(block.mlp, router, moe.n_experts, moe.start, moe.meta)
         block.is_sparse = True
     model.config = replace(model.config, moe=moe)
 
 
-def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> MedMoE:
-    """A model to be filled from a file: nothing is drawn, no memory touched. Routers are fp32."""
-    with torch.device("meta"):
-        model = MedMoE(config)
-    model = model.to(dtype)
-    for block in model.decoder.blocks:
-        if block.is_sparse:
-            block.mlp.router.float()
-    model = model.to_empty(device="cpu")
-    model.decoder.tie()  # to_empty makes two of what was one
-    return model
-
-
 class Step(NamedTuple):
-    """One round of generation."""
+    """One forward pass of generation."""
 
     tokens: Tensor  # (B,) int64, eos_id for samples that have ended
     routings: list[Routing]  # of the positions just computed: the prompt first, then one each
@@ -191,35 +133,25 @@ class Step(NamedTuple):
 
 @torch.inference_mode()
 def generate(
-    model: MedMoE,
-    batch: Batch,
-    eos_id: int,
-    max_new: int = 64,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-    routes: Iterator[Sequence[Routing]] | None = None,
-) -> Iterator[Step]:
-    """Continue each prompt, one token a Step, until all have said eos_id or max_new is reached.
+    model: MedMoE, batch: Batch, eos_id: int, max_new: int = 64, temperature: float = 0.0,
+    top_p: float = 1.0, generator: torch.Generator | None = None,
+) -> Iterator[Step]:  # fmt: skip
+    """Continue each prompt, one token a Step, until all have ended with eos_id or max_new is hit.
 
-    batch is padded on the left. temperature 0 is greedy; else tokens are drawn from the smallest
-    set whose probability reaches top_p. routes: of each round, what the sparse blocks take in
-    place of deciding (routes.py). Raises UserError for a router that looks ahead.
+    batch is padded on the left. temperature 0 is greedy; else tokens are sampled from the smallest
+    set whose probability reaches top_p. Raises UserError for a router that looks ahead.
     """
     assert batch.mask[:, -1].all(), "prompts are padded on the left"
     for block in model.decoder.blocks:
         if block.is_sparse and not block.mlp.router.causal:
-            name = type(block.mlp.router).__name__
-            raise UserError(
-                f"router {name} looks at later tokens (causal = False): cannot generate"
-            )
+            raise UserError(f"router {type(block.mlp.router).__name__} looks at later tokens "
+                            "(causal = False): cannot generate")  # fmt: skip
     hints = Hints(prompt=batch.mask, modality=batch.modality)
     cache = Cache(len(model.decoder.blocks))
     ids, mask, images = batch.ids, batch.mask, batch.images
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(max_new):
-        given = next(routes) if routes else ()
-        hidden, routings = model(ids, mask, images, hints, cache, given=given)
+        hidden, routings = model(ids, mask, images, hints, cache)
         logits = model.decoder.lm_head(hidden[:, -1]).float()  # (B, V)
         tokens = pick(logits, temperature, top_p, generator)  # (B,)
         tokens = tokens.masked_fill(ended, eos_id)
@@ -236,7 +168,7 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator=None) -> Te
     if temperature == 0:
         return logits.argmax(dim=-1)
     probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    before = probs.cumsum(dim=-1) - probs  # mass of the likelier tokens
+    before = probs.cumsum(dim=-1) - probs  # probability of the likelier tokens
     probs = probs.masked_fill(before >= top_p, 0.0)
     chosen = torch.multinomial(probs, 1, generator=generator)  # (B, 1) rank
     return order.gather(-1, chosen).squeeze(-1)
@@ -252,49 +184,16 @@ def freeze_all_but(model: MedMoE, trains: tuple[str, ...]) -> list[str]:
     return [name for name, param in model.named_parameters() if param.requires_grad]
 
 
-def compile_blocks(model: MedMoE) -> None:
-    """Compile every block in place, so that parameters keep their names.
-
-    Of a sparse block only what all rows pass: how many visit an expert is known when they do. A
-    graph that ended there would suit dense blocks too, and recomputing could pick another graph.
-    Raises UserError where torch cannot compile, as without a C++ compiler.
-    """
-    torch.compiler.reset()  # the phase before compiled the same code for other tensors
-    try:
-        torch.compile(torch.sin)(torch.zeros(1))
-    except Exception as error:  # each backend has its own
-        raise UserError(f"--compile: torch cannot compile here: {error}") from error
-    for block in (*model.vision.blocks, *model.decoder.blocks):
-        parts = [block]
-        if getattr(block, "is_sparse", False):
-            parts = [block.attn, block.mlp.meta, block.mlp.dense]
-        for part in filter(None, parts):
-            part.compile(dynamic=True)
-
-
-def describe(model: MedMoE) -> list[str]:
-    """One line for each family of parameters: trained or frozen, and how many."""
-    families: dict[tuple[bool, str], int] = {}
-    for name, param in model.named_parameters():
-        parts = re.sub(r"\.\d+\.", ".*.", name).split(".")[:-1]  # without weight, bias
-        if len(parts) > 2 and not parts[-1].startswith("ln"):
-            parts.pop()  # q, k, v, o together; fc1 and fc2 together
-        key = (param.requires_grad, "vision" if parts[0] == "vision" else ".".join(parts))
-        families[key] = families.get(key, 0) + param.numel()
-    rows = sorted(families.items(), key=lambda item: (not item[0][0], item[0][1]))
-    return [f"  {'trains' if on else 'frozen'}  {name:<32}{n:>14,}" for (on, name), n in rows]
-
-
 def count_parameters(model: MedMoE) -> dict[str, int]:
-    """Parameters: all of the model, those one token activates, and the dense model it came from.
+    """Parameters: all of the model, those activated for one token, and the dense model's.
 
     Activated: everything but the experts, plus top_k experts of each sparse block.
     """
     total = sum(p.numel() for p in model.parameters())
-    moe = model.config.moe
+    if (moe := model.config.moe) is None:
+        return {"total": total, "activated": total, "dense_base": total}
     experts = sum(p.numel() for n, p in model.named_parameters() if ".mlp.experts." in n)
     routers = sum(p.numel() for n, p in model.named_parameters() if ".mlp.router." in n)
-    if moe is None:
-        return {"total": total, "activated": total, "dense_base": total}
     activated = total - experts + experts * moe.top_k // moe.n_experts
-    return {"total": total, "activated": activated, "dense_base": total - experts - routers}
+    ffns = 0 if moe.meta else experts // moe.n_experts  # the dense ones, if meta is not that
+    return {"total": total, "activated": activated, "dense_base": total - experts - routers + ffns}

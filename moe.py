@@ -2,8 +2,7 @@
 
     y = meta(x) + sum over e of gates[e] * expert_e(x)          (paper, equation 4)
 
-Shapes: B batch, T positions, N = B*T, D d_model, F FFN hidden, E experts, k experts per token,
-R visits, that is pairs of a token and an expert.
+Shapes: B batch, T positions, N = B*T tokens, D d_model, F FFN hidden, E experts.
 """
 
 import copy
@@ -11,8 +10,8 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
-import ops
 from routers import Hints, Router, Routing
 
 
@@ -42,24 +41,39 @@ class GatedMLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """E copies of one FFN, each parameter stacked along a first axis, so one matmul serves all.
+    """E FFNs that start as copies of one, with each parameter stacked along a first axis.
 
     A parameter `fc1.weight` (F, D) of the FFN becomes `fc1.weight` (E, F, D) here.
     """
 
     def __init__(self, mlp: nn.Module, n_experts: int):
         super().__init__()
-        self.is_gated = isinstance(mlp, GatedMLP)
-        self.exchange = None  # where several processes share the experts: engine/parallel.py
         for name, layer in mlp.named_children():
             stacked = nn.Module()
             for key, param in layer.named_parameters():
                 copies = param.detach().expand(n_experts, *param.shape).clone()
                 stacked.register_parameter(key, nn.Parameter(copies))
             self.add_module(name, stacked)
+        # What one expert computes, on torch's meta device: without weights of its own. In a list,
+        # so that it is no submodule.
+        self.ffn = [copy.deepcopy(mlp).to("meta")]
 
-    def draw(self) -> None:
-        """Weights of their own for all experts, as nn.Linear draws them; 0 in the output layer."""
+    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
+        """x (N, D), gates (N, E) -> (N, D): sum over e of gates[:, e] * expert_e(x).
+
+        The definition. ops.py computes the same with the tokens sorted by expert.
+        """
+        names = [name for name, _ in self.named_parameters()]
+        y = torch.zeros_like(x)
+        for e, params in enumerate(zip(*(p.unbind() for p in self.parameters()), strict=True)):
+            token = gates[:, e].nonzero().squeeze(1)  # (n,) the tokens routed to expert e
+            weights = dict(zip(names, params, strict=True))  # (F, D) and the like
+            out = functional_call(self.ffn[0], weights, x[token])  # (n, D)
+            y.index_add_(0, token, (gates[token, e, None] * out).to(y.dtype))
+        return y
+
+    def reset_parameters(self) -> None:
+        """Each expert with weights of its own, as nn.Linear initialises them; output layers 0."""
         *first, last = self.children()
         for layer in first:
             bound = layer.weight.shape[-1] ** -0.5
@@ -68,77 +82,47 @@ class Experts(nn.Module):
         for param in last.parameters():
             nn.init.zeros_(param)
 
-    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
-        """x (N, D), gates (N, E) -> (N, D): the gated sum over the experts each row visits."""
-        plan = ops.plan_visits(gates)
-        rows = ops.permute(x, plan)  # (R, D)
-        out = self.exchange(rows, plan, self.ffn) if self.exchange else self.ffn(rows, plan)
-        return ops.unpermute(out, gates, plan)
-
-    def ffn(self, rows: Tensor, plan: ops.Plan) -> Tensor:  # (R, D) -> (R, D)
-        return ops.grouped_ffn(rows, [_layer(part) for part in self.children()], plan)
-
-
-def _layer(part: nn.Module) -> ops.Layer:
-    low = (part.lora_a, part.lora_b, part.lora_scale) if hasattr(part, "lora_a") else None
-    return ops.Layer(part.weight, getattr(part, "bias", None), low)
-
 
 class MoE(nn.Module):
-    """The sparse FFN of one block: y = meta(x) + sum over e of gates[e] * expert_e(x).
+    """The sparse FFN of one block. meta=False is MoE-LLaVA's layer, without the first term.
 
-    meta=False is MoE-LLaVA's layer, without the first term. residual=True is early TinyMed's
-    (Rajbhandari et al. 2022): the sum is mixed with a dense FFN, c0 * sum + c1 * dense(x), where
-    c = softmax(coefficient(x)).
+    A token whose gates are all 0, such as padding, gets meta(x) alone.
     """
 
-    def __init__(
-        self, mlp: nn.Module, router: Router, n_experts: int, meta: bool = True,
-        residual: bool = False,
-    ):  # fmt: skip
+    def __init__(self, mlp: nn.Module, router: Router, n_experts: int, meta: bool = True):
         super().__init__()
         self.router = router
-        self.meta = mlp if meta else None  # visited by every token
+        self.meta = mlp if meta else None  # computed for every token
         self.experts = Experts(mlp, n_experts)
-        self.dense = copy.deepcopy(mlp) if residual else None
-        width = router.proj.in_features
-        self.coefficient = nn.Linear(width, 2).to(router.proj.weight) if residual else None
 
     def forward(self, x: Tensor, mask: Tensor, hints: Hints) -> tuple[Tensor, Routing]:
         """x (B, T, D) normalised hidden states, mask (B, T) -> (B, T, D) and the routing."""
         routing = self.router(x, mask, hints)
-        rows = x.flatten(0, 1)  # (N, D)
-        y = self.experts(rows, routing.gates.flatten(0, 1))
-        if self.dense is not None:
-            share = self.coefficient(rows).softmax(dim=-1).to(y.dtype)  # (N, 2)
-            y = share[:, :1] * y + share[:, 1:] * self.dense(rows)
+        y = self.experts(x.flatten(0, 1), routing.gates.flatten(0, 1)).view_as(x)
         if self.meta is not None:
-            y = y + self.meta(rows)
-        return y.view_as(x), routing
+            y = y + self.meta(x)
+        return y, routing
 
 
 @torch.no_grad()
-def upcycle(
-    mlp: nn.Module, router: Router, n_experts: int, start: str, meta: bool = True,
-    residual: bool = False,
-) -> MoE:  # fmt: skip
-    """A trained dense FFN -> a sparse one whose meta expert and experts begin as its copies.
+def upcycle(mlp: nn.Module, router: Router, n_experts: int, start: str, meta: bool = True) -> MoE:
+    """A trained dense FFN -> a sparse one: it becomes the meta expert, the experts are copies.
 
+    start "preserving": the layer first computes FFN(x), as before. Where the gates of a token add
+        up to 1, every output layer is halved (FFN/2 + FFN/2); else those of the experts start at
+        0. Without a meta expert, plain copies preserve it if the gates add up to 1.
     start "released": plain copies, so the layer first computes (1 + sum of gates) * FFN(x).
-    start "preserving": the layer first computes FFN(x), as before. Where the gates add up to 1,
-    every output layer is halved (FFN/2 + FFN/2); else the experts' output layers begin at 0.
-    Without a meta expert and with gates that add up to 1, plain copies preserve by themselves.
-    start "fresh": FFN(x) as well; experts drawn anew, no copies, and their output layers are 0.
+    start "fresh": FFN(x), by the meta expert; experts are re-initialised, output layers are 0.
     """
-    moe = MoE(mlp, router, n_experts, meta, residual)
+    moe = MoE(mlp, router, n_experts, meta)
     if start == "fresh":
-        moe.experts.draw()
+        moe.experts.reset_parameters()
     if start == "preserving" and meta:
         share = 0.5 if router.sums_to_one else 0.0
-        name = "down" if moe.experts.is_gated else "fc2"
-        for part in (moe.experts, moe.dense) if residual else (moe.experts,):
-            for param in getattr(part, name).parameters():
-                param.mul_(share)
-        for param in getattr(moe.meta, name).parameters():
+        *_, experts_out = moe.experts.children()  # fc2, or down
+        *_, meta_out = moe.meta.children()
+        for param in experts_out.parameters():
+            param.mul_(share)
+        for param in meta_out.parameters():
             param.mul_(1 - share)
     return moe

@@ -1,11 +1,10 @@
-"""The second half of phase 2: teach one linear layer to name an image's modality.
+"""The second half of phase 2: train one linear layer to classify an image's modality.
 
-The dense model is frozen. What the router will see in phase 3 is collected from every FFN that
-will become sparse: the normalised hidden states, pooled over the prompt (a decision a sample) and
-at a few single positions from the image on (a decision a token). One Linear(d_model, E) learns to
-name the modality from all of them (paper, equation 3); phase 3 copies it into every MoE layer.
-The released notebook trains on a mean over all layers and positions, before normalisation, which
-no router ever sees; that is the one difference.
+The dense model is frozen. The inputs of every FFN that will become sparse are collected: the
+normalised hidden states, pooled over the prompt (for a decision per sample) and at a few single
+positions from the image on (for a decision per token). One Linear(d_model, E) learns the modality
+from all of them (paper, equation 3); phase 3 copies it into every MoE layer. (The released notebook
+averages over all layers and positions, before normalisation.)
 
 Shapes: B batch, T positions, D d_model, E experts, L sparse layers, M sampled positions.
 """
@@ -21,13 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import IMAGE_ID, MODALITIES
-from data import Batch, Dataset, Text
-from flags import TrainConfig
+from config import IMAGE_ID, MODALITIES, TrainConfig
+from data import Batch, Dataset, Sample, Text
 from metrics import format_confusion, router_report
-from model import MedMoE, precision
-from records import Sample
+from model import MedMoE, autocast
 from routers import Hints, pool
+from sources.images import Images
 
 N_POSITIONS = 4  # M: single positions taken from each sample and layer
 
@@ -49,7 +47,7 @@ def by_modality(samples: Iterable[Sample], rng: random.Random) -> dict[str | Non
 def hold_out(
     samples: Iterable[Sample], share: float, seed: int
 ) -> tuple[list[Sample], list[Sample]]:
-    """Split by image into (kept, held out), the same share of each modality, at least one image."""
+    """Split by image into (kept, held out), the same share of each modality."""
     kept, held = [], []
     for groups in by_modality(samples, random.Random(seed)).values():
         n = min(max(round(share * len(groups)), 1), len(groups) - 1)
@@ -68,21 +66,18 @@ def one_per_image(samples: Iterable[Sample], n: int, seed: int) -> list[Sample]:
 
 @torch.no_grad()
 def ffn_inputs(model: MedMoE, batch: Batch, layers: Sequence[int]) -> Tensor:
-    """What the FFNs of these blocks are given, (L, B, T, D) in fp32."""
-    seen: list[Tensor] = []
-    hooks = [
-        model.decoder.blocks[i].mlp.register_forward_pre_hook(
-            lambda _, x: seen.append(x[0].float())
-        )
-        for i in layers
-    ]
+    """The inputs of the FFNs of these blocks, (L, B, T, D) in fp32."""
+    inputs: list[Tensor] = []
+    ffns = [model.decoder.blocks[i].mlp for i in layers]
+    hooks = [ffn.register_forward_pre_hook(lambda _, x: inputs.append(x[0].float()))
+             for ffn in ffns]  # fmt: skip
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled blocks call no new hooks
             model(batch.ids, batch.mask, batch.images, Hints())
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(seen)
+    return torch.stack(inputs)
 
 
 def router_inputs(
@@ -92,38 +87,27 @@ def router_inputs(
     x = ffn_inputs(model, batch, layers)  # (L, B, T, D)
     prompt = batch.prompt()
     pooled = torch.stack([pool(layer, prompt)[:, 0] for layer in x], dim=1)  # (B, L, D)
-    informed = prompt & ((batch.ids == IMAGE_ID).cumsum(dim=1) > 0)  # text before cannot know
-    chance = informed.float().cpu()
-    picks = torch.multinomial(chance, N_POSITIONS, generator=generator).to(x.device)  # (B, M)
+    after = prompt & ((batch.ids == IMAGE_ID).cumsum(dim=1) > 0)  # text before has not seen it
+    picks = torch.multinomial(after.float().cpu(), N_POSITIONS, generator=generator)  # (B, M)
+    picks = picks.to(x.device)
     sample = torch.arange(len(picks), device=x.device)[:, None]  # (B, 1)
     return pooled, x[:, sample, picks].transpose(0, 1)
 
 
 def collect(
-    model: MedMoE, batches: Sequence[Batch], layers: Sequence[int], seed: int,
-    device: torch.device, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """All batches' router inputs and labels: (n, L, D), (n, L, M, D), (n,)."""
-    generator = torch.Generator().manual_seed(seed)
-    pooled, single, truth = [], [], []
-    for batch in tqdm(batches, desc="router features", file=sys.stderr, mininterval=1):
-        batch = batch.to(device)
-        with precision(device, dtype):
-            both = router_inputs(model, batch, layers, generator)
-        pooled.append(both[0])
-        single.append(both[1])
-        truth.append(batch.modality)
-    return torch.cat(pooled), torch.cat(single), torch.cat(truth)
-
-
-def features(
     model: MedMoE, samples: Sequence[Sample], text: Text, layers: Sequence[int], seed: int,
     device: torch.device, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What `collect` makes of the samples, 64 at a time."""
-    data = Dataset(samples, text, model.config, plain=False)
-    batches = [data.batch(rows.tolist()) for rows in torch.arange(len(samples)).split(64)]
-    return collect(model, batches, layers, seed, device, dtype)
+    """All samples' router inputs and labels: (n, L, D), (n, L, M, D), (n,)."""
+    images = Images(model.config.vision.image_size)
+    data = Dataset(samples, text, model.config, plain=False, images=images)
+    generator, found = torch.Generator().manual_seed(seed), []
+    parts = torch.arange(len(samples)).split(64)
+    for rows in tqdm(parts, desc="router features", file=sys.stderr, mininterval=1):
+        batch = data.batch(rows.tolist()).to(device)
+        with autocast(device, dtype):
+            found.append((*router_inputs(model, batch, layers, generator), batch.modality))
+    return tuple(torch.cat(part) for part in zip(*found, strict=True))
 
 
 def train_router(
@@ -139,6 +123,7 @@ def train_router(
     """
     pooled, single, truth = train
     x = torch.cat([pooled[:, :, None], single], dim=2)  # (n, L, 1 + M, D)
+    # With fewer experts than modalities some share an expert.
     y = (truth % n_experts)[:, None, None].expand(x.shape[:3]).flatten()
     x = x.flatten(0, 2)  # (n * L * (1 + M), D)
     torch.manual_seed(seed)
@@ -160,16 +145,16 @@ def evaluate_router(
     """Sample level: mean logits over the layers; token level: each single position by itself."""
     pooled, single, truth = held_out
     truth = truth % n_experts
-    said = linear(pooled).mean(dim=1).argmax(dim=-1)  # (n,)
+    predicted = linear(pooled).mean(dim=1).argmax(dim=-1)  # (n,)
     names = [*MODALITIES, *(f"expert {e}" for e in range(len(MODALITIES), n_experts))][:n_experts]
-    report = router_report(truth.tolist(), said.tolist(), names)
+    report = router_report(truth.tolist(), predicted.tolist(), names)
     right = linear(single).argmax(dim=-1) == truth[:, None, None]  # (n, L, M)
     report["token_accuracy"] = right.float().mean().item() if len(truth) else 0.0
     return report
 
 
 def mislabel(samples: Sequence[Sample], share: float, seed: int) -> list[Sample]:
-    """This share of the samples, drawn, with another modality than theirs, each as likely."""
+    """A random share of the samples, each with another modality than its own, uniformly chosen."""
     rng = random.Random(seed)
     wrong = set(rng.sample(range(len(samples)), round(share * len(samples))))
     return [
@@ -183,9 +168,9 @@ def learn_router(
     model: MedMoE, samples: Sequence[Sample], text: Text, flags: TrainConfig,
     device: torch.device, dtype: torch.dtype, layers: Sequence[int],
 ) -> tuple[dict[str, Tensor], dict]:  # fmt: skip
-    """Train on one question an image, a fifth of the images held out -> weights and a report.
+    """Train on one question an image, a fifth of them held out -> weights, report; or {}, {}.
 
-    layers: the blocks that will be sparse. Both are empty if no sample has a modality.
+    layers: the blocks that will be sparse.
     """
     labelled = one_per_image(samples, flags.router_images, flags.seed)
     train_samples, held_out = hold_out(labelled, 0.2, flags.seed)
@@ -195,7 +180,7 @@ def learn_router(
     if flags.router_noise:
         train_samples = mislabel(train_samples, flags.router_noise, flags.seed)
     where = layers, flags.seed, device, dtype
-    parts = [features(model, part, text, *where) for part in (train_samples, held_out)]
+    parts = [collect(model, part, text, *where) for part in (train_samples, held_out)]
     weights, report = train_router(
         *parts, n_experts=flags.experts or len(MODALITIES), seed=flags.seed
     )

@@ -1,6 +1,6 @@
-"""Routers: who visits which expert. To write your own, subclass Router and override `gate`.
+"""Routers: which tokens go to which experts. To write your own, subclass Router, override `gate`.
 
-Shapes: B batch, T positions, D d_model, E experts, k experts per token.
+Shapes: B batch, T positions, D d_model, E experts, k experts per token, N tokens that are real.
 """
 
 import importlib.util
@@ -16,41 +16,36 @@ from torch import Tensor, nn
 class Routing(NamedTuple):
     """What a router decided. A value that is returned, never stored on a module or in a global."""
 
-    gates: Tensor  # (B, T, E) fp32 >= 0; an exact 0 means "this token does not visit this expert"
+    gates: Tensor  # (B, T, E) fp32 >= 0; an exact 0 means "this token is not routed to e"
     logits: Tensor  # (B, T, E) fp32 scores before any choice: for the losses and the plots
     penalty: Tensor | float = 0.0  # () what the router adds to the loss; 0 outside training
 
-    def last(self) -> "Routing":
-        """Of the last position only."""
-        return Routing(self.gates[:, -1:], self.logits[:, -1:])
-
 
 class Hints(NamedTuple):
-    """What a router may know besides the hidden states. None: not known here."""
+    """What a router may use besides the hidden states. None: not known here."""
 
     prompt: Tensor | None = None  # (B, T) bool, True before the first answer token
     modality: Tensor | None = None  # (B,) int64 index into config.MODALITIES, -1 unknown
     ids: Tensor | None = None  # (B, T) int64 tokens, config.IMAGE_ID for a patch
-    held: Routing | None = None  # (B, 1, E): what was decided at the position before (KV cache)
-    given: Routing | None = None  # (B, T, E): to be taken as it is; routes.py
+    previous: Routing | None = None  # (B, 1, E) of the position before, while an answer is made
 
 
 class Router(nn.Module):
     """Scores every expert for every token. To write your own, subclass and override `gate`.
 
     `penalty` and `update` are there to balance the load, by a loss or without one. `gate` and
-    `penalty` leave the router as it is: they may be computed twice for one step.
+    `penalty` must not change the router: activation checkpointing computes them twice.
 
     level "token" decides for each position; "sequence" once a sample, on the mean of its prompt,
-    and keeps to it while the answer is generated, so that decoding touches k experts only.
+    and keeps that decision while the answer is generated: its tokens all go to the same k experts.
     """
 
     causal = True  # False if gates at t may depend on answer tokens after t; generate() refuses
     batch_invariant = True  # False if gates of one sample may depend on the others in the batch
     frozen = False  # True: phase 3 does not train it
-    sums_to_one = False  # True if the gates of every real token add up to 1: see `upcycle`
-    at_most_k = True  # False if a token may visit more than top_k experts
-    may_drop = False  # True if a real token may visit no expert, also in evaluation
+    sums_to_one = False  # True if the gates of every real token add up to 1: see moe.upcycle
+    at_most_k = True  # False if a token may be routed to more than top_k experts
+    may_drop = False  # True if a real token may be routed to no expert, also in evaluation
     needs: ClassVar[tuple[str, ...]] = ()  # fields of Hints that `gate` takes as well, by name
 
     def __init__(self, d_model: int, n_experts: int, top_k: int = 2, level: str = "token"):
@@ -67,19 +62,18 @@ class Router(nn.Module):
         """What training adds to the loss, a mean over the real tokens; gates are 0 on padding."""
         return 0.0
 
-    def update(self, visits: Tensor) -> None:
-        """After every training step: visits (E,) fp32, to each expert per real token of the step.
+    def update(self, load: Tensor) -> None:
+        """After every training step: load (E,) fp32, tokens routed to each expert / real tokens.
 
-        For what no gradient teaches; none is recorded. What changes here has to be a buffer, or
-        a resumed run is another one.
+        For what no gradient teaches; no gradient is recorded. What changes here has to be a
+        buffer, or a resumed run would differ from an uninterrupted one.
         """
 
     def forward(self, x: Tensor, mask: Tensor, hints: Hints = Hints()) -> Routing:
-        if hints.given is not None:
-            return hints.given
-        if self.level == "sequence" and hints.held is not None:
-            held = hints.held
-            return Routing(*(t.expand(-1, x.shape[1], -1) for t in (held.gates, held.logits)))
+        """x (B, T, D), mask (B, T) True on real tokens -> the routing, 0 on padding."""
+        if self.level == "sequence" and hints.previous is not None:  # decided on the prompt
+            gates, logits, _ = hints.previous
+            return Routing(*(t.expand(-1, x.shape[1], -1) for t in (gates, logits)))
         real = mask
         with torch.autocast(x.device.type, enabled=False):  # fp32: bf16 rounding flips close calls
             x = x.float()
@@ -88,13 +82,12 @@ class Router(nn.Module):
                 mask = torch.ones_like(mask[:, :1])
             logits = F.linear(x, self.proj.weight.float(), self.proj.bias.float())  # (B, T or 1, E)
             extra = {name: getattr(hints, name) for name in self.needs}
-            # Not a product: whatever a gate is on padding, even NaN, padding visits nobody.
+            # Not a product: gates on padding may be anything, even NaN, and must become 0.
             gates = self.gate(logits, mask, x, **extra).masked_fill(~mask[..., None], 0.0)
             penalty = self.penalty(gates, logits, mask, x) if self.training else 0.0
-        if self.level == "sequence":  # one decision serves all positions
-            wide = (-1, real.shape[1], -1)
-            gates = gates.expand(wide).masked_fill(~real[..., None], 0.0)
-            logits = logits.expand(wide)
+        if self.level == "sequence":  # the same decision at all positions
+            logits = logits.expand(-1, real.shape[1], -1)
+            gates = gates.expand_as(logits).masked_fill(~real[..., None], 0.0)
         return Routing(gates, logits, penalty)
 
 
@@ -117,7 +110,7 @@ def top_k_gates(probs: Tensor, k: int) -> Tensor:
 
 
 class TopKRouter(Router):
-    """Each token visits its k likeliest experts; learned with the experts (MoE-LLaVA's way)."""
+    """Each token to its k likeliest experts; learned with the experts (MoE-LLaVA's way)."""
 
     @property
     def sums_to_one(self) -> bool:
@@ -128,23 +121,23 @@ class TopKRouter(Router):
 
 
 class ModalityRouter(TopKRouter):
-    """Med-MoE: one linear layer trained in phase 2 to name the modality, then frozen."""
+    """Med-MoE: one linear layer trained in phase 2 to classify the modality, then frozen."""
 
     frozen = True
 
 
 class RandomRouter(TopKRouter):
-    """Control: a top-k router that nobody trained. Its weights stay as they were drawn."""
+    """Control: a top-k router that is never trained. Its weights stay as initialised."""
 
     frozen = True
 
 
 class OracleRouter(Router):
-    """Control: the true modality's expert with gate 1; all experts alike where it is unknown."""
+    """Control: the true modality's expert with gate 1; all experts equally where it is unknown."""
 
     frozen = True
     sums_to_one = True
-    at_most_k = False  # of an unknown modality all experts are asked
+    at_most_k = False  # an unknown modality goes to all experts
     needs = ("modality",)
 
     def gate(self, logits: Tensor, mask: Tensor, x: Tensor, modality: Tensor | None) -> Tensor:
@@ -182,13 +175,14 @@ def get_router(spec: str) -> type[Router]:
 
 
 def load_balancing_loss(routing: Routing, mask: Tensor) -> Tensor:
-    """E * sum over e of (share of visits) * (mean probability): 1 when balanced, E at collapse.
+    """E * sum over e of (share of routed tokens) * (mean probability): 1 if balanced, E if not.
 
-    Fedus et al. 2021, equation 4, over the real tokens of mask (B, T); k visits count 1/k each.
+    Fedus et al. 2021, equation 4, over the real tokens of mask (B, T); with k experts a token,
+    each of them counts 1/k.
     """
     gates, logits = routing.gates[mask], routing.logits[mask]  # both (N, E)
-    visits = (gates != 0).float().sum(dim=0)  # (E,)
-    share = visits / visits.sum().clamp(min=1)
+    routed = (gates != 0).float().sum(dim=0)  # (E,) tokens of each expert
+    share = routed / routed.sum().clamp(min=1)
     return gates.shape[-1] * (share * logits.softmax(dim=-1).mean(dim=0)).sum()
 
 

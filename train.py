@@ -1,13 +1,16 @@
-"""Train a Med-MoE: python train.py --phase 3 runs all three phases on the embedded pictures.
+"""Train a Med-MoE: python train.py --phase 3 runs all three phases on the embedded images.
 
-    1 alignment           captions       the projector learns to speak the decoder's language
-    2 instruction tuning  dialogues      decoder and projector; then the router, on modalities
-    3 MoE tuning          questions      every second FFN becomes experts + meta; those learn
+    1 alignment           captions       projector
+    2 instruction tuning  dialogues      projector and decoder; then the router, on modality labels
+    3 MoE tuning          questions      every second FFN becomes experts + meta; those are trained
 
-A phase starts from the checkpoint of the phase before; one that is missing is made first.
+On data that the tower was not pretrained on, phases 1 and 2 train it too (--tune-vision). A phase
+starts from the checkpoint of the phase before; a missing one is trained first.
 """
 
+import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -16,51 +19,43 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import leaks
 from checkpoint import load_checkpoint, read_meta, read_seen
 from config import (
+    IGNORE,
     PHASES,
     RELEASED_EXTRA,
     ModelConfig,
     MoEConfig,
+    Recipe,
+    TrainConfig,
     UserError,
     named_layers,
     preset,
     to_dict,
 )
-from data import Dataset, Text
-from engine import lora
-from engine.features import check_cache, open_features
-from engine.generators import seed_all
-from engine.optim import cast_weights
-from engine.parallel import shard
-from engine.processes import ALONE, Processes, start
-from engine.run import Run, claim, refuse_changed_flags, unfinished
-from engine.step import train
-from flags import TrainConfig, at_least, check_sparse, check_writable, parse, reading, user_errors
-from model import (
-    MedMoE,
-    choose_device,
-    compile_blocks,
-    describe,
-    freeze_all_but,
-    make_router,
-    make_sparse,
-    sparse_layers,
-)  # fmt: skip
+from data import Batch, Dataset, Text
+from engine import cli, lora
+from engine.features import check_cache
+from engine.optim import cast_weights, make_optimizer
+from engine.processes import ALONE, Processes, choose_device, start
+from engine.published import load_published
+from engine.run import Run, claim, refuse_changed_flags, seed_all, unfinished
+from engine.tensorfiles import open_tensors
+from model import Loss, MedMoE, autocast, freeze_all_but, make_router, make_sparse, sparse_layers
 from router_training import learn_router
-from routers import get_router
-from sources import has_splits, load_samples
-from tensorfiles import open_tensors, read_json
-from weights import load_published
+from routers import get_router, load_balancing_loss, router_z_loss
+from scoring import leaks
+from sources.images import Images, jitter
+from sources.load import has_splits, load_samples, reading
+from sources.records import read_json
 
 
 def trained_patterns(flags: TrainConfig, number: int, config: ModelConfig) -> tuple[str, ...]:
-    """Which parameters phase `number` trains, as patterns over their names."""
+    """Which parameters phase `number` trains, as patterns over their names: PHASES, and flags."""
     trains = lora.TRAINS[number] if flags.lora_rank else PHASES[number].trains
     if number < 3:
         return trains + (("vision.*",) if flags.tune_vision else ())
-    if config.moe is None:
+    if config.moe is None:  # --experts 0: the FFNs that would be sparse
         layers = sparse_layers(config, sparse_config(flags, config))
         return tuple(f"decoder.blocks.{i}.mlp.*" for i in layers)
     if not config.moe.meta:
@@ -70,6 +65,105 @@ def trained_patterns(flags: TrainConfig, number: int, config: ModelConfig) -> tu
     if not get_router(config.moe.router).frozen:
         trains += ("decoder.*.mlp.router.*",)
     return trains
+
+
+def lr_scale(step: int, n_steps: int) -> float:
+    """Linear warm-up over the first 3 % of the steps, then a cosine down to 0 (paper, Table 11)."""
+    warm = max(1, round(0.03 * n_steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, n_steps - warm)))
+
+
+def router_losses(out: Loss, mask: Tensor, flags: TrainConfig) -> Tensor | float:
+    """What the routers add to the loss, a mean over the sparse layers. 0 by default."""
+    total = 0.0
+    for routing in out.routings:
+        total = total + routing.penalty
+        if flags.balance:
+            total = total + flags.balance * load_balancing_loss(routing, mask)
+        if flags.z_loss:
+            total = total + flags.z_loss * router_z_loss(routing, mask)
+    return total / max(1, len(out.routings))
+
+
+def micro_batches(data: Dataset, rows: list[int], accumulate: int, run: Run) -> list[Batch]:
+    """This process's part of each micro-batch of a step.
+
+    A process that has no sample computes another's, without labels: all take part in exchanges.
+    """
+    size = math.ceil(len(rows) / accumulate)
+    batches = []
+    for first in range(0, len(rows), size):
+        part = rows[first : first + size]
+        mine = part[run.rank :: run.world]
+        batch = data.batch(mine or part[:1])
+        batches.append(batch if mine else batch._replace(labels=batch.labels.fill_(IGNORE)))
+    return batches
+
+
+def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run: Run) -> None:
+    """The loop of every phase."""
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    routers = [block.mlp.router for block in model.decoder.blocks if block.is_sparse]
+    optimizer = make_optimizer(params, recipe.lr, flags.weights)
+    per_epoch = len(data.epoch(recipe.batch_size, flags.seed, 0))
+    n_steps = flags.steps or max(1, round(recipe.epochs * per_epoch))
+    first = run.begin(model, optimizer, data.samples, n_steps, per_epoch,
+                      lr=recipe.lr, batch_size=recipe.batch_size)  # fmt: skip
+    model.train()
+    with run.interruptible():
+        for step in range(first, n_steps):
+            if step == first or step % per_epoch == 0:
+                order = data.epoch(recipe.batch_size, flags.seed, step // per_epoch)
+            rows = order[step % per_epoch]
+            data.prefetch(order[step % per_epoch + 1 :][:2])
+            batches = micro_batches(data, rows, flags.accumulate, run)
+            # The mean over all supervised tokens of the step: neither accumulation nor the number
+            # of processes changes the loss.
+            (n_tokens,) = run.sum(sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches))
+            loss = 0.0
+            for batch in batches:
+                batch = batch.to(run.device)
+                if flags.jitter and len(batch.images):
+                    batch = batch._replace(images=jitter(batch.images))
+                with autocast(run.device, run.dtype):
+                    out = model.loss(batch)
+                # Router losses are means over the tokens, out.total is a sum.
+                part = out.total + out.n_tokens * router_losses(out, batch.mask, flags)
+                part = part / n_tokens
+                part.backward()
+                loss += part.item()
+                run.count(batch, out)
+            loss, load = run.reduce(loss)  # sums over processes; FSDP has summed the gradients
+            norm = run.clip_gradients(flags.clip_grad)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                ids = ", ".join(data.samples[r].id for r in rows)
+                where = f"{run.title}, step {step}: loss {loss}, gradient norm {norm}"
+                raise UserError(f"{where}; nothing was updated. The batch: {ids}")
+            lr = recipe.lr * lr_scale(step, n_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for router, of_layer in zip(routers, load.to(run.device), strict=True):
+                    router.update(of_layer)
+            run.after_step(step, loss, lr, norm, load)
+    model.eval()
+
+
+def describe(model: MedMoE) -> str:
+    """One line for each family of parameters: trained or frozen, and how many."""
+    families: dict[tuple[bool, str], int] = {}
+    for name, param in model.named_parameters():
+        parts = re.sub(r"\.\d+\.", ".*.", name).split(".")[:-1]  # without weight, bias
+        if len(parts) > 2 and not parts[-1].startswith("ln"):
+            parts.pop()  # q, k, v, o in one line; fc1 and fc2 in one line
+        key = (param.requires_grad, "vision" if parts[0] == "vision" else ".".join(parts))
+        families[key] = families.get(key, 0) + param.numel()
+    rows = sorted((not trains, name, n) for (trains, name), n in families.items())
+    return "\n".join(f"  {'frozen' if f else 'trains'}  {name:<32}{n:>14,}" for f, name, n in rows)
 
 
 def start_model(number: int, flags: TrainConfig, source: Path | None) -> tuple[MedMoE, Path, dict]:
@@ -97,23 +191,24 @@ def start_model(number: int, flags: TrainConfig, source: Path | None) -> tuple[M
 
 def sparse_config(flags: TrainConfig, config: ModelConfig) -> MoEConfig:
     return MoEConfig(
-        flags.experts, flags.top_k, flags.router, flags.router_level, start=flags.start,
-        layers=named_layers(flags.moe_layers, config.decoder.n_layers), meta=flags.meta,
+        flags.experts, flags.top_k, flags.router, flags.router_level, flags.start,
+        named_layers(flags.moe_layers, config.decoder.n_layers), flags.meta,
     )  # fmt: skip
 
 
 def go_sparse(model: MedMoE, flags: TrainConfig, router: dict[str, Tensor]) -> None:
     """The dense model of phase 2 -> experts and meta expert, phase 2's router in every layer."""
-    learnt = flags.router == "modality"
-    if learnt and not router:
+    if flags.router != "modality":
+        router = None  # stays as initialised
+    elif not router:
         raise UserError("--router modality: the checkpoint has no router.safetensors of phase 2")
-    if learnt and len(router["bias"]) != flags.experts:
-        raise UserError(f"--experts {flags.experts}: phase 2's router knows {len(router['bias'])}")
-    make_sparse(model, sparse_config(flags, model.config), router if learnt else None)
+    elif (n := len(router["bias"])) != flags.experts:
+        raise UserError(f"--experts {flags.experts}: phase 2's router has {n} outputs")
+    make_sparse(model, sparse_config(flags, model.config), router)
 
 
-def prepare(number: int, flags: TrainConfig, source: Path | None) -> tuple[MedMoE, Path, list[str]]:
-    """-> the model as this phase trains it, its tokenizer's file, and what there is to say."""
+def prepare(number: int, flags: TrainConfig, source: Path | None) -> tuple[MedMoE, Path]:
+    """-> the model with the parameters of this phase trainable, and its tokenizer's file."""
     model, tokenizer, router = start_model(number, flags, source)
     if flags.weights != "float32":
         cast_weights(model, torch.bfloat16)
@@ -122,47 +217,39 @@ def prepare(number: int, flags: TrainConfig, source: Path | None) -> tuple[MedMo
     if flags.lora_rank:
         lora.add_lora(model, flags.lora_rank, number)
     freeze_all_but(model, trained_patterns(flags, number, model.config))
-    model.decoder.recompute = flags.activation_checkpointing
-    return model, tokenizer, describe(model)
+    return model, tokenizer
 
 
 def run_phase(
     number: int, flags: TrainConfig, source: Path | None, processes: Processes = ALONE
 ) -> Path:
     """One phase from start to checkpoint; returns the checkpoint's directory."""
-    phase, chosen = PHASES[number], preset(flags.preset)
+    phase, recipe = PHASES[number], choose_recipe(flags, number)
     seed_all(flags.seed + number)  # all processes begin with the same model
-    model, tokenizer, told = prepare(number, flags, source)
-    text, run = Text(tokenizer), Run(number, flags, tokenizer, processes)
+    model, tokenizer = prepare(number, flags, source)
+    summary, text = describe(model), Text(tokenizer)
+    run = Run(number, flags, tokenizer, processes)
     run.refuse_leftovers()
-    if flags.compile:
-        compile_blocks(model)
-    shard(model, processes, run.device, flags.expert_parallel)
-    if processes.rank:  # else all would drop out the same
-        seed_all(flags.seed + number + 1000 * processes.rank)
-    recipe = (chosen.long if flags.tune_vision else chosen.recipes)[number]
-    given = {k: getattr(flags, k) for k in ("lr", "epochs", "batch_size")}
-    recipe = replace(recipe, **{k: v for k, v in given.items() if v is not None})
+    run.place(model)
     samples = load_samples(flags.data, phase.data, "train", **reading(flags))
-    data = Dataset(samples, text, model.config, phase.plain, flags.workers)
-    data.features = open_features(model, flags, run)
-    print(f"\nphase {number}, {phase.title}: {len(data.samples)} samples, {recipe}")
+    # As released: training crops the images of captions, and pads all others.
+    images = Images(model.config.vision.image_size, pad=not phase.plain, workers=flags.workers)
+    data = Dataset(samples, text, model.config, phase.plain, images)
+    print(f"\nphase {number}, {phase.title}: {len(samples)} samples, {recipe}")
     print(f"  on {run.device}, matmuls in {run.dtype}; starts from {source or 'pretrained parts'}")
-    print("\n".join(told))
-    before = read_seen(source) if source else {}
+    print(summary)
     extra, meta = {}, {}
-    if before is not None:  # else the checkpoint before does not say what it has seen
-        extra["seen"] = {}  # the first process writes it
-        if processes.is_first:
-            extra["seen"] = leaks.merge(before, leaks.seen_by(samples, flags.workers or 1))
+    before = read_seen(source) if source else {}
+    if before is not None:  # None: nobody knows what the checkpoint was trained on
+        new = leaks.seen_by(samples) if processes.is_first else {}  # the first process writes it
+        extra["seen"] = leaks.merge(before, new) if processes.is_first else {}
     train(model, data, flags, recipe, run)
     if number == 2:
         questions = load_samples(flags.data, "vqa", "train", **reading(flags))
         layers = sparse_layers(model.config, sparse_config(flags, model.config))
-        where = run.device, run.dtype
-        weights, report = learn_router(model, questions, text, flags, *where, layers)
+        where = run.device, run.dtype, layers
+        weights, meta["router"] = learn_router(model, questions, text, flags, *where)
         extra |= {"router": weights} if weights else {}
-        meta = {"router": report}
     lora.merge_lora(model)
     path = run.folder / f"phase{number}"
     run.save(path, model, extra, **meta)
@@ -171,8 +258,16 @@ def run_phase(
     return path
 
 
+def choose_recipe(flags: TrainConfig, number: int) -> Recipe:
+    """The preset's recipe of this phase, with what the flags change."""
+    chosen = preset(flags.preset)
+    recipe = (chosen.long if flags.tune_vision else chosen.recipes)[number]
+    given = {k: getattr(flags, k) for k in ("lr", "epochs", "batch_size")}
+    return replace(recipe, **{k: v for k, v in given.items() if v is not None})
+
+
 def pretrained(flags: TrainConfig) -> tuple[Path, Path]:
-    """Where the tower and the decoder to start from lie: as the user says, or the preset's."""
+    """The directories of the tower and decoder to start from: the user's, or the preset's."""
     chosen, found = preset(flags.preset), []
     for name in ("clip", "llm"):
         if (where := getattr(flags, name) or getattr(chosen, name)) is None:
@@ -186,11 +281,10 @@ def resolve(flags: TrainConfig) -> TrainConfig:
     model = preset(flags.preset).model
     out = flags.out or f"runs/{flags.preset}"
     flags = replace(flags, data=flags.data or ("phantoms",), out=out)
-    at_least(flags, accumulate=1, experts=0, save_every=1, keep=1, batch_size=1, steps=1,
-             router_images=1, expert_parallel=1, workers=0,
-             max_missing=0)  # fmt: skip
+    cli.at_least(flags, accumulate=1, experts=0, save_every=1, keep=1, batch_size=1, steps=1,
+                 router_images=1, expert_parallel=1, workers=0, max_missing=0)  # fmt: skip
     if flags.json:
-        check_writable(Path(flags.json))
+        cli.check_writable(Path(flags.json))
     if flags.weights != "float32" and choose_device(flags.device, flags.dtype)[1] == torch.float32:
         raise UserError(f"--weights {flags.weights}: needs --dtype bfloat16, not float32")
     if flags.lora_rank:
@@ -200,39 +294,35 @@ def resolve(flags: TrainConfig) -> TrainConfig:
     if flags.tune_vision is None and flags.init:
         flags = replace(flags, tune_vision=read_meta(Path(flags.init))[1]["flags"]["tune_vision"])
     elif flags.tune_vision is None:
-        # A tower that says what it was pretrained on has not seen anything else.
-        known = read_json(pretrained(flags)[0] / "config.json").get("pretrained_on", ())
+        # A tower whose config.json lists its pretraining data has seen no other.
+        known = read_json(pretrained(flags)[0] / "config.json", dict).get("pretrained_on", ())
         seen = {spec.partition(":")[0] for spec in known}
         new = {spec.partition(":")[0] for spec in flags.data} - seen
         flags = replace(flags, tune_vision=bool(seen and new))
     if flags.jitter is None:
         flags = replace(flags, jitter=flags.tune_vision)
     check_cache(flags)
-    check_sparse(flags)
+    cli.check_sparse(flags)
     if flags.phase == 3 and flags.experts:
         make_router(model, sparse_config(flags, model))
         if flags.router == "modality" and flags.init is None:
             questions = load_samples(flags.data, "vqa", "train", **reading(flags))
             if len(known := {s.modality for s in questions} - {None}) < 2:
                 found = f"only one modality, {known.pop()}" if known else "no modalities"
-                sources = " ".join(flags.data)
-                raise UserError(
-                    f"--router modality: {sources} has {found}: use --router topk, or label the "
-                    "images with --router-labels FILE"
-                )
+                raise UserError(f"--router modality: {' '.join(flags.data)} has {found}: use "
+                                "--router topk, or label the images with --router-labels "
+                                "FILE")  # fmt: skip
     return flags
 
 
-# Of earlier phases that are reused.
-SAME = (
-    "preset", "data", "lang", "clip", "llm", "tune_vision", "image_folder", "router_labels",
-)  # fmt: skip
+# Flags that must be the same for an earlier phase to be reused.
+SAME = ("preset", "data", "lang", "clip", "llm", "tune_vision", "image_folder", "router_labels")
 
 
 def earlier_phase(number: int, flags: TrainConfig) -> Path | None:
-    """The finished checkpoint of this phase in --out, if it was trained as this run would.
+    """The finished checkpoint of this phase in --out, if its flags were those of this run.
 
-    None if there is none, or if --resume is to go on with a later run of the phase.
+    None if there is none, or if --resume is to continue a later run of the phase.
     """
     path = Path(flags.out) / f"phase{number}"
     if not path.is_dir() or (flags.resume and unfinished(path.parent, number)):
@@ -255,8 +345,7 @@ def run_phases(flags: TrainConfig, processes: Processes) -> None:
     first = flags.phase if flags.init else 1
     for number in range(first, flags.phase):
         source = earlier_phase(number, flags) or run_phase(number, flags, source, processes)
-    path = earlier_phase(flags.phase, flags) if flags.resume else None
-    if path:
+    if path := earlier_phase(flags.phase, flags) if flags.resume else None:
         refuse_changed_flags(path, read_meta(path)[1]["flags"], flags)
     path = path or run_phase(flags.phase, flags, source, processes)
     processes.end()
@@ -272,18 +361,15 @@ def run_phases(flags: TrainConfig, processes: Processes) -> None:
         alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         if code := subprocess.run([sys.executable, *command], env=alone).returncode:
             raise SystemExit(code)
-    print(f"\nask it something: python chat.py {path}")
+    print(f"\ntry it: python chat.py {path}")
 
 
-@user_errors
+@cli.user_errors
 def main(argv: list[str] | None = None) -> None:
-    flags = resolve(parse(TrainConfig, argv, "train.py"))
+    flags = resolve(cli.parse(TrainConfig, argv, "train.py"))
     processes = start(flags.device)
     print(" ".join(f"{k}={v}" for k, v in asdict(flags).items()))
-    try:
-        Path(flags.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {flags.out}: {error.strerror}") from error
+    Path(flags.out).mkdir(parents=True, exist_ok=True)
     with claim(Path(flags.out), processes):
         run_phases(flags, processes)
 

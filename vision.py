@@ -1,39 +1,22 @@
-"""The CLIP vision tower, and the way from an image file to its input.
+"""The CLIP vision tower, the projector behind it, and the pixels that go in.
 
-A pre-norm ViT (Radford et al. 2021). LLaVA reads it before its last layer: hidden state -2,
-without the CLS token and without the final LayerNorm; so the last layer is never built.
+The tower is a pre-norm ViT (Radford et al. 2021). LLaVA reads it before its last layer: hidden
+state -2, without the CLS token and without the final LayerNorm. So the last layer is never built.
 
-Shapes: B batch, S image side, P patches, W tower width, H heads, K head width.
+Shapes: B batch, S image side, P patches, W tower width, D decoder width, H heads, K head width.
 """
-
-import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from config import UserError, VisionConfig
-from ops import attend
+from config import VisionConfig
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # the rest of Pillow's decoders stay shut
-MAX_PIXELS = 50_000_000  # of an image file; 4 bytes each once decoded
-MAX_RATIO = 100  # of its sides; a 1 x 100000 strip is no picture, and a huge square
-MAX_SIDE = 8192  # of the square; a longer image is shrunk first
-TURN = Image.Transpose
-UPRIGHT = {  # EXIF orientation -> what undoes it
-    2: TURN.FLIP_LEFT_RIGHT,
-    3: TURN.ROTATE_180,
-    4: TURN.FLIP_TOP_BOTTOM,
-    5: TURN.TRANSPOSE,
-    6: TURN.ROTATE_270,
-    7: TURN.TRANSVERSE,
-    8: TURN.ROTATE_90,
-}
+MAX_SIDE = 8192  # of the padded square; a longer image is shrunk first
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -41,8 +24,23 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """softmax(q k' / sqrt(K) + attn_mask) v; q (B, H, T, K), k, v (B, H, C, K) -> (B, H, T, K).
+
+    attn_mask (B, 1, T, C): 0 where a query may look, else -inf; None: everywhere. For training on
+    a CPU it is written out: torch's fused kernel takes 4 times as long for its backward in bf16.
+    """
+    if q.device.type != "cpu" or not q.requires_grad:
+        mask = None if attn_mask is None else attn_mask.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, C)
+    if attn_mask is not None:
+        scores = scores + attn_mask  # in fp32
+    return scores.float().softmax(dim=-1).to(v.dtype) @ v
+
+
 class VisionBlock(nn.Module):
-    """Pre-norm transformer block; every patch attends to every patch (no mask, no rotation)."""
+    """Pre-norm transformer block; every patch attends to every patch (no mask, no RoPE)."""
 
     def __init__(self, width: int, n_heads: int, d_ff: int):
         super().__init__()
@@ -53,12 +51,10 @@ class VisionBlock(nn.Module):
         self.fc1 = nn.Linear(width, d_ff)
         self.fc2 = nn.Linear(d_ff, width)
 
-    def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, P + 1, K)
-
     def attend(self, x: Tensor) -> Tensor:
-        q, k, v = (self.heads(f(x)) for f in (self.q, self.k, self.v))
-        y = attend(q, k, v)  # (B, H, P + 1, K)
+        q, k, v = (f(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+                   for f in (self.q, self.k, self.v))  # (B, H, P + 1, K) each  # fmt: skip
+        y = attention(q, k, v)  # (B, H, P + 1, K)
         return self.o(y.transpose(1, 2).flatten(-2))  # (B, P + 1, W)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,70 +90,22 @@ class VisionTower(nn.Module):
         return self.hidden(images)[:, 1:]
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """An image file -> an RGB picture, as a viewer shows it: first frame, upright, on black.
+class Projector(nn.Module):
+    """Tower width -> decoder width: Linear, exact GELU, Linear (LLaVA's mlp2x_gelu)."""
 
-    Raises UserError with the file and the reason for whatever cannot be read or claims too much.
-    """
-    path = Path(path)
-    if not path.is_file():
-        reason = "is not a file" if path.exists() else "no such file"
-        raise UserError(f"image {path}: {reason}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_size decides
-            with Image.open(path, formats=FORMATS) as image:  # reads the header alone
-                check_size(*image.size)
-                image.load()
-                return to_rgb(upright(image))
-    except Image.UnidentifiedImageError:
-        empty = path.stat().st_size == 0
-        reason = "is empty" if empty else f"not a readable image ({', '.join(FORMATS)} are)"
-    except Exception as error:  # a broken file makes a decoder raise anything, struct.error too
-        reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-    raise UserError(f"image {path}: {reason}")
+    def __init__(self, width: int, d_model: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, d_model)
+        self.fc2 = nn.Linear(d_model, d_model)
 
-
-def check_size(width: int, height: int) -> None:
-    """Refuse what a header claims before memory is given to it."""
-    if not 0 < width * height <= MAX_PIXELS:
-        raise ValueError(f"claims {width} x {height} pixels; at most {MAX_PIXELS} are allowed")
-    if max(width, height) > MAX_RATIO * min(width, height):
-        raise ValueError(f"{width} x {height} pixels: a side is over {MAX_RATIO} times the other")
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turn a photograph the way its camera was held; unreadable EXIF data turns nothing."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:
-        return image
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes -> RGB: transparent is black, deep grey is stretched to 0 .. 255."""
-    if image.mode.startswith(("I", "F")):  # convert("RGB") would clip them at 255
-        return stretch(np.asarray(image, dtype=np.float32)).convert("RGB")
-    if image.has_transparency_data:
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def stretch(grey: np.ndarray) -> Image.Image:
-    """16-bit, 32-bit or float grey (H, W) -> 8 bits: its least value black, its largest white."""
-    finite = np.isfinite(grey)
-    values = grey[finite] if finite.any() else np.zeros(1)
-    low, high = float(values.min()), float(values.max())
-    unit = (np.where(finite, grey, low) - low) / ((high - low) or 1.0)  # (H, W) in 0 .. 1
-    return Image.fromarray((unit * 255).round().astype(np.uint8))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))  # (B, P, D)
 
 
 def square(image: Image.Image, size: int, pad: bool) -> Tensor:
-    """An RGB picture -> (3, S, S) uint8, S = size, by bicubic resizing.
+    """An RGB image -> (3, S, S) uint8, S = size, by bicubic resizing.
 
-    pad=True   the whole picture, centred on a square of CLIP's mean colour
+    pad=True   the whole image, centred on a square of CLIP's mean colour
     pad=False  its central square: shortest edge to S, then a crop, as CLIPImageProcessor does
     Source: LLaVA expand2square (Med-MoE train.py:910-921 @148cbd6); the released code pads in
     phases 2 and 3 and crops in phase 1 and in evaluation.
@@ -180,22 +128,6 @@ def square(image: Image.Image, size: int, pad: bool) -> Tensor:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8 -> float32 with CLIP's mean and deviation taken out."""
-    mean, std = (
-        torch.tensor(x, device=images.device)[:, None, None] for x in (CLIP_MEAN, CLIP_STD)
-    )
+    """(B, 3, S, S) uint8 -> float32, less CLIP's mean, divided by its standard deviation."""
+    mean, std = torch.tensor([CLIP_MEAN, CLIP_STD], device=images.device)[..., None, None]
     return (images.float() / 255 - mean) / std
-
-
-def jitter(images: Tensor) -> Tensor:
-    """(B, 3, S, S) turned, zoomed, shifted and re-lit a little, each picture by its own chance.
-
-    For a tower that learns from few images. Never mirrored: left has to stay left.
-    """
-    turn, zoom, dx, dy, gain, lift = torch.rand(6, len(images), 1, device=images.device) * 2 - 1
-    turn, zoom = 0.15 * turn, 1 + 0.12 * zoom  # radians; grid_sample's units are half sides
-    cos, sin = turn.cos() * zoom, turn.sin() * zoom
-    rows = torch.cat([cos, -sin, 0.12 * dx, sin, cos, 0.12 * dy], dim=1)  # (B, 6)
-    grid = F.affine_grid(rows.unflatten(1, (2, 3)), list(images.shape), align_corners=False)
-    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return moved * (1 + 0.15 * gain[..., None, None]) + 0.15 * lift[..., None, None]

@@ -9,15 +9,15 @@ from routers import Router
 
 
 class Switch(Router):
-    """One expert a token with its raw probability; in training an expert takes C and no more."""
+    """Top-1 with the raw probability as the gate; in training an expert takes at most C tokens."""
 
     capacity_factor = 1.25
     weight = 0.01  # of the penalty; the paper's alpha
 
     def gate(self, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
-        """Top-1; in training at most ceil(capacity_factor * real / E) an expert and sample."""
+        """Top-1; in training at most C = ceil(capacity_factor * real / E) per expert and sample."""
         raise NotImplementedError("not implemented yet")
 
     def penalty(self, gates: Tensor, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
-        """weight * E * sum over e of f_e P_e (equation 4), f_e counted before any is dropped."""
+        """weight * E * sum over e of f_e P_e (equation 4), f_e counted before dropping."""
         raise NotImplementedError("not implemented yet")

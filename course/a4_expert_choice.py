@@ -9,12 +9,12 @@ from routers import Router
 
 
 class ExpertChoice(Router):
-    """Each expert picks its C likeliest tokens of a sample."""
+    """Each expert selects the C tokens of a sample with the highest probability."""
 
-    causal = False  # who is picked depends on the tokens that come later
-    at_most_k = False  # a token may be picked by any number of experts
+    causal = False  # whether a token is selected depends on the tokens that come later
+    at_most_k = False  # a token may be selected by any number of experts
     may_drop = True  # or by none
 
     def gate(self, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
-        """Probabilities over experts; an expert keeps its ceil(k * real / E) largest a sample."""
+        """Softmax over the experts; each expert keeps its ceil(k * real / E) largest per sample."""
         raise NotImplementedError("not implemented yet")

@@ -10,7 +10,7 @@ from routers import Router
 
 
 class LossFree(Router):
-    """Sigmoid scores; a bias that no gradient teaches decides along with them who is visited."""
+    """Sigmoid scores; a bias that gets no gradient is added to them to choose the experts."""
 
     rate = 0.001  # the paper's u
 
@@ -19,9 +19,9 @@ class LossFree(Router):
         self.register_buffer("bias", torch.zeros(n_experts))  # (E,)
 
     def gate(self, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
-        """s = sigmoid(logits); visit the k largest of s + bias, each with gate s."""
+        """s = sigmoid(logits); the k largest of s + bias are chosen, each with gate s."""
         raise NotImplementedError("not implemented yet")
 
-    def update(self, visits: Tensor) -> None:
-        """bias += rate * sign(mean visits - visits)."""
+    def update(self, load: Tensor) -> None:
+        """bias += rate * sign(mean load - load)."""
         raise NotImplementedError("not implemented yet")

@@ -1,4 +1,4 @@
-"""Assignment 7, one route a question (Med-MoE, arXiv 2404.10237; LIMoE, 2206.02770).
+"""Assignment 7, one route per question (Med-MoE, arXiv 2404.10237; LIMoE, 2206.02770).
 
 The page is a7_one_route.md. Shapes: B batch, T positions, D d_model, E experts, k top_k.
 """
@@ -11,9 +11,9 @@ from routers import Router, Routing
 
 
 class OneRoute(Router):
-    """A prompt's mean logits decide once, for all of its positions and for its answer."""
+    """One decision per sample, from the mean logits of its prompt; the answer keeps it."""
 
-    needs: ClassVar[tuple[str, ...]] = ("prompt", "held")
+    needs: ClassVar[tuple[str, ...]] = ("prompt", "previous")
     weight = 0.01  # of the penalty, if you write one
 
     @property
@@ -21,11 +21,13 @@ class OneRoute(Router):
         return self.top_k > 1
 
     def gate(
-        self, logits: Tensor, mask: Tensor, x: Tensor, prompt: Tensor | None, held: Routing | None
-    ) -> Tensor:
-        """Mean logits of real prompt positions -> softmax -> top-k, for all T; held.gates if held.
+        self, logits: Tensor, mask: Tensor, x: Tensor,
+        prompt: Tensor | None, previous: Routing | None,
+    ) -> Tensor:  # fmt: skip
+        """top-k of softmax(mean logits of the prompt), at all T positions; or previous.gates.
 
-        prompt (B, T) bool or None: not known, all real positions; held.gates (B, 1, E).
+        prompt    (B, T) bool, True before the first answer token; None: pool all real positions
+        previous  gates (B, 1, E) of the position before, in generation; None: decide here
         """
         raise NotImplementedError("not implemented yet")
 

@@ -10,10 +10,10 @@ from routers import Router
 
 
 class ReLU(Router):
-    """gates = relu(logits); an L1 penalty of adaptive strength brings them to k visits."""
+    """gates = relu(logits); an L1 penalty of adaptive strength aims at k experts per token."""
 
     at_most_k = False  # k is what the penalty aims at, not a bound
-    may_drop = True  # no logit of a token need be positive
+    may_drop = True  # a token may have no positive logit
     factor = 1.2  # the paper's alpha
 
     def __init__(self, d_model: int, n_experts: int, top_k: int = 2, level: str = "token"):
@@ -21,13 +21,13 @@ class ReLU(Router):
         self.register_buffer("coefficient", torch.tensor(1e-8))  # the paper's lambda_0
 
     def gate(self, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
-        """relu(logits): no choice, no softmax."""
+        """relu(logits): no top-k, no softmax."""
         raise NotImplementedError("not implemented yet")
 
     def penalty(self, gates: Tensor, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
         """coefficient * mean over real tokens of the sum of a token's gates."""
         raise NotImplementedError("not implemented yet")
 
-    def update(self, visits: Tensor) -> None:
-        """coefficient *= factor ^ sign(visits a token - top_k)."""
+    def update(self, load: Tensor) -> None:
+        """coefficient *= factor ^ sign(sum of load - top_k)."""
         raise NotImplementedError("not implemented yet")

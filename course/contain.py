@@ -1,16 +1,16 @@
-"""Run a submission in a child process that is watched, and stopped when its time is over.
+"""Run a submission in a child process with a time limit and an audit hook.
 
-    run        starts `python -m MODULE JOB` in a new process group, with a clean environment, in
-               a folder of its own; the whole group is killed at the limit
-    guard      in the child, before the submission is imported: an audit hook that refuses files
-               outside that folder, processes, sockets and ctypes
-    snapshot   in the child, before the import; `changed` says afterwards which functions,
-               classes and constants of ours, and of torch, are no longer what they were
+    run        starts a command in a new process group, with a clean environment, in a folder of
+               its own; the whole group is killed at the time limit
+    guard      in the child, before the submission is imported: an audit hook that refuses writing
+               files outside that folder, processes, sockets and ctypes
+    snapshot   in the child, before the import; `changed` lists afterwards which functions,
+               classes and constants, of this repository or of torch, have been replaced
 
-What this does not stop: it is no sandbox. A hook in the same interpreter can be got round by
-someone who sets out to; files can be read; memory is not limited. It stops what a student does
-by mistake or for a quick win, and it makes that visible. Grade strangers in a container.
-The lecturer's secret is not in the child's environment, only the data it stands for.
+This is not a sandbox. A hook in the same interpreter can be circumvented on purpose; files can be
+read; memory is not limited. It stops mistakes and simple cheating, and reports them. Run code that
+you do not trust in a container. The lecturer's secret is not in the child's environment, only the
+seeds derived from it.
 """
 
 import contextlib
@@ -26,12 +26,11 @@ from typing import Any
 
 import torch
 
-from config import UserError
-from records import one_line
+from config import UserError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
-FILE = "submission.py"  # what the child calls it
-REFUSED = (  # audit events, by how they begin, and what they are in words
+FILE = "submission.py"  # its name in the child's folder
+REFUSED = (  # (prefix of an audit event, its description in messages)
     ("subprocess.Popen", "starts a process"), ("os.system", "starts a process"),
     ("os.exec", "starts a process"), ("os.fork", "starts a process"),
     ("os.posix_spawn", "starts a process"), ("os.spawn", "starts a process"),
@@ -41,34 +40,34 @@ REFUSED = (  # audit events, by how they begin, and what they are in words
     ("sys.settrace", "traces other code"), ("sys.setprofile", "traces other code"),
     ("gc.get_", "searches the memory"), ("code.__new__", "makes code objects"),
 )  # fmt: skip
-CHANGES = {  # audit events that change a file -> which of their arguments are its names
+CHANGES = {  # audit events that change a file -> which of their arguments are paths
     "os.remove": (0,), "os.rename": (0, 1), "os.mkdir": (0,), "os.rmdir": (0,), "os.link": (0, 1),
     "os.symlink": (1,), "os.truncate": (0,), "os.chmod": (0,), "os.chown": (0,),
     "os.utime": (0,), "shutil.rmtree": (0,), "shutil.move": (0, 1), "shutil.copyfile": (1,),
 }  # fmt: skip
-RUNNING: set[int] = set()  # process groups that `run` waits for, of all threads
+RUNNING: set[int] = set()  # process groups that `run` waits for, in all threads
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# Of torch, what a loss, a gradient or a step passes through.
+# The parts of torch that compute a loss, a gradient or an optimizer step.
 TORCH = ("torch", "torch.nn.functional", "torch.Tensor", "torch.nn.Module", "torch.nn.Linear",
          "torch.optim.AdamW", "torch.optim.Optimizer", "torch.autograd")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended. code None: its time was over."""
+    """How a child ended."""
 
-    code: int | None
-    tail: str  # the last it printed
-    stage: str  # the last thing it said it was doing
+    code: int | None  # its exit code; None: stopped at the time limit
+    tail: str  # the end of its output
+    stage: str  # "starting", "importing the submission", "training" or "measuring"
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What a child is given: nothing of ours but the path, and one thread for all its sums."""
-    fixed = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0",
+    """A child's environment: PATH and the like, the import path, and one thread."""
+    ours = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0",
              "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(folder),
              "TMPDIR": str(folder), "LANG": "C.UTF-8"}  # fmt: skip
-    kept = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT")
-    return {k: os.environ[k] for k in kept if k in os.environ} | fixed
+    inherited = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT")
+    return {k: os.environ[k] for k in inherited if k in os.environ} | ours
 
 
 def kill(group: int) -> None:
@@ -77,15 +76,15 @@ def kill(group: int) -> None:
 
 
 def stop_all() -> None:
-    """End what other threads wait for, as after Ctrl-C or when one seed has failed."""
+    """Kill the children of all threads, as after Ctrl-C or when one seed has failed."""
     for group in list(RUNNING):
         kill(group)
 
 
 def run(command: list[str], folder: Path, limit_s: float, cwd: Path | None = None) -> Outcome:
-    """Run it to its end or the limit's; no process of its group is left afterwards."""
-    said = folder / "said.txt"
-    with said.open("wb") as out:
+    """Run the command until it ends or the limit is reached; then kill its process group."""
+    output = folder / "output.txt"
+    with output.open("wb") as out:
         child = subprocess.Popen(
             command, cwd=cwd or folder, env=environment(folder), stdin=subprocess.DEVNULL,
             stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
@@ -102,15 +101,15 @@ def run(command: list[str], folder: Path, limit_s: float, cwd: Path | None = Non
     stage = folder / "stage.txt"
     return Outcome(
         code,
-        said.read_bytes()[-4000:].decode(errors="replace"),
+        output.read_bytes()[-4000:].decode(errors="replace"),
         stage.read_text() if stage.is_file() else "starting",
     )
 
 
 def run_job(module: str, job: dict, folder: Path, limit_s: float) -> dict:
-    """`python -m MODULE` with this job -> what it left in result.json. Raises UserError.
+    """Run `python -m MODULE` on a job -> its result.json. Raises UserError.
 
-    job["where"] is what sentences call the submission.
+    job["where"] is the submission's name in messages.
     """
     (folder / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-s", "-P", "-B", "-m", module, str(folder / "job.json")]
@@ -120,9 +119,9 @@ def run_job(module: str, job: dict, folder: Path, limit_s: float) -> dict:
     file = folder / "result.json"
     if not file.is_file():
         lines = [line for line in outcome.tail.splitlines() if line.strip()]
-        last = one_line(lines[-1], 300) if lines else "nothing"
+        last = one_line(lines[-1], 300) if lines else "none"
         raise UserError(f"{job['where']}: ended with code {outcome.code}, while {outcome.stage}, "
-                        f"and said last: {last}")  # fmt: skip
+                        f"last output: {last}")  # fmt: skip
     result = json.loads(file.read_text())
     if "refused" in result:
         raise UserError(f"{job['where']}{result['refused']}")
@@ -130,7 +129,7 @@ def run_job(module: str, job: dict, folder: Path, limit_s: float) -> dict:
 
 
 def line_of_submission(file: Path) -> int | None:
-    """The line of the submission that is being run, from the innermost frame; None: not in it."""
+    """The line of the submission that is executing; None: no frame of the stack is in it."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename == str(file):
@@ -139,17 +138,17 @@ def line_of_submission(file: Path) -> int | None:
     return None
 
 
-def place(file: Path) -> str:
+def location(file: Path) -> str:
     line = line_of_submission(file)
     return f", line {line}: " if line else ": "
 
 
 def guard(folder: Path, file: Path) -> list[str]:
-    """From now on, refuse with a PermissionError; -> the list of what was refused so far.
+    """Install the audit hook; -> a list to which each refused action is added.
 
-    A submission may catch the error, but not empty the list: who runs it looks there at the end.
+    The hook raises PermissionError. A submission may catch it, so the caller checks the list too.
     """
-    inside, noted = os.path.realpath(folder), []
+    inside, refused = os.path.realpath(folder), []
 
     def is_outside(path: Any) -> bool:
         if isinstance(path, int) or path is None:  # an open file
@@ -157,9 +156,9 @@ def guard(folder: Path, file: Path) -> list[str]:
         real = os.path.realpath(os.fsdecode(path))
         return real != os.devnull and os.path.commonpath([inside, real]) != inside
 
-    def refuse(what: str) -> None:
-        noted.append(f"{place(file)}{what}, which no router may")
-        raise PermissionError(what)
+    def refuse(action: str) -> None:
+        refused.append(f"{location(file)}{action}, which a router must not do")
+        raise PermissionError(action)
 
     def hook(event: str, args: tuple) -> None:
         if event == "open":
@@ -171,31 +170,31 @@ def guard(folder: Path, file: Path) -> list[str]:
             if any(is_outside(args[i]) for i in CHANGES[event]):
                 refuse("changes files outside of its folder")
         else:
-            for begins, words in REFUSED:
-                if event.startswith(begins):
-                    refuse(words)
+            for prefix, action in REFUSED:
+                if event.startswith(prefix):
+                    refuse(action)
 
     sys.addaudithook(hook)
-    return noted
+    return refused
 
 
 def watched() -> dict[str, ModuleType | type]:
-    """Our modules that are loaded, and the parts of torch that matter here."""
-    ours = {}
+    """Name -> module: this repository's loaded modules, and the parts of torch in TORCH."""
+    found = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if file and Path(file).resolve().is_relative_to(ROOT) and "site-packages" not in file:
-            ours[name] = module
+            found[name] = module
     for name in TORCH:
         part: Any = torch
         for attribute in name.split(".")[1:]:
             part = getattr(part, attribute)
-        ours[name] = part
-    return ours
+        found[name] = part
+    return found
 
 
 def fingerprint(value: Any) -> Any:
-    """The object itself, so that its identity stays its own, and what a function runs."""
+    """What `changed` compares: the object itself, a function's code, a container's contents."""
     if isinstance(value, staticmethod | classmethod):
         value = value.__func__
     if isinstance(value, FunctionType):
@@ -206,7 +205,7 @@ def fingerprint(value: Any) -> Any:
 
 
 def snapshot() -> dict[str, Any]:
-    """Full name -> fingerprint, of all that is defined in our modules and used of torch."""
+    """Full name -> fingerprint, of everything defined in the modules of `watched`."""
     found: dict[str, Any] = {}
     for name, module in watched().items():
         for key, value in list(vars(module).items()):
@@ -221,7 +220,7 @@ def snapshot() -> dict[str, Any]:
 
 
 def changed(before: dict[str, Any]) -> list[str]:
-    """Names whose value is another than in the snapshot; names that are new do not count."""
+    """Names whose value differs from the snapshot; new names do not count."""
     after = snapshot()
 
     def same(a: tuple, b: tuple | None) -> bool:
@@ -230,4 +229,4 @@ def changed(before: dict[str, Any]) -> list[str]:
         both = zip(a, b, strict=True)
         return all(x is y or (isinstance(x, str | int) and x == y) for x, y in both)
 
-    return sorted(name for name, was in before.items() if not same(was, after.get(name)))
+    return sorted(name for name, old in before.items() if not same(old, after.get(name)))

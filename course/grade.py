@@ -1,9 +1,10 @@
 """Grade a folder of submissions: python -m course.grade FOLDER --csv FILE --junit FILE
 
-For every FILE.py of the folder: is it allowed (course/vet.py); the contract, tests/test_router.py;
-with --assignment N that assignment's own tests; with --score the scoreboard's row. Each runs in a
-child process with a time limit, so that no submission can stop the others; what went wrong with
-one is told in a sentence in its own line. FILE.csv has a line a submission, FILE.xml every test.
+Every FILE.py of the folder is checked for what it may use (course/vet.py) and runs the tests of
+the contract (tests/test_router.py); with --assignment N also that assignment's tests; with --score
+it is trained and scored. Each step runs in a child process with a time limit, so that no
+submission can stop the others; its first problem is reported in one sentence. The CSV file has a
+line per submission, the JUnit file every test.
 """
 
 import csv
@@ -11,29 +12,28 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import UserError
+from config import UserError, argument, flag, one_line
 from course import judge, score
 from course.vet import count_lines, only_router, vet
-from flags import argument, at_least, check_writable, flag, parse, user_errors
-from records import one_line
+from engine.cli import at_least, check_writable, parse, user_errors
 
 
 @dataclass(frozen=True)
 class GradeConfig:
     """Grade every FILE.py in a folder."""
 
-    folder: str = argument("where the submissions lie; a file's name is the student's ID")
-    assignment: int | None = flag(None, "also its own tests")
-    score: bool = flag(False, "also train, and put the row's numbers beside")
-    csv: str | None = flag(None, "write a line a submission to this FILE")
-    junit: str | None = flag(None, "write every test to this FILE, as JUnit XML")
-    limit: float = flag(judge.LIMIT_S, "seconds that one submission's contract may take")
-    seeds: int = flag(3, "--score: runs that a row is the mean of")
+    folder: str = argument("FOLDER of the submissions; a file's name is the student's ID")
+    assignment: int | None = flag(None, "also run the tests of assignment N")
+    score: bool = flag(False, "also train and score each submission")
+    csv: str | None = flag(None, "write a line per submission to this FILE")
+    junit: str | None = flag(None, "write the result of every test to this FILE, as JUnit XML")
+    limit: float = flag(judge.LIMIT_S, "seconds that each submission's tests may take")
+    seeds: int = flag(3, "--score: runs to average over")
 
 
 @dataclass
 class Grade:
-    """What is known of one submission; note is the first thing that went wrong."""
+    """The results of one submission; note is its first problem."""
 
     file: str
     router: str = "-"
@@ -57,14 +57,14 @@ COLUMNS = ("file", "router", "verdict", "contract", "assignment", "lines", "val_
 
 
 def run_tests(grade: Grade, suite: str, tests: Path, text: str, limit_s: float, extra=()) -> str:
-    """-> as in "23/24"; "-" where there are no such tests."""
+    """-> passed and applicable tests, as in "23/24"; "-" if the file of tests is missing."""
     try:
         judged = judge.judge(tests, text, grade.router, grade.file, limit_s, extra)
     except UserError as error:
         grade.fail(suite, "stopped" if "stopped after" in str(error) else "broken", str(error))
         return "-"
     if judged is None:
-        grade.suites[suite] = [judge.Case(suite, "skipped", f"{tests.name} is not there")]
+        grade.suites[suite] = [judge.Case(suite, "skipped", f"{tests.name} is missing")]
         return "-"
     grade.suites[suite] = judged.cases
     if not judged.is_whole and grade.verdict == "passed":
@@ -75,7 +75,7 @@ def run_tests(grade: Grade, suite: str, tests: Path, text: str, limit_s: float, 
 
 
 def grade_file(file: Path, flags: GradeConfig) -> Grade:
-    """Never raises for what a submission does."""
+    """The grade of one submission; its errors are recorded, not raised."""
     grade = Grade(file.name)
     try:
         text = file.read_bytes().decode()
@@ -106,7 +106,7 @@ def grade_file(file: Path, flags: GradeConfig) -> Grade:
 
 
 def junit(grades: list[Grade]) -> ET.ElementTree:
-    """One test suite a submission; a test's class name says which tests it is of."""
+    """One test suite per submission; the class name of a test is the suite it belongs to."""
     root = ET.Element("testsuites")
     for grade in grades:
         cases = [(suite, case) for suite, found in grade.suites.items() for case in found]
@@ -126,7 +126,7 @@ def junit(grades: list[Grade]) -> ET.ElementTree:
 
 
 def row_of(grade: Grade) -> list[str]:
-    """Cells; one that a spreadsheet would compute is made text."""
+    """The cells of a row; one that a spreadsheet would evaluate as a formula becomes text."""
     cells = [str(getattr(grade, name)) for name in COLUMNS]
     return [f"'{c}" if c.startswith(("=", "+", "@")) else c for c in cells]
 
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> list[Grade]:
     folder = Path(flags.folder)
     files = sorted(folder.glob("*.py")) if folder.is_dir() else []
     if not files:
-        raise UserError(f"{folder}: no folder with a FILE.py in it")
+        raise UserError(f"{folder}: not a folder with a FILE.py in it")
     for name in (flags.csv, flags.junit):
         if name:
             check_writable(Path(name))

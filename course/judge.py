@@ -1,7 +1,7 @@
-"""Run the contract's tests, or an assignment's, against one submission, in a clean child process.
+"""Run the contract's tests, or an assignment's, on one submission, in a clean child process.
 
-The tests start processes and write files themselves, so contain.guard is not set here: what
-stands between is course/vet.py, a clean environment and the time limit.
+The tests start processes and write files themselves, so contain.guard is not installed here. The
+submission is restricted by course/vet.py, a clean environment and the time limit.
 """
 
 import re
@@ -11,9 +11,8 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import NamedTuple
 
-from config import UserError
+from config import UserError, one_line
 from course import contain
-from records import one_line
 
 CONTRACT = contain.ROOT / "tests" / "test_router.py"
 ASSIGNMENTS = contain.ROOT / "tests" / "test_assignments.py"
@@ -36,7 +35,7 @@ class Judged(NamedTuple):
 
     @property
     def passed(self) -> str:
-        """As in "23/24": of those that apply."""
+        """As in "23/24": of the tests that were not skipped."""
         return f"{self.count('passed')}/{len(self.cases) - self.count('skipped')}"
 
     @property
@@ -52,7 +51,7 @@ def read_cases(file: Path) -> list[Case]:
         for child in node:
             if child.tag in ("failure", "error"):
                 state, message = "failed", child.get("message", "")
-                if message == "collection failure":  # the reason is in the last line of its text
+                if message == "collection failure":  # the reason is the last line of the text
                     message = (child.text or message).strip().splitlines()[-1]
             elif child.tag == "skipped":
                 state, message = "skipped", child.get("message", "")
@@ -63,9 +62,9 @@ def read_cases(file: Path) -> list[Case]:
 def judge(
     tests: Path, text: str, cls: str, where: str, limit_s: float = LIMIT_S, extra: tuple = ()
 ) -> Judged | None:
-    """pytest on the submission's text; None where the file of tests is not there.
+    """Run pytest on the submission's text; None if the file of tests is missing.
 
-    Raises UserError where it did not come to an end: time over, or nothing could be collected.
+    Raises UserError if the time limit is reached or no test could be collected.
     """
     if not tests.is_file():
         return None
@@ -82,12 +81,12 @@ def judge(
         )  # fmt: skip
         if outcome.code is None:
             raise UserError(f"{where}: stopped after {limit_s:g} s, while in {tests.name}")
-        # The file as its author knows it, in names too, which then are the same in every run.
-        ours = re.compile(rf"[^\s\[]*{re.escape(folder.name)}.{re.escape(contain.FILE)}")
-        cases = [Case(*(ours.sub(where, part) for part in case))
+        # The temporary path is replaced by the submission's own name, in messages and test names.
+        temporary = re.compile(rf"[^\s\[]*{re.escape(folder.name)}.{re.escape(contain.FILE)}")
+        cases = [Case(*(temporary.sub(where, part) for part in case))
                  for case in (read_cases(report) if report.is_file() else [])]  # fmt: skip
         if not cases:
             lines = [line for line in outcome.tail.splitlines() if line.strip()]
-            last = one_line(lines[-1], 300) if lines else "nothing"
+            last = one_line(lines[-1], 300) if lines else "no output"
             raise UserError(f"{where}: {tests.name} ended with code {outcome.code}: {last}")
         return Judged(cases)

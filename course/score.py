@@ -1,14 +1,14 @@
 """The scoreboard: python -m course.score --router my_router.py:MyRouter --student ID
 
-Trains phase 3 of the tiny model with the router, a fixed number of steps for each of some seeds,
+Trains phase 3 of the tiny model with the router, for a fixed number of steps and several seeds,
 from one common checkpoint of phase 2, and prints a row: the same command gives the same row on
-the same machine. --verify HASH checks a row that someone has handed in.
+the same machine. --verify HASH checks a row that a student has submitted.
 
-Pictures, seeds and the order of the modalities follow from --student and, where it is set, from
-the environment variable COURSE_SECRET, by SHA-256. Without it anyone can score what anyone else
-scores; a lecturer who sets it scores on pictures that nobody has seen. A row is verified with the
-same secret, or none, that it was made with; a row holds a hash of it, so choose a long one. Other
-machines and other versions of torch may round differently. The last line is JSON.
+The images, the seeds and the order of the modalities are derived by SHA-256 from --student and, if
+it is set, the environment variable COURSE_SECRET. Without a secret the data of every student can
+be reproduced by anyone; with one the data are unknown to the students. A row is verified with the
+same secret, or none, that it was made with; a row holds a hash of the secret, so choose a long
+one. Other machines and other versions of torch may round differently. The last line is JSON.
 """
 
 import hashlib
@@ -29,55 +29,54 @@ import torch
 
 import train
 from checkpoint import read_meta
-from config import MODALITIES, UserError, preset, to_dict
+from config import MODALITIES, UserError, flag, one_line, preset, to_dict
 from course import contain, judge
 from course.vet import count_lines, read_submission, vet
-from flags import at_least, check_writable, flag, parse, user_errors, write_json
-from records import one_line
+from engine.cli import at_least, check_writable, parse, user_errors, write_json
 
 SECRET = "COURSE_SECRET"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every submission is given. Any change makes other rows."""
+    """The same for every submission. Any change changes the rows and their hashes."""
 
-    version: int = 1
+    version: int = 2  # 1: the same numbers, under other names
     preset: str = "tiny"
-    base_pictures: int = 4000
-    base_steps: int = 60  # of phase 2; phase 1 has its own recipe's
-    train_pictures: int = 2000
+    base_images: int = 4000
+    base_steps: int = 60  # of phase 2; phase 1 takes those of its recipe
+    train_images: int = 2000
     steps: int = 60  # of phase 3
     batch_size: int = 64
     lr: float = 1e-3
     experts: int = 4
     top_k: int = 2
-    pictures: int = 100  # in validation and in the test, each with all its questions
+    eval_images: int = 100  # of each held-out split, with all their questions
 
 
 BUDGET = Budget()
 LIMIT_S = 600.0  # seconds that one seed may take
-JOBS = 2  # seeds at once, each on one core
+JOBS = 2  # seeds in parallel, each on one core
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
     """Score one router on the course's budget."""
 
-    router: str | None = flag(None, "FILE.py:Class, what is handed in")
-    student: str = flag("", "ID: whose pictures and seeds")
-    seeds: int = flag(3, "runs that the row is the mean of")
+    router: str | None = flag(None, "FILE.py:Class to score")
+    student: str = flag("", "ID, which determines the images and the seeds")
+    seeds: int = flag(3, "runs to average over")
     json: str | None = flag(None, "also write the row to this FILE")
-    verify: str | None = flag(None, "HASH of a row: is it what comes out?")
-    init: str | None = flag(None, "phase-2 checkpoint DIR, instead of the one that is kept")
-    out: str = flag("runs/score", "where that one is kept")
+    verify: str | None = flag(None, "HASH of a row: fail if this run gives another")
+    init: str | None = flag(None, "phase-2 checkpoint DIR, instead of the common one")
+    out: str = flag("runs/score", "DIR of the common checkpoint")
     limit: float = flag(LIMIT_S, "seconds that one seed may take")
 
 
 class Derived(NamedTuple):
-    first: int  # number of the first picture: never one of the default ones
+    first: int  # seed number of the first image: never one of the default images
     seeds: list[int]
-    modalities: list[int]  # order in which the modalities are numbered in the report
+    modalities: list[int]  # the order of the modalities in the report
 
 
 def digest(*parts: object) -> str:
@@ -88,7 +87,8 @@ def digest(*parts: object) -> str:
 def derive(student: str, secret: str, n_seeds: int) -> Derived:
     """The same for the same student and secret.
 
-    Ranges of pictures are equal or do not meet, and begin behind the 10**6 that --data can name.
+    The ranges of images of two students are equal or disjoint, and outside the 10**6 images that
+    --data phantoms:N can name.
     """
     rng = random.Random(digest("course.score", secret, student))
     first = rng.randrange(100, 90_000) * 10_000
@@ -97,10 +97,10 @@ def derive(student: str, secret: str, n_seeds: int) -> Derived:
 
 
 def make_base(budget: Budget, out: Path) -> Path:
-    """The common checkpoint of phase 2, trained once: default pictures, seed 0, one thread."""
+    """The common checkpoint of phase 2, trained once: default images, seed 0, one thread."""
     chosen = preset(budget.preset)
     recipe = {n: asdict(r) for n, r in chosen.recipes.items() if n < 3}
-    config = [to_dict(chosen.model), recipe, budget.base_pictures, budget.base_steps]
+    config = [to_dict(chosen.model), recipe, budget.base_images, budget.base_steps]
     folder = out / f"base-{digest(config, torch.__version__)[:12]}"
     if (folder / "phase2").is_dir():
         return folder / "phase2"
@@ -108,7 +108,7 @@ def make_base(budget: Budget, out: Path) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     common = ["--preset", budget.preset, "--out", str(folder), "--no-eval", "--device", "cpu",
-              "--data", f"phantoms:{budget.base_pictures}", "--dtype", "float32",
+              "--data", f"phantoms:{budget.base_images}", "--dtype", "float32",
               "--workers", "0", "--resume"]  # fmt: skip
     try:
         train.main(["--phase", "1", *common])
@@ -130,17 +130,17 @@ def run_seed(job: dict, text: str, limit_s: float) -> dict:
 def run_seeds(
     text: str, cls: str, where: str, derived: Derived, base: Path, limit_s: float
 ) -> list[dict]:
-    """One result a seed, two seeds at a time."""
+    """One result per seed, JOBS seeds in parallel."""
     job = asdict(BUDGET) | {
         "where": where, "class": cls, "init": str(base.resolve()),
-        "data": f"phantoms:{BUDGET.train_pictures}+{derived.first}",
+        "data": f"phantoms:{BUDGET.train_images}+{derived.first}",
     }  # fmt: skip
     with ThreadPoolExecutor(min(JOBS, os.cpu_count() or 1)) as pool:
         runs = [pool.submit(run_seed, job | {"seed": s}, text, limit_s) for s in derived.seeds]
         try:
             return [run.result() for run in runs]
         except BaseException:
-            for run in runs:  # the others would fail alike
+            for run in runs:  # the other seeds would fail in the same way
                 run.cancel()
             contain.stop_all()
             raise
@@ -151,17 +151,17 @@ def mean(values: list) -> float | None:
 
 
 def make_row(results: list[dict], derived: Derived) -> dict:
-    """The columns that follow from the seeds' results: means, and the sd of the loss."""
+    """The columns computed from the results of the seeds: means, and the sd of the loss."""
     losses = [r["val_loss"] for r in results]
     columns = ("closed", "open", "load_cv", "max_vio", "dead", "dropped", "activated")
-    visits = torch.tensor([r["visits"] for r in results]).sum(dim=0)[derived.modalities]  # (M, E)
-    shares = visits / visits.sum(dim=1, keepdim=True).clamp(min=1)
+    load = torch.tensor([r["load"] for r in results]).sum(dim=0)[derived.modalities]  # (M, E)
+    shares = load / load.sum(dim=1, keepdim=True).clamp(min=1)
     return {
         "val_loss": mean(losses),
         "val_loss_sd": statistics.stdev(losses) if len(losses) > 1 else None,
         **{name: mean([r[name] for r in results]) for name in columns},
-        "slots": results[0]["slots"],
-        "visits_by_modality": {
+        "experts": results[0]["experts"],
+        "load_by_modality": {
             MODALITIES[m]: row.tolist() for m, row in zip(derived.modalities, shares, strict=True)
         },
         "val_losses": losses,
@@ -169,15 +169,15 @@ def make_row(results: list[dict], derived: Derived) -> dict:
 
 
 def hash_row(row: dict, base: Path) -> str:
-    """Over the row, the text, the student, the secret, the budget, the checkpoint and the torch."""
+    """Of the row, with the file, student and secret in it, the budget, the checkpoint, torch."""
     weights = hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
     recipe = [asdict(BUDGET), weights, torch.__version__]
-    named = row["router"].rpartition(":")[2]  # whatever its file is called
-    return digest(row | {"router": named}, recipe)[:32]
+    cls = row["router"].rpartition(":")[2]  # without the name of its file
+    return digest(row | {"router": cls}, recipe)[:32]
 
 
-def keeps_contract(text: str, cls: str, where: str) -> str:
-    """How many of the contract's tests it passes, as in "23/24"; "-" where there are none."""
+def run_contract(text: str, cls: str, where: str) -> str:
+    """How many of the contract's tests it passes, as in "23/24"; "-" if they are missing."""
     try:
         judged = judge.judge(judge.CONTRACT, text, cls, where)
     except UserError as error:
@@ -187,7 +187,7 @@ def keeps_contract(text: str, cls: str, where: str) -> str:
 
 
 def score(spec: str, flags: ScoreConfig, contract: str | None = None) -> dict:
-    """The whole row of one router. contract: what its tests said, if they were run already."""
+    """The whole row of one router. contract: the result of its tests, if they were run already."""
     path, text, cls = read_submission(spec)
     where = path.name
     vet(text, where)
@@ -203,7 +203,7 @@ def score(spec: str, flags: ScoreConfig, contract: str | None = None) -> dict:
         "router": f"{where}:{cls}", "student": flags.student, "seeds": flags.seeds,
         "text": hashlib.sha256(text.encode()).hexdigest(), "secret": digest(secret)[:16],
         **make_row(results, derived), "lines": count_lines(text),
-        "contract": contract or keeps_contract(text, cls, where),
+        "contract": contract or run_contract(text, cls, where),
     }  # fmt: skip
     row["hash"] = hash_row(row, base)
     return row | {"tokens_per_s": statistics.fmean(r["tokens_per_s"] for r in results)}
@@ -214,7 +214,7 @@ def cell(value: float | None, kind: str) -> str:
 
 
 def show(row: dict) -> str:
-    """The row as a table of markdown, then what is not in it."""
+    """The row as a Markdown table, then the load by modality and the speed."""
     loss = cell(row["val_loss"], ".4f")
     if row["val_loss_sd"] is not None:
         loss += f" ± {row['val_loss_sd']:.4f}"
@@ -222,25 +222,25 @@ def show(row: dict) -> str:
         "router": row["router"], "student": one_line(row["student"]) or "-", "val loss": loss,
         "closed": cell(row["closed"], ".1%"), "open": cell(row["open"], ".1%"),
         "load CV": cell(row["load_cv"], ".3f"), "MaxVio": cell(row["max_vio"], ".3f"),
-        "dead": f"{row['dead']:.1f}/{row['slots']}", "dropped": cell(row["dropped"], ".1%"),
+        "dead": f"{row['dead']:.1f}/{row['experts']}", "dropped": cell(row["dropped"], ".1%"),
         "activated": f"{row['activated']:,.0f}", "lines": str(row["lines"]),
         "contract": row["contract"], "hash": row["hash"],
     }  # fmt: skip
     lines = [cells.keys(), ["---"] * len(cells), [c.replace("|", "/") for c in cells.values()]]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    experts = len(next(iter(row["visits_by_modality"].values())))
-    told = [" " * 12 + "".join(f"expert {e}".rjust(10) for e in range(experts))]
-    for name, shares in row["visits_by_modality"].items():
-        told.append(f"{name:<12}" + "".join(f"{share:10.1%}" for share in shares))
+    n_experts = len(next(iter(row["load_by_modality"].values())))
+    table_of_load = [" " * 12 + "".join(f"expert {e}".rjust(10) for e in range(n_experts))]
+    for name, shares in row["load_by_modality"].items():
+        table_of_load.append(f"{name:<12}" + "".join(f"{share:10.1%}" for share in shares))
     speed = f"{row['tokens_per_s']:,.0f} tokens/s in training, on {platform.machine()}"
-    return "\n".join([table, "", *told, "", speed])
+    return "\n".join([table, "", *table_of_load, "", speed])
 
 
 @user_errors
 def main(argv: list[str] | None = None) -> dict:
     flags = parse(ScoreConfig, argv, "course.score")
     if flags.router is None:
-        raise UserError("--router FILE.py:Class is needed: what is to be scored")
+        raise UserError("--router FILE.py:Class is missing: the router to score")
     at_least(flags, seeds=1, limit=1)
     if flags.json:
         check_writable(Path(flags.json))
@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> dict:
     if flags.json:
         write_json(Path(flags.json), row)
     if flags.verify and flags.verify != row["hash"]:
-        raise UserError(f"--verify {flags.verify}: what comes out here is {row['hash']}")
+        raise UserError(f"--verify {flags.verify}: this run gives {row['hash']}")
     if flags.verify:
         print(f"verified: {row['hash']}")
     print(json.dumps(row))

@@ -1,9 +1,9 @@
 """One seed of a score, in a child process: train phase 3 with a submission, then measure.
 
-    python -m course.trial FOLDER/job.json      course.score starts it, by contain.run_job
+    python -m course.trial FOLDER/job.json      started by course.score through contain.run_job
 
-FOLDER holds the submission as contain.FILE; result.json is written there last. Everything is one
-thread in fp32 on the CPU, so that the same job gives the same numbers on the same machine.
+FOLDER holds the submission as contain.FILE; result.json is written there last. Everything runs on
+one thread in fp32 on the CPU, so that the same job gives the same numbers on the same machine.
 
 Shapes: B batch, T positions, L sparse layers, E experts, M modalities.
 """
@@ -17,36 +17,37 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch._dynamo  # the first step would load it, and it changes torch as it loads
+import torch._dynamo  # before the snapshot: the first step imports it, which changes torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import config
 import train
-from asking import Asker
 from checkpoint import load_model, read_meta
-from config import MODALITIES, UserError
+from config import MODALITIES, UserError, one_line
 from course import contain
-from data import Dataset, Text
+from data import Dataset, Sample, Text
+from eval import Predictor
+from metrics import score
 from model import MedMoE, count_parameters
-from records import Sample, one_line
 from routers import Router, get_router
-from scoring import score
-from sources import load_samples
+from sources.images import Images
+from sources.load import load_samples
 
 CPU = torch.device("cpu")
 
 
-def stage(folder: Path, words: str) -> None:
-    (folder / "stage.txt").write_text(words)
+def write_stage(folder: Path, name: str) -> None:
+    (folder / "stage.txt").write_text(name)
 
 
 def check_class(cls: type[Router]) -> None:
-    """What vetting reads in the text, asked of the class itself. Raises UserError."""
+    """The rules of course.vet about needs and methods, on the class itself. Raises UserError."""
     if "modality" in cls.needs:
-        raise UserError(": needs the true modality, which a router that is graded may not")
+        raise UserError(": needs the true modality, which a graded router must not use")
     for name in ("forward", "__call__", "_call_impl", "__getattr__", "__getattribute__"):
         if getattr(cls, name, None) is not getattr(Router, name, None):
-            raise UserError(f": replaces Router.{name}, which is given more than gate's inputs")
+            raise UserError(f": replaces Router.{name}; override `gate` instead")
 
 
 def train_phase_3(job: dict, folder: Path, spec: str) -> Path:
@@ -58,76 +59,80 @@ def train_phase_3(job: dict, folder: Path, spec: str) -> Path:
         "top-k": job["top_k"], "device": "cpu", "dtype": "float32", "workers": 0,
         "save-every": 10**6,
     }  # fmt: skip
-    # Without the wrapper that makes one line of an error: its traceback has the line to name.
+    # Without user_errors, which would hide the traceback with the submission's line.
     argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     train.main.__wrapped__([*argv, "--no-eval", "--no-jitter", "--no-tune-vision"])
     return folder / "run" / "phase3"
 
 
-def first_pictures(samples: Sequence[Sample], n: int) -> list[Sample]:
-    """All questions about the first n pictures."""
+def first_images(samples: Sequence[Sample], n: int) -> list[Sample]:
+    """All questions about the first n images."""
     wanted = set(list(dict.fromkeys(s.image for s in samples))[:n])
     return [s for s in samples if s.image in wanted]
 
 
 @torch.no_grad()
 def validate(model: MedMoE, text: Text, samples: Sequence[Sample]) -> dict:
-    """Mean loss of an answer's token, and who visited whom over all real positions."""
-    data = Dataset(samples, text, model.config, plain=False)
+    """Mean loss over the answers' tokens, and the balance of the load over all real tokens."""
+    images = Images(model.config.vision.image_size)
+    data = Dataset(samples, text, model.config, plain=False, images=images)
     order = sorted(range(len(samples)), key=data.lengths.__getitem__)
     total, n_tokens, n_real, dropped = 0.0, 0, 0, 0
-    visits: Tensor | float = 0.0  # (M, L, E)
+    load: Tensor | float = 0.0  # (M, L, E)
     for start in range(0, len(order), 64):
         batch = data.batch(order[start : start + 64])
         out = model.loss(batch)
         total, n_tokens = total + out.total.item(), n_tokens + out.n_tokens
-        goes = torch.stack([r.gates != 0 for r in out.routings], dim=1)  # (B, L, T, E)
-        goes = goes & batch.mask[:, None, :, None]
+        is_routed = torch.stack([r.gates != 0 for r in out.routings], dim=1)  # (B, L, T, E)
+        is_routed = is_routed & batch.mask[:, None, :, None]
         n_real += int(batch.mask.sum())
-        dropped += int((batch.mask[:, None] & ~goes.any(dim=-1)).sum())
-        of = torch.nn.functional.one_hot(batch.modality.clamp(min=0), len(MODALITIES)).double()
-        visits = visits + torch.einsum("bm,ble->mle", of, goes.sum(dim=2).double())
-    return {"val_loss": total / n_tokens, **load(visits, n_real, dropped), "n_real": n_real}
+        dropped += int((batch.mask[:, None] & ~is_routed.any(dim=-1)).sum())
+        modality = F.one_hot(batch.modality.clamp(min=0), len(MODALITIES)).double()  # (B, M)
+        load = load + torch.einsum("bm,ble->mle", modality, is_routed.sum(dim=2).double())
+    return {"val_loss": total / n_tokens, **balance(load, n_real, dropped), "n_real": n_real}
 
 
-def load(visits: Tensor, n_real: int, dropped: int) -> dict:
-    """visits (M, L, E) counts -> the columns about balance, means over the sparse layers.
+def balance(load: Tensor, n_real: int, dropped: int) -> dict:
+    """load (M, L, E) token counts -> the columns about balance, means over the sparse layers.
 
-    CV is the standard deviation over the experts by their mean (Shazeer et al. 2017); MaxVio is
-    the largest load by the mean, less 1 (Wang et al. 2024). 0 is perfect balance for both.
+    CV is the standard deviation of the load over the experts, divided by the mean (Shazeer et al.
+    2017); MaxVio is the largest load divided by the mean, minus 1 (Wang et al. 2024). Both are 0
+    at perfect balance.
     """
-    each = visits.sum(dim=0)  # (L, E)
+    each = load.sum(dim=0)  # (L, E)
     mean = each.mean(dim=1).clamp(min=1e-12)  # (L,)
     return {
         "load_cv": (each.std(dim=1, correction=0) / mean).mean().item(),
         "max_vio": ((each.amax(dim=1) / mean) - 1).mean().item(),
         "dead": int((each == 0).sum()),
-        "slots": each.numel(),
+        "experts": each.numel(),
         "dropped": dropped / (n_real * len(each)),
-        "visits_per_token": (each.sum() / (n_real * len(each))).item(),
-        "visits": visits.sum(dim=1).tolist(),  # (M, E)
+        "experts_per_token": (each.sum() / (n_real * len(each))).item(),
+        "load": load.sum(dim=1).tolist(),  # (M, E)
     }
 
 
-def activated(model: MedMoE, visits_per_token: float) -> int:
-    """Parameters that a token passes on average: all but the experts, and what it visited."""
+def activated(model: MedMoE, experts_per_token: float) -> int:
+    """Parameters used per token on average: all but the experts, and the chosen experts."""
     experts = sum(p.numel() for n, p in model.named_parameters() if ".mlp.experts." in n)
     rest = count_parameters(model)["total"] - experts
-    return round(rest + experts * visits_per_token / model.config.moe.n_experts)
+    return round(rest + experts * experts_per_token / model.config.moe.n_experts)
 
 
 def measure(job: dict, checkpoint: Path, spec: str) -> dict:
     model, text, _ = load_model(checkpoint, CPU, torch.float32, spec)
-    part = {split: first_pictures(load_samples([job["data"]], "vqa", split), job["pictures"])
+    part = {split: first_images(load_samples([job["data"]], "vqa", split), job["eval_images"])
             for split in ("val", "test")}  # fmt: skip
     found = validate(model, text, part["val"])
     routers = [block.mlp.router for block in model.decoder.blocks if block.is_sparse]
     found |= {"closed": None, "open": None}
-    if all(router.causal for router in routers):  # else generate() refuses
-        answers = [p.answer for p in Asker(model, text, CPU, torch.float32).answer(part["test"])]
+    if all(router.causal for router in routers):  # generate() refuses the others
+        answers = [
+            p.answer for p in Predictor(model, text, CPU, torch.float32).answer(part["test"])
+        ]
         scores = score(part["test"], answers)
         found |= {"closed": scores["closed_accuracy"], "open": scores["open_recall"]}
-    return found | {"activated": activated(model, found["visits_per_token"])}
+    return found | {"activated": activated(model, found["experts_per_token"])}
 
 
 def speed(log: Path) -> float:
@@ -137,24 +142,24 @@ def speed(log: Path) -> float:
 
 
 def watch(job: dict, folder: Path) -> dict:
-    """Import, train and measure under guard -> the numbers, or {"refused": a sentence's end}."""
+    """Import, train and measure under guard -> the numbers, or {"refused": reason}."""
     file = folder / contain.FILE
-    # The checkpoint says which model it is; phase 3 takes steps, rate and batch from the job.
+    # The model's sizes come from the checkpoint; steps, learning rate and batch from the job.
     found, _ = read_meta(Path(job["init"]))
     config.PRESETS["scored"] = replace(config.PRESETS["tiny"], model=replace(found, moe=None))
-    noted, before = contain.guard(folder, file), contain.snapshot()
+    refusals, before = contain.guard(folder, file), contain.snapshot()
     spec = f"{file}:{job['class']}"
     try:
-        stage(folder, "importing the submission")
+        write_stage(folder, "importing the submission")
         check_class(get_router(spec))
-        stage(folder, "training")
+        write_stage(folder, "training")
         checkpoint = train_phase_3(job, folder, spec)
-        stage(folder, "measuring")
+        write_stage(folder, "measuring")
         result = measure(job, checkpoint, spec) | {"tokens_per_s": speed(folder / "run/log.jsonl")}
         refused = ""
     except UserError as error:
         result, refused = {}, str(error)
-    except (Exception, SystemExit) as error:  # whatever a submission raises is told, with its line
+    except (Exception, SystemExit) as error:  # any error of the submission, reported with its line
         lines, trace = [], error.__traceback__
         while trace is not None:
             if trace.tb_frame.f_code.co_filename == str(file):
@@ -162,10 +167,10 @@ def watch(job: dict, folder: Path) -> dict:
             trace = trace.tb_next
         where = f", line {lines[-1]}: " if lines else ": "
         result, refused = {}, f"{where}{type(error).__name__}: {one_line(str(error), 300)}"
-    if noted:
-        refused = noted[0]
+    if refusals:
+        refused = refusals[0]
     elif patched := contain.changed(before):
-        refused = f": changed {patched[0]}, which is not its own"
+        refused = f": changed {patched[0]}, which is not part of the router"
     return {"refused": refused} if refused else result
 
 
@@ -175,7 +180,7 @@ def main(path: str) -> None:
     result = watch(json.loads(job_file.read_text()), job_file.parent)
     (job_file.parent / "result.json").write_text(json.dumps(result))
     sys.stdout.flush()
-    os._exit(0)  # nothing that a submission left for the end is run
+    os._exit(0)  # without running the submission's exit handlers
 
 
 if __name__ == "__main__":

@@ -58,10 +58,10 @@ Rows shared(const Tensor& in, const Tensor& slot, const MaybeTensor& gates, cons
           data<void>(in, in.scalar_type(), in.sizes()), nullptr, out.data_ptr(), nullptr,
           device.stream};
 }
-Tensor permute_op(const Tensor& x, const Tensor& slot, int64_t n_visits) {
+Tensor permute_op(const Tensor& x, const Tensor& slot, int64_t n_routed) {
   Device device(x);
   TORCH_CHECK(x.size(0) == slot.size(0), "x and slot differ in rows");
-  auto out = at::empty({n_visits, x.size(1)}, x.options());
+  auto out = at::empty({n_routed, x.size(1)}, x.options());
   if (x.numel()) permute(shared(x, slot, {}, out, device));
   return out;
 }

@@ -42,15 +42,15 @@ template <Product op, Activation act> __device__ bool find_tile(const Gmm& g, in
 
 // ---- operands ----------------------------------------------------------------------------------
 // In a place, an operand lies in panels 64 wide, 128 bytes a row. Forward reads both with k along
-// the rows: a panel's row is a row of the matrix. In the gradients an operand can be turned: a row
-// of a panel is one k, with 64 rows (or columns) of the result along it, and more panels follow.
-template <Product op> constexpr bool kTurnedA = op == kWeightGrad;
-template <Product op> constexpr bool kTurnedB = op != kForward;
+// the rows: a panel's row is a row of the matrix. In the gradients an operand can be transposed: a
+// row of a panel is one k, with 64 rows (or columns) of the result along it; more panels follow.
+template <Product op> constexpr bool kTransA = op == kWeightGrad;
+template <Product op> constexpr bool kTransB = op != kForward;
 
 // What wgmma must know of an operand, "matrix descriptor" in PTX ISA: where it starts; in units of
-// 16 bytes, the steps between panels (if turned) and between 8 rows (1024 bytes); the swizzle.
-__device__ inline uint64_t descriptor(const bf16* panel, bool turned) {
-  uint64_t start = smem_addr(panel) >> 4, panels = turned ? kDeep * 128 >> 4 : 1, rows = 1024 >> 4;
+// 16 bytes, the steps between panels (if transposed) and between 8 rows (1024 bytes); the swizzle.
+__device__ inline uint64_t descriptor(const bf16* panel, bool transposed) {
+  uint64_t start = smem_addr(panel) >> 4, rows = 1024 >> 4, panels = transposed ? kDeep * 8 : 1;
   return start | panels << 16 | rows << 32 | 1ull << 62;       // 1 << 62: 128-byte swizzle
 }
 
@@ -58,11 +58,11 @@ template <Product op, Activation act>
 __device__ void load(Slice& s, uint64_t* full, const TensorMap& a, const TensorMap& b,
                      const TensorMap& up, const Tile& t, int k) {
   mbarrier_expect_bytes(full, sizeof(Slice));
-  if (!kTurnedA<op>) tma_load(s.a, a, full, k, t.row, 0);
-  for (int p = 0; kTurnedA<op> && p < kRows / 64; p++)
+  if (!kTransA<op>) tma_load(s.a, a, full, k, t.row, 0);
+  for (int p = 0; kTransA<op> && p < kRows / 64; p++)
     tma_load(s.a + p * 64 * kDeep, a, full, t.row + p * 64, k, 0);
-  if (!kTurnedB<op>) tma_load(s.b, b, full, k, t.col, t.expert);
-  for (int p = 0; kTurnedB<op> && p < kCols / 64; p++)
+  if (!kTransB<op>) tma_load(s.b, b, full, k, t.col, t.expert);
+  for (int p = 0; kTransB<op> && p < kCols / 64; p++)
     tma_load(s.b + p * 64 * kDeep, b, full, t.col + p * 64, k, op == kInputGrad ? t.expert : 0);
   if (act == kSilu && op == kForward) tma_load(s.b + 128 * kDeep, up, full, k, t.col, t.expert);
 }
@@ -171,12 +171,12 @@ gmm_kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMa
       Slice& slice = s.slice[place];
       mbarrier_wait(&s.full[place], round % 2);
       if (op == kWeightGrad && k + kDeep > t.k_end) clear_from(slice, t.k_end - k, tid);
-      uint64_t da = descriptor(slice.a + half * 64 * kDeep, kTurnedA<op>);
-      uint64_t db = descriptor(slice.b, kTurnedB<op>);
+      uint64_t da = descriptor(slice.a + half * 64 * kDeep, kTransA<op>);
+      uint64_t db = descriptor(slice.b, kTransB<op>);
       wgmma_fence();
       for (int j = 0; j < kDeep / 16; j++)              // 16 k on: 32 bytes, or 16 rows of 128
-        wgmma_m64n256k16<kTurnedA<op>, kTurnedB<op>>(sum, da + j * (kTurnedA<op> ? 128 : 2),
-                                                     db + j * (kTurnedB<op> ? 128 : 2));
+        wgmma_m64n256k16<kTransA<op>, kTransB<op>>(sum, da + j * (kTransA<op> ? 128 : 2),
+                                          db + j * (kTransB<op> ? 128 : 2));
       wgmma_commit();
       wgmma_wait();
       if (tid % 32 == 0) mbarrier_arrive(&s.empty[place]);

@@ -1,6 +1,6 @@
 // What the kernels offer to binding.cpp: plain functions that start them on a stream.
-// n rows, E experts, R visits (pairs of a row and an expert whose gate is not zero), d, f widths.
-// Visits lie sorted by expert, then by row: expert e owns rows offs[e - 1] to offs[e] of R.
+// n rows, E experts, d, f widths; R routed rows, a row once for each expert with a gate not zero,
+// sorted by expert, then by row: expert e owns rows offs[e - 1] to offs[e] of R.
 #pragma once
 #ifdef CUDA_ON_CPU                       // tests/cuda_on_cpu.h runs the kernels without a GPU
 using cudaStream_t = void*;
@@ -13,7 +13,7 @@ using bf16 = struct __nv_bfloat16;
 struct Rows {
   int n, E, d;
   bool is_bf16;
-  const int* slot;                       // (n, E), where in R the visit lies; -1: no visit
+  const int* slot;                       // (n, E), the place in R of a row for an expert, or -1
   const float* gates;                    // (n, E), or null: they are 1
   const void *in, *y;
   void* out;

@@ -5,29 +5,29 @@ constexpr int kWarps = 32, kMaxExperts = 48;
 
 // ---- route: gates (n, E) -> slot (n, E), offs (E) ----------------------------------------------
 // A stable counting sort in one block; the gates of 4 096 rows are 64 KB. A warp owns a stretch of
-// rows. It counts their visits to each expert; sums over the warps before it, expert by expert, say
-// where its visits begin; then it hands out the slots. A ballot has a bit for each lane.
+// rows. It counts those routed to each expert; sums over the warps before it, expert by expert,
+// give the first slot of each expert; then it assigns the slots. A ballot has a bit for each lane.
 __global__ void __launch_bounds__(kWarps * 32)
 route_kernel(const float* gates, int n, int E, int* slot, int* offs) {
-  __shared__ int count[kMaxExperts][kWarps];           // then: the slot of the warp's first visit
+  __shared__ int count[kMaxExperts][kWarps];           // then: the warp's first slot of each
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, stretch = (n + kWarps - 1) / kWarps;
   int begin = min(warp * stretch, n), end = min(begin + stretch, n);
   for (int e = 0; e < E; e++) {
-    int visits = 0;
+    int routed = 0;
     for (int first = begin; first < end; first += 32) {
       int row = first + lane;
-      visits += __popc(__ballot_sync(~0u, row < end && gates[(int64_t)row * E + e] != 0));
+      routed += __popc(__ballot_sync(~0u, row < end && gates[(int64_t)row * E + e] != 0));
     }
-    if (lane == 0) count[e][warp] = visits;
+    if (lane == 0) count[e][warp] = routed;
   }
   __syncthreads();
   for (int e = 0, before = 0; warp == 0 && e < E; e++) {
-    int visits = count[e][lane], sum = visits;         // lane's is the sum of lanes 0 to lane
+    int routed = count[e][lane], sum = routed;         // lane's is the sum of lanes 0 to lane
     for (int step = 1; step < 32; step *= 2) {
       int below = __shfl_up_sync(~0u, sum, step);
       if (lane >= step) sum += below;
     }
-    count[e][lane] = before + sum - visits;
+    count[e][lane] = before + sum - routed;
     before += __shfl_sync(~0u, sum, 31);
     if (lane == 0) offs[e] = before;
   }
@@ -36,9 +36,9 @@ route_kernel(const float* gates, int n, int E, int* slot, int* offs) {
     int next = count[e][warp];
     for (int first = begin; first < end; first += 32) {
       int64_t row = first + lane, at = row * E + e;
-      bool visits = row < end && gates[at] != 0;
-      unsigned ballot = __ballot_sync(~0u, visits), below = ballot & ((1u << lane) - 1);
-      if (row < end) slot[at] = visits ? next + __popc(below) : -1;
+      bool routed = row < end && gates[at] != 0;
+      unsigned ballot = __ballot_sync(~0u, routed), below = ballot & ((1u << lane) - 1);
+      if (row < end) slot[at] = routed ? next + __popc(below) : -1;
       next += __popc(ballot);
     }
   }
@@ -52,7 +52,7 @@ template <class T> __device__ Vec<T>& at(const void* matrix, int64_t row, int d,
   return *(Vec<T>*)((T*)matrix + row * d + column);
 }
 
-// out[slot[row][e]] = in[row]: read once, written once for each visit.
+// out[slot[row][e]] = in[row]: read once, written once for each of its experts.
 template <class T> __global__ void permute_kernel(const Rows r) {
   int64_t row = my_row();
   for (int c = threadIdx.x % 32 * Vec<T>::N; row < r.n && c < r.d; c += 32 * Vec<T>::N) {
@@ -99,7 +99,7 @@ template <class T> __global__ void unpermute_grad_kernel(const Rows r) {
       at<T>(r.out, slot, r.d, c) = o;
     }
     for (int mask = 16; mask; mask /= 2) dot += __shfl_xor_sync(~0u, dot, mask);
-    if (threadIdx.x % 32 == 0) r.dgates[row * r.E + e] = dot;   // 0 where there is no visit
+    if (threadIdx.x % 32 == 0) r.dgates[row * r.E + e] = dot;   // 0 where not routed
   }
 }
 

@@ -1,13 +1,13 @@
-"""Directories that are written whole or not at all, and are read only if nothing in them changed.
+"""Directories that are written completely or not at all, and checked before they are read.
 
-A directory is made as a hidden sibling, forced onto the disk, renamed, and read back; only then
-may what it replaces go. A crash leaves at most two of these, which `recover` mends:
+A directory is written as a hidden sibling, flushed to disk, renamed, and read back; only then is
+the one that it replaces deleted. A crash leaves at most two of these, which `recover` repairs:
 
-    NAME         whole
-    .NAME.part   being written, or on its way out: of no worth
+    NAME         complete
+    .NAME.part   being written or deleted
     .NAME.old    what NAME was, kept until the new one has been read back
 
-checksums.json, the last file to be written, has the length and the SHA-256 of every other.
+checksums.json, written last, has the length and the SHA-256 of every other file.
 """
 
 import errno
@@ -22,21 +22,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from config import UserError
+from config import UserError, warn_once
 from engine.processes import ALONE, Processes
-from records import warn_once
-from tensorfiles import read_json
+from sources.records import read_json
 
 CHECKSUMS = "checksums.json"
 
 
 def act(operation: Callable, *args: Any) -> None:
-    """Whatever a save does to the disk passes through here, where tests make it fail."""
+    """Every disk operation of a save goes through here, so that tests can make it fail."""
     operation(*args)
 
 
 def sync(path: Path) -> None:
-    """Force a file or a directory's entries onto the disk."""
+    """Flush a file, or a directory's entries, to disk."""
     act(fsync, path)
 
 
@@ -45,17 +44,17 @@ def fsync(path: Path) -> None:
     try:
         os.fsync(handle)
         if hasattr(os, "posix_fadvise") and path.is_file():
-            # Out of memory, so that what is read back comes from the disk.
+            # Drop it from the page cache, so that it is read back from the disk.
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     except OSError as error:
-        if error.errno != errno.EINVAL or path.is_file():  # some disks sync no folders
+        if error.errno != errno.EINVAL or path.is_file():  # some file systems cannot sync folders
             raise
     finally:
         os.close(handle)
 
 
 def agree(processes: Processes, action: Callable, *args: Any) -> Any:
-    """Do it in each process; if it fails in one, raise in all, so that none waits for ever."""
+    """Run it in each process; if it fails in one, raise in all, so that none waits forever."""
     result = error = None
     try:
         result = action(*args)
@@ -70,7 +69,7 @@ def agree(processes: Processes, action: Callable, *args: Any) -> Any:
 
 
 def in_first(processes: Processes, action: Callable, *args: Any) -> None:
-    """Do it in the first process, while the others wait for how it went."""
+    """Run it in the first process; the others wait, and raise if it fails."""
     if processes.is_first:
         agree(processes, action, *args)
     else:
@@ -89,7 +88,7 @@ def clear(path: Path) -> None:
 
 
 def discard(path: Path, name: str | None = None) -> None:
-    """Remove what is or was the directory `name`; a crash on the way leaves no half of it."""
+    """Delete the directory `name`, or what is left of it; a crash cannot leave half of it."""
     part = path.with_name(f".{name or path.name}.part")
     clear(part)
     act(os.rename, path, part)
@@ -103,7 +102,7 @@ def digest(file: Path) -> dict[str, Any]:
 
 
 def of_itself(files: dict) -> str:
-    """What tells a damaged checksums.json from damage to a file that it lists."""
+    """checksums.json's own checksum."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
@@ -115,14 +114,14 @@ def seal(directory: Path) -> None:
 
 
 def verify(directory: Path, *names: str) -> None:
-    """Raise UserError, naming the file, unless these files are as they were written; all, if none.
+    """Raise UserError, naming the file, if one of these files (by default all) has changed.
 
-    A directory without checksums.json passes with a warning: an older one, or made by hand.
+    A directory without checksums.json, of an older version or made by hand, passes with a warning.
     """
     if not (directory / CHECKSUMS).exists():
-        warn_once(f"{directory} has no {CHECKSUMS}: whether it is whole cannot be told")
+        warn_once(f"{directory} has no {CHECKSUMS}: it cannot be checked")
         return
-    listed = read_json(directory / CHECKSUMS)
+    listed = read_json(directory / CHECKSUMS, dict)
     files = listed.get("files")
     if not isinstance(files, dict) or listed.get("sha256") != of_itself(files):
         raise UserError(f"{directory / CHECKSUMS}: damaged or edited: it does not match itself")
@@ -158,9 +157,9 @@ Files = dict[str, Callable[[Path], Any]]  # name -> what writes it, given its pa
 def write_directory(
     directory: Path, by_all: Files, by_first: Files, processes: Processes = ALONE
 ) -> None:
-    """Write a directory whole or not at all; what was there before goes last, or stays.
+    """Write a directory completely or not at all; the one that was there is deleted last.
 
-    by_all    written in every process, one after the other; names may differ, their number not
+    by_all    written in every process; names may differ, their number not
     by_first  written in the first process only
     """
     part = beside(directory, "part")
@@ -182,7 +181,7 @@ def finish(directory: Path) -> None:
     seal(part)
     for path in [*part.iterdir(), part]:
         sync(path)
-    if directory.exists():  # a rename cannot replace a full directory: it steps aside
+    if directory.exists():  # a rename cannot replace a directory that is not empty
         act(os.rename, directory, old)
     act(os.rename, part, directory)
     sync(directory.parent)
@@ -201,13 +200,13 @@ def write_file(path: Path, text: str) -> None:
 
 
 def recover(folder: Path, *patterns: str) -> None:
-    """Mend what a crash left of the files and directories whose names match."""
+    """Repair what a crash left of the files and directories whose names match."""
     for pattern in patterns:
         for old in folder.glob(f".{pattern}.old"):
             path = folder / old.name.removeprefix(".").removesuffix(".old")
             if path.exists() and is_sound(path):
                 discard(old, path.name)
-            else:  # the crash came before the new one was there and read back
+            else:  # the crash came before the new one was read back
                 if path.exists():
                     discard(path)
                 act(os.rename, old, path)
@@ -217,7 +216,7 @@ def recover(folder: Path, *patterns: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Raise UserError if another process is in here. A lock ends as its process does."""
+    """Raise UserError if another process has the lock; a lock ends with its process."""
     with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

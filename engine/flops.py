@@ -18,74 +18,57 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from config import IMAGE_ID
-from data import Batch
 from decoder import PhiBlock
-from model import Loss, MedMoE
-from moe import MoE
+from engine.features import CachedTower
+from engine.tinymed import ResidualMoE
+from model import MedMoE
 
 
 class Flops(NamedTuple):
-    """FLOPs, forward and backward, of one of each."""
+    """FLOPs, forward and backward, of one of each; Run.count counts them in the same order."""
 
-    picture: int  # in the tower
+    image: int  # in the tower
     patch: int  # in the projector
     sample: int  # routers that decide once a sample
-    position: int  # what every position of the decoder goes through
+    position: int  # everything that all positions of the decoder go through
     pair: int  # of positions, in attention
-    visits: list[int]  # to an expert, by sparse block
     answer: int  # lm_head, at a supervised position
-
-    def of(self, batch: Batch, out: Loss) -> int:
-        """FLOPs of a micro-batch and what the model made of it; waits for a GPU."""
-        counts = [(batch.ids == IMAGE_ID).sum(), *((r.gates != 0).sum() for r in out.routings)]
-        patches, *visits = torch.stack(counts).tolist()
-        lengths = batch.mask.sum(dim=1).tolist()  # of real positions
-        return (
-            len(batch.images) * self.picture
-            + patches * self.patch
-            + len(lengths) * self.sample
-            + sum(lengths) * self.position
-            + sum(n * n for n in lengths) * self.pair
-            + sum(n * cost for n, cost in zip(visits, self.visits, strict=True))
-            + out.n_tokens * self.answer
-        )
+    routed: list[int]  # a token through one of its experts, by sparse block
 
 
 def model_flops(model: MedMoE) -> Flops:
     """What this model costs with the parameters that are frozen now; the tower wholly or not."""
-    vision, tuned = model.vision, trains(model.vision)
-    n_patches = model.config.vision.n_patches
-    picture = n_patches * linear(vision.patch_embed, False)
-    for block in vision.blocks:
-        row, pair = attention(block, tuned)
-        row += linear(block.fc1, tuned) + linear(block.fc2, tuned)
-        picture += (n_patches + 1) * row + (n_patches + 1) ** 2 * pair
-    patch = ffn(model.projector, tuned)
-    decoder = model.decoder
+    vision, decoder, tuned = model.vision, model.decoder, trains(model.vision)
+    cost = dict.fromkeys(Flops._fields, 0) | {"routed": []}
+    if not isinstance(vision, CachedTower):  # else features are read from disk
+        n_patches = model.config.vision.n_patches
+        cost["image"] = n_patches * linear(vision.patch_embed, False)
+        for block in vision.blocks:
+            row, pair = attention(block, tuned)
+            row += linear(block.fc1, tuned) + linear(block.fc2, tuned)
+            cost["image"] += (n_patches + 1) * row + (n_patches + 1) ** 2 * pair
+    cost["patch"] = ffn(model.projector, tuned)
     before = trains(vision, model.projector, decoder.embed)  # is anything trained before here?
-    sample, position, pairs, visits = 0, 0, 0, []
     for block in decoder.blocks:
-        if isinstance(block, PhiBlock):
-            at_attn = at_mlp = before or trains(block.ln)
-        else:
-            at_attn = before or trains(block.ln_1)
-            at_mlp = at_attn or trains(block.attn, block.ln_2)
+        is_phi = isinstance(block, PhiBlock)
+        at_attn = before or trains(block.ln if is_phi else block.ln_1)
+        at_mlp = at_attn or (not is_phi and trains(block.attn, block.ln_2))
         row, pair = attention(block.attn, at_attn)
-        position, pairs = position + row, pairs + pair
+        cost["position"] += row
+        cost["pair"] += pair
+        dense = [block.mlp]
         if block.is_sparse:
-            visits.append(ffn(block.mlp.experts, at_mlp))
-            position += always_on(block.mlp, at_mlp)
-            decision = linear(block.mlp.router, at_mlp)
-            if block.mlp.router.level == "sequence":
-                sample += decision
-            else:
-                position += decision
-        else:
-            position += ffn(block.mlp, at_mlp)
+            moe, dense = block.mlp, [block.mlp.meta]
+            cost["routed"].append(ffn(moe.experts, at_mlp))
+            level = "sample" if moe.router.level == "sequence" else "position"
+            cost[level] += linear(moe.router, at_mlp)
+            if isinstance(moe, ResidualMoE):
+                dense.append(moe.dense)
+                cost["position"] += linear(moe.coefficient, at_mlp)
+        cost["position"] += sum(ffn(mlp, at_mlp) for mlp in filter(None, dense))
         before = before or trains(block)
-    answer = linear(decoder.lm_head, before or trains(decoder.ln_f))
-    return Flops(picture, patch, sample, position, pairs, visits, answer)
+    cost["answer"] = linear(decoder.lm_head, before or trains(decoder.ln_f))
+    return Flops(**cost)
 
 
 def trains(*modules: nn.Module) -> bool:
@@ -96,7 +79,7 @@ def linear(module: nn.Module, before: bool) -> int:
     """A row through the matrices of a layer; `before`: its input needs a gradient.
 
     There is one matrix; LoRA adds two, the second of which reads what the first has made. Stacked
-    matrices are those of the experts, of which a visit takes one.
+    matrices are those of the experts: a routed token goes through one of them.
     """
     total = 0
     for name, param in module.named_parameters():
@@ -118,12 +101,6 @@ def ffn(mlp: nn.Module, before: bool) -> int:
     """A row through fc1 and fc2, or gate, up and down: the last reads what the others made."""
     *first, last = mlp.children()
     return sum(linear(f, before) for f in first) + linear(last, before or trains(*first))
-
-
-def always_on(moe: MoE, before: bool) -> int:
-    """A position through what stands beside the experts, where it is there."""
-    total = sum(ffn(part, before) for part in (moe.meta, moe.dense) if part is not None)
-    return total + (linear(moe.coefficient, before) if moe.coefficient is not None else 0)
 
 
 @cache

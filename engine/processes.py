@@ -1,6 +1,6 @@
-"""One process, or as many as torchrun started: who takes which samples, and sums over all.
+"""One process, or as many as torchrun started: each one's samples and device, sums over all.
 
-Everything here works alike for one process, where nothing is exchanged.
+With one process everything here works too, and nothing is exchanged.
 """
 
 import os
@@ -16,14 +16,10 @@ from config import UserError
 
 
 class Processes:
-    """This process's place among all of them."""
+    """This process's rank among all of them."""
 
     def __init__(self, rank: int = 0, world: int = 1):
-        self.rank, self.world = rank, world
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
+        self.rank, self.world, self.is_first = rank, world, rank == 0
 
     def share(self, rows: Sequence[Any]) -> list[Any]:
         """The part of a list that is this process's; may be empty."""
@@ -46,7 +42,7 @@ class Processes:
         return {key: value for found in parts for key, value in found.items()}
 
     def end(self) -> None:
-        """Leave the others, when all are here."""
+        """Wait for all, then leave the group."""
         if self.world > 1:
             dist.barrier()
             dist.destroy_process_group()
@@ -64,16 +60,31 @@ def start(device: str) -> Processes:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return ALONE
-    backend = "gloo"
-    if device != "cpu" and torch.cuda.is_available():
+    backend, n_gpus = "gloo", torch.cuda.device_count()
+    if device != "cpu" and n_gpus:
         local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
-            raise UserError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs")
+        if local >= n_gpus:
+            raise UserError(f"--nproc-per-node: this machine has {n_gpus} GPUs")
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    rank = dist.get_rank()
-    if rank:
+    if rank := dist.get_rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
     return Processes(rank, world)
+
+
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """--device, --dtype -> where to compute, and in what precision matmuls run.
+
+    "auto" takes bf16 where it is fast: on a GPU, and on CPUs that multiply it in hardware.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here")
+    if dtype == "auto":
+        able = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = device == "cuda" or able.get("avx512_bf16") or able.get("amx_bf16")
+        dtype = "bfloat16" if fast else "float32"
+    return torch.device(device), getattr(torch, dtype)

@@ -1,27 +1,36 @@
-"""One phase's place on the disk: its log, its checkpoints, and how to go on from them.
+"""One phase's run: its log, its checkpoints, how it stops, and how it is continued exactly.
 
-A run that goes on computes what it would have computed undisturbed, to the last bit: weights,
-optimizer and random generators are as they were, and nothing may be asked of it that would make
-it another run.
+A resumed run computes what it would have computed uninterrupted, to the last bit: weights,
+optimizer and random generators are restored, and flags that would change the result are refused.
 """
 
 import hashlib
 import json
+import os
+import random
 import secrets
 import signal
+import statistics
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-import kernels
+import ops
 from checkpoint import load_checkpoint, read_meta, save_checkpoint
-from config import UserError, to_dict
+from config import IMAGE_ID, TrainConfig, UserError, to_dict, warn_once
+from data import Batch, Sample
 from engine.durable import (
     agree,
     discard,
@@ -33,26 +42,28 @@ from engine.durable import (
     verify,
     write_file,
 )
-from engine.generators import generators, set_generators
-from engine.parallel import like, put, write_tensors
-from engine.processes import ALONE, Processes
-from flags import TrainConfig
-from model import MedMoE, choose_device
-from records import Sample, warn_once
-from tensorfiles import open_tensors
+from engine.features import cache_features
+from engine.flops import matmul_rate, model_flops
+from engine.inference import compile_blocks
+from engine.parallel import like, put, shard, write_tensors
+from engine.processes import ALONE, Processes, choose_device
+from engine.tensorfiles import open_tensors
+from model import Loss, MedMoE
 
-# Flags that a run may go on with changed: they say where and how it computes, or what comes after.
+# Flags that may change when a run is resumed: where and how it computes, or what follows it.
 MAY_DIFFER = {
     "phase", "out", "json", "max_missing", "device", "dtype", "kernels", "workers",
     "cache_features", "cache_gb", "compile", "activation_checkpointing", "expert_parallel",
     "save_every", "keep", "resume", "eval",
 }  # fmt: skip
-# What it settles on must be the same, except where it computes; then it is not to the last bit.
+# The resolved config must be the same. With another device or number of processes the run is
+# resumed with a warning, since results then differ in the last bits.
 WHERE = ("device", "processes")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Changed(UserError):
-    """The run would not be the one that began."""
+    """Resumed like this, the run would compute something else."""
 
 
 def read_log(path: Path) -> list[dict]:
@@ -73,21 +84,13 @@ def read_log(path: Path) -> list[dict]:
 
 
 def unfinished(folder: Path, number: int) -> list[Path]:
-    """Checkpoints to go on from, of this phase, oldest first."""
+    """Checkpoints of this phase to resume from, oldest first."""
     return sorted(folder.glob(f"phase{number}-step*"))
-
-
-def run_id(path: Path) -> str | None:
-    """Which run saved this checkpoint; None if it cannot be told."""
-    try:
-        return read_meta(path)[1].get("run", {}).get("id")
-    except UserError:
-        return None
 
 
 @contextmanager
 def claim(folder: Path, processes: Processes = ALONE) -> Iterator[None]:
-    """Have the output folder for this run alone, and mend what a crash left in it."""
+    """Lock the output folder for this run, and repair what a crash left in it."""
     with ExitStack() as stack:
 
         def enter() -> None:
@@ -95,18 +98,19 @@ def claim(folder: Path, processes: Processes = ALONE) -> Iterator[None]:
             recover(folder, "phase[123]*", "log.jsonl")
             for number in (1, 2, 3):
                 finished = folder / f"phase{number}"
-                if finished.is_dir() and (rest := unfinished(folder, number)):
-                    same = [p for p in rest if run_id(p) == run_id(finished) is not None]
-                    for path in same if is_sound(finished) else ():
-                        discard(path)  # the crash came between the last save and this
+                for path in unfinished(folder, number) if finished.is_dir() else ():
+                    with suppress(UserError):  # a damaged one stays
+                        ids = [read_meta(p)[1].get("run", {}).get("id") for p in (finished, path)]
+                        if ids[0] == ids[1] is not None and is_sound(finished):
+                            discard(path)  # a crash came between the phase's last save and this
 
         in_first(processes, enter)
         yield
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
-    """A disk that is full, or read-only, is the user's to mend."""
+def disk_errors(path: Path) -> Iterator[None]:
+    """A full or read-only disk is a UserError that names the path."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -114,22 +118,20 @@ def told(path: Path) -> Iterator[None]:
 
 
 def data_digest(samples: Iterable[Sample]) -> str:
-    """16 hex digits that differ if the samples do, or their order."""
+    """16 hex digits that change with the samples or their order."""
     rows = ((s.source, s.id, s.turns, s.modality, s.weight) for s in samples)
     return hashlib.sha256("\n".join(map(json.dumps, rows)).encode()).hexdigest()[:16]
 
 
-def as_typed(name: str, value: Any) -> str:
-    """A flag as it stands on a command line."""
-    flag = "--" + name.replace("_", "-")
-    if value is None or value is False or value == []:
-        return f"without {flag}"
-    values = value if isinstance(value, list) else [value]
-    return "with " + " ".join(flag if v is True else f"{flag} {v}" for v in values)
-
-
 def refuse(path: Path, name: str, before: Any, now: Any) -> NoReturn:
-    raise Changed(f"{path}: began {as_typed(name, before)}, would go on {as_typed(name, now)}: "
+    def typed(value: Any) -> str:
+        flag = "--" + name.replace("_", "-")
+        if value is None or value is False or value == []:
+            return f"without {flag}"
+        values = value if isinstance(value, list) else [value]
+        return "with " + " ".join(flag if v is True else f"{flag} {v}" for v in values)
+
+    raise Changed(f"{path}: began {typed(before)}, would go on {typed(now)}: "
                   "give the flags that it began with, or another --out")  # fmt: skip
 
 
@@ -141,60 +143,240 @@ def refuse_changed_flags(path: Path, before: dict, flags: TrainConfig) -> None:
             refuse(path, name, before[name], now)
 
 
+def checkpoint_blocks(model: MedMoE) -> None:
+    """In training, compute each block's forward again in backward; dropout repeats its masks."""
+
+    def recompute(block: nn.Module, forward: Callable, *args: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False) if block.training else forward(*args)
+
+    for block in model.decoder.blocks:
+        block.forward = partial(recompute, block, block.forward)
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
+def generators(device: torch.device) -> dict[str, Tensor]:
+    """The state of every global random generator of this process, as tensors."""
+    _, keys, *rest = np.random.get_state()  # noqa: NPY002
+    states = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng.cuda"] = torch.cuda.get_rng_state(device)
+    for name, state in (("python", random.getstate()), ("numpy", (keys.tolist(), *rest))):
+        text = bytearray(json.dumps(state).encode())  # its floats come back bit for bit
+        states[f"rng.{name}"] = torch.frombuffer(text, dtype=torch.uint8)
+    return states
+
+
+def set_generators(states: dict[str, Tensor], device: torch.device, seed: str) -> None:
+    """The inverse of generators; one without a state is seeded."""
+    seed_all(random.Random(seed).getrandbits(32))
+    if "rng.cpu" in states:
+        torch.set_rng_state(states["rng.cpu"])
+    if "rng.cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["rng.cuda"], device)
+    if "rng.python" in states:
+        version, keys, gauss = json.loads(bytes(states["rng.python"].tolist()))
+        random.setstate((version, tuple(keys), gauss))
+    if "rng.numpy" in states:
+        keys, *rest = json.loads(bytes(states["rng.numpy"].tolist()))
+        np.random.set_state(("MT19937", np.array(keys, np.uint32), *rest))  # noqa: NPY002
+
+
+class Signals:
+    """Inside it, the first Ctrl-C or kill is only noted, a second one ends the process."""
+
+    def __init__(self, is_first: bool = True):
+        self.is_first, self.noted = is_first, 0
+
+    def __enter__(self) -> "Signals":
+        found = {number: signal.getsignal(number) for number in SIGNALS}
+        # nohup wants SIGHUP ignored, a script's & SIGINT; None belongs to somebody else.
+        self.before = {n: h for n, h in found.items() if h not in (signal.SIG_IGN, None)}
+        for number in self.before:
+            signal.signal(number, self.note)
+        return self
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        if self.noted:
+            os._exit(128 + number)
+        self.noted = number
+        if self.is_first:  # not print: it may have been interrupted in the middle
+            os.write(2, b"\nstops after this step; a second signal stops at once\n")
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.noted and kind is None:  # it came after the last step: not lost
+            signal.raise_signal(self.noted)
+
+
 class Run:
-    """One phase's place on the disk: its log, its checkpoints, and how to go on from them."""
+    """One phase's run: what surrounds the training loop of train.py."""
 
     def __init__(
         self, number: int, flags: TrainConfig, tokenizer: Path, processes: Processes = ALONE
     ):
         self.number, self.flags, self.tokenizer = number, flags, tokenizer
-        self.processes = processes
+        self.processes, self.rank, self.world = processes, processes.rank, processes.world
         self.title = f"phase {number}"
         self.folder = Path(flags.out)
         self.path = self.folder / "log.jsonl"
         self.device, self.dtype = choose_device(flags.device, flags.dtype)
-        kernels.choose(flags.kernels, self.device)
-        self.settled: dict[str, Any] = {
+        ops.choose(flags.kernels, self.device)
+        self.resolved: dict[str, Any] = {
             "id": secrets.token_hex(8), "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type, "processes": processes.world,
         }  # fmt: skip
 
-    def settle(self, samples: Iterable[Sample], **values: Any) -> None:
-        """What a run has settled on, now that all defaults are known, and keeps to."""
-        self.settled |= {"data": f"of samples {data_digest(samples)}", **values}
+    def begin(
+        self, model: MedMoE, optimizer: torch.optim.Optimizer, samples: Iterable[Sample],
+        n_steps: int, per_epoch: int, **resolved: Any,
+    ) -> int:  # fmt: skip
+        """Resume if asked to, open the log -> the first step. resolved: flags' final values."""
+        self.model, self.optimizer, self.n_steps = model, optimizer, n_steps
+        self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        resolved |= {"data": f"of samples {data_digest(samples)}", "steps": n_steps}
+        self.resolved |= resolved
+        first = self.resume() if self.flags.resume else 0
+        self.begin_log(first, per_epoch)
+        *costs, routed = model_flops(model)
+        self.costs = *costs, *routed  # FLOPs of what `count` counts
+        self.rate = matmul_rate(self.device, self.dtype) * self.world  # FLOP/s
+        layers = [block for block in model.decoder.blocks if block.is_sparse]
+        self.load_shape = len(layers), model.config.moe.n_experts if layers else 0
+        self.mfus: list[float] = []
+        self.bar = tqdm(initial=first, total=n_steps, desc=self.title, mininterval=1,
+                        disable=self.rank > 0)  # fmt: skip
+        self.begin_step()
+        return first
+
+    def place(self, model: MedMoE) -> None:
+        """Move the model to its device, or share it among the processes; apply flags of speed."""
+        if self.flags.compile:
+            compile_blocks(model)
+        if self.flags.activation_checkpointing:
+            checkpoint_blocks(model)
+        ops.place_experts(model, self.device)
+        shard(model, self.processes, self.device, self.flags.expert_parallel)
+        cache_features(model, self.flags, self.folder, self.dtype, self.processes)
+        if self.rank:  # else all processes would use the same dropout masks
+            seed_all(self.flags.seed + self.number + 1000 * self.rank)
+
+    def begin_step(self) -> None:
+        n_layers, n_experts = self.load_shape
+        self.counts = torch.zeros(6, dtype=torch.float64)
+        self.routed = torch.zeros(n_layers, n_experts, dtype=torch.float64)
+        self.start = time.perf_counter()
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value added up over all processes."""
+        return list(values) if self.world == 1 else self.processes.sum(*values)
+
+    def count(self, batch: Batch, out: Loss) -> None:
+        """Add a micro-batch to the step's counts, for its MFU and the load of the experts."""
+        if not out.n_tokens:  # another process's samples: see train.micro_batches
+            return
+        lengths = batch.mask.sum(dim=1).double()  # of real positions
+        patches = (batch.ids == IMAGE_ID).sum()
+        counts = [len(batch.images), patches, len(lengths), lengths.sum(), lengths.square().sum()]
+        self.counts += torch.tensor([*counts, out.n_tokens], dtype=torch.float64)
+        for routed, routing in zip(self.routed, out.routings, strict=True):
+            routed += (routing.gates != 0).sum(dim=(0, 1)).cpu()
+
+    def reduce(self, loss: float) -> tuple[float, Tensor]:
+        """Sum the step's loss and counts over the processes -> loss, load (L, E) per position."""
+        loss, *counts = self.sum(loss, *self.counts.tolist(), *self.routed.flatten().tolist())
+        self.counts, self.routed = counts[:6], torch.tensor(counts[6:]).view(self.load_shape)
+        return loss, (self.routed / counts[3]).float()
+
+    def clip_gradients(self, largest: float) -> float:
+        """Scale all gradients to a joint norm of at most `largest` (0: as they are) -> their norm.
+
+        Of parameters that are shared among processes, each process adds its share.
+        """
+        grads = [p.grad for p in self.params.values() if p.grad is not None]
+        if self.world > 1:
+            grads = [ops.local(grad) for grad in grads]
+        norm = self.sum(nn.utils.get_total_norm(grads).item() ** 2)[0] ** 0.5
+        if largest:
+            scale = min(1.0, largest / (norm + 1e-6))
+            for grad in grads:
+                grad.mul_(scale)
+        return norm
+
+    def after_step(self, step: int, loss: float, lr: float, norm: float, load: Tensor) -> None:
+        """Progress bar, log, checkpoint, and leaving if a signal asked for it."""
+        seconds, n_positions = time.perf_counter() - self.start, self.counts[3]
+        numbers = *self.counts, *self.routed.sum(dim=1).tolist()
+        flops = sum(n * c for n, c in zip(numbers, self.costs, strict=True))
+        speed, mfu = round(n_positions / seconds), flops / seconds / self.rate
+        self.mfus.append(mfu)
+        self.bar.set_postfix(loss=f"{loss:.3f}", tok_s=speed, mfu=f"{mfu:.0%}", refresh=False)
+        self.bar.update()
+        loads = {"load": load.double().round(decimals=4).tolist()} if load.numel() else {}
+        self.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed, mfu=mfu, **loads)
+        done, stop = step + 1, self.signal()
+        if stop or (done % self.flags.save_every == 0 and done < self.n_steps):
+            self.save_step(done)
+        if stop:
+            self.bar.close()
+            self.leave(done, stop)
+        self.begin_step()
+
+    def signal(self) -> int:
+        """A signal that any process was sent, known to all at the same step; 0: none."""
+        (n_sent,) = self.sum(self.signals.noted > 0)
+        return (self.signals.noted or signal.SIGTERM) if n_sent else 0
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Around the loop: Ctrl-C and kill let the step finish. At the end, print the MFU."""
+        try:
+            with Signals(self.rank == 0) as self.signals:
+                yield
+        finally:
+            self.bar.close()
+        if self.mfus:
+            share, rate = statistics.median(self.mfus), self.rate / 1e9
+            print(f"{self.title}: MFU {share:.0%} of {rate:,.0f} GFLOP/s, "
+                  f"what matmuls in {self.dtype} reach here")  # fmt: skip
 
     def checkpoints(self) -> list[Path]:
         return unfinished(self.folder, self.number)
 
     def refuse_leftovers(self) -> None:
-        """Nobody's unfinished work is thrown away because --resume was forgotten."""
+        """Raise UserError for an unfinished run in --out without --resume."""
         if not self.flags.resume and (found := self.checkpoints()):
             raise UserError(f"{found[-1]} is an unfinished run: --resume goes on with it; "
                             "or remove it, or choose another --out")  # fmt: skip
 
     def save(self, path: Path, model: MedMoE, extra: dict, own: dict | None = None, **meta) -> None:
         meta |= {"phase": self.number, "flags": to_dict(self.flags), "torch": torch.__version__,
-                 "run": self.settled}  # fmt: skip
-        with told(path):
+                 "run": self.resolved}  # fmt: skip
+        with disk_errors(path):
             save_checkpoint(path, model, model.config, meta, self.tokenizer, extra, own,
                             write_tensors, self.processes)  # fmt: skip
 
-    def save_step(self, model: MedMoE, optimizer, named: dict[str, Tensor], step: int) -> None:
-        """A checkpoint to go on from. Older ones are removed after it has been read back."""
+    def save_step(self, step: int) -> None:
+        """A checkpoint to resume from. Older ones are removed after it has been read back."""
         state = {}
-        for name, param in named.items():
-            kept = optimizer.state[param].items()  # its step follows from the run's
+        for name, param in self.params.items():
+            kept = self.optimizer.state[param].items()  # its step follows from the run's
             state |= {f"{key}.{name}": t for key, t in kept if key != "step"}
         path = self.folder / f"phase{self.number}-step{step:07}"
-        with told(self.path):
+        with disk_errors(self.path):
             in_first(self.processes, sync, self.path)
-        self.save(path, model, {"trainer": state}, generators(self.device), step=step)
-        # A later one is damaged, or this run would have gone on from there.
+        self.save(path, self.model, {"trainer": state}, generators(self.device), step=step)
+        # A later one is damaged, or this run would have resumed from it.
         older = [p for p in self.checkpoints() if p.name <= path.name]
         self.remove(older[: -self.flags.keep])
 
     def leave(self, step: int, number: int) -> NoReturn:
-        """A signal asked for it, and the checkpoint is saved."""
+        """Exit because of a signal; the checkpoint is saved."""
         if self.processes.is_first:
             name = signal.Signals(number).name
             print(f"{self.title}: stopped by {name} after {step} steps, saved in {self.folder}; "
@@ -202,23 +384,23 @@ class Run:
         raise SystemExit(128 + number)
 
     def remove(self, paths: Iterable[Path]) -> None:
-        with told(self.folder):
+        with disk_errors(self.folder):
             in_first(self.processes, lambda: [discard(path) for path in paths])
 
-    def resume(self, model: MedMoE, optimizer, named: dict[str, Tensor]) -> int:
-        """Go on from the last checkpoint, or from the one before if that is damaged; -> its step.
+    def resume(self) -> int:
+        """Resume from the last checkpoint, or the one before if that is damaged -> its step.
 
-        0 if there are none. Raises UserError if none is whole, or the run is not the one it was.
+        0 if there are none. Raises UserError if all are damaged, or this run is another one.
         """
         for path in reversed(found := self.checkpoints()):
             try:
-                step = agree(self.processes, self.load, path, model, optimizer, named)
+                step = agree(self.processes, self.load, path)
             except Changed:
                 raise
             except UserError as error:
                 warn_once(f"{error}; {path.name} is left out")
                 continue
-            if self.processes.is_first:
+            if self.rank == 0:
                 print(f"{self.title}: goes on from step {step}, {path}")
             return step
         if found:
@@ -226,52 +408,52 @@ class Run:
                             f"{len(found)}: remove them to begin it anew")  # fmt: skip
         return 0
 
-    def load(self, path: Path, model: MedMoE, optimizer, named: dict[str, Tensor]) -> int:
+    def load(self, path: Path) -> int:
         config, meta = read_meta(path)
         refuse_changed_flags(path, meta["flags"], self.flags)
         if "run" not in meta:
             raise Changed(f"{path}: of an older version, which kept too little to go on from")
         verify(path, "tokenizer.json")
         is_same = (path / "tokenizer.json").read_bytes() == self.tokenizer.read_bytes()
-        if config != model.config or not is_same:
+        if config != self.model.config or not is_same:
             raise Changed(f"{path}: began with another model or tokenizer than this run has now")
-        for name, now in self.settled.items():
+        for name, now in self.resolved.items():
             before = meta["run"].get(name)
             if name in WHERE and before != now:
                 warn_once(f"{path}: {name} {before}, now {now}: it goes on, but not bit for bit")
             elif name != "id" and before != now:
                 refuse(path, name, before, now)
-        load_checkpoint(model, path, put)
+        load_checkpoint(self.model, path, put)
         for key, tensor in open_tensors(path / "trainer.safetensors"):
             kind, _, name = key.partition(".")
-            if name not in named:
+            if (param := self.params.get(name)) is None:
                 raise UserError(f"{path}: trained {name}, which this run freezes")
-            optimizer.state[named[name]][kind] = like(named[name], tensor)
-        own = path / f"process{self.processes.rank}.safetensors"
+            self.optimizer.state[param][kind] = like(param, tensor)
+        own = path / f"process{self.rank}.safetensors"
         states = dict(open_tensors(own)) if own.is_file() else {}
         step = meta["step"]
-        for param in named.values():
-            optimizer.state[param]["step"] = torch.tensor(float(step), device=self.device)
-        set_generators(states, self.device, f"{self.flags.seed} {step} {self.processes.rank}")
-        self.settled["id"] = meta["run"]["id"]
+        for param in self.params.values():
+            self.optimizer.state[param]["step"] = torch.tensor(float(step), device=self.device)
+        set_generators(states, self.device, f"{self.flags.seed} {step} {self.rank}")
+        self.resolved["id"] = meta["run"]["id"]
         return step
 
-    def begin_log(self, first: int, n_steps: int, per_epoch: int, named: dict) -> None:
-        """Drop what an interrupted run logged after its checkpoint, then say what begins."""
+    def begin_log(self, first: int, per_epoch: int) -> None:
+        """Drop what an interrupted run logged after its checkpoint, then log how it begins."""
 
         def rewrite() -> None:
             kept = (r for r in read_log(self.path)
                     if r["phase"] != self.number or 0 <= r.get("step", -1) < first)  # fmt: skip
             write_file(self.path, "".join(json.dumps(r) + "\n" for r in kept))
 
-        with told(self.path):
+        with disk_errors(self.path):
             in_first(self.processes, rewrite)
-        trained = sum(p.numel() for p in named.values())
-        self.log(begins=first, steps=n_steps, steps_per_epoch=per_epoch, trained=trained,
+        trained = sum(p.numel() for p in self.params.values())
+        self.log(begins=first, steps=self.n_steps, steps_per_epoch=per_epoch, trained=trained,
                  flags=to_dict(self.flags), device=str(self.device), dtype=str(self.dtype),
-                 torch=torch.__version__, names=sorted(named))  # fmt: skip
+                 torch=torch.__version__, names=sorted(self.params))  # fmt: skip
 
     def log(self, **values) -> None:
-        if self.processes.is_first:
-            with told(self.path), self.path.open("a") as file:
+        if self.rank == 0:
+            with disk_errors(self.path), self.path.open("a") as file:
                 file.write(json.dumps({"phase": self.number, **values}) + "\n")

@@ -9,7 +9,7 @@ what is missing. --minutes N begins nothing new after N minutes; the same comman
 
 Every row answers the same questions with every seed. The table has mean and standard deviation
 over the seeds and the paired difference to another row, question by question, with two 95 %
-intervals: one draws images, for these seeds; one is Student's over the seeds' differences.
+intervals: a bootstrap over images, for these seeds; and Student's over the seeds' differences.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
-from flags import argument, at_least, flag, parse, user_errors, write_json, write_text
+from config import UserError, argument, flag
+from engine.cli import at_least, parse, user_errors, write_json, write_text
 from lab.comparison import summarise, table
 from lab.forest import forest
 from lab.rows import ROWS, SETS, Row
-from records import read_json_file
+from sources.records import read_json
 
 ROOT = Path(__file__).parent.parent
 VERSION = 1  # to be raised when a change of the code changes what the same flags train
@@ -58,7 +58,7 @@ def key(*parts: object) -> str:
 
 
 def chosen_rows(names: Sequence[str]) -> dict[str, Row]:
-    """In the order that they are named, and those that they are compared with before them."""
+    """The rows in the order of `names`, each after the row that it is compared with."""
     found: dict[str, Row] = {}
     for name in names:
         if name not in SETS and name not in ROWS:
@@ -76,7 +76,7 @@ class OutOfTime(Exception):
 
 
 class Runner:
-    """Trains and scores what is not there yet; several threads may ask for the same."""
+    """Trains and scores what is not there yet; several threads may want the same."""
 
     def __init__(self, flags: AblateConfig):
         self.out, self.common = Path(flags.out).resolve(), shlex.split(flags.flags)
@@ -121,7 +121,7 @@ class Runner:
         return name, path
 
     def result(self, row: Row, seed: int) -> Path:
-        """-> what eval.py said of this row and seed."""
+        """-> the --json of eval.py for this row and seed."""
         name, checkpoint = self.phase(2 if row.phase3 is None else 3, row, seed)
         path = self.out / name / f"answers-{key(row.answers)}.json"
         with self.once(path.name + name):
@@ -147,7 +147,7 @@ def run_all(flags: AblateConfig, rows: dict[str, Row]) -> dict[str, list[Path]]:
                     continue
                 found.setdefault(name, []).append(path)
                 minutes = (time.monotonic() - start) / 60
-                score = read_json_file(path)["protocols"]["strict"]["overall"]
+                score = read_json(path)["protocols"]["strict"]["overall"]
                 print(f"{minutes:6.1f} min  {name:<22} seed {seed}  {score:.1%}", flush=True)
         except BaseException:
             runner.stopped = True

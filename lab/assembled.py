@@ -1,4 +1,4 @@
-"""The same model put together from transformers' modules, as one would without this project.
+"""The same model built from transformers' modules, as one would do without this project.
 
 lab.bench compares ours with it; needs transformers 5 (pip install transformers).
 
@@ -6,15 +6,15 @@ lab.bench compares ours with it; needs transformers 5 (pip install transformers)
     transformers' Llava does -> PhiForCausalLM, StableLmForCausalLM or LlamaForCausalLM
 
 Sparse blocks follow its MixtralSparseMoeBlock: fp32 softmax, top-k, gates rescaled, a loop over
-the experts that are visited, index_add; experts and meta expert are the decoder's own MLPs.
+the experts that get tokens, index_add; experts and meta expert are the decoder's own MLPs.
 
 Left as the library has it: attention (sdpa), activations, logits and loss of every position,
-padding that visits experts as well (its blocks tell an FFN nothing of the mask).
-In its favour: CLIP's last layer, which nobody reads, is not built; the frozen tower and projector
-keep no graph; nothing looks for an end of sentence while it generates.
+padding, which is routed too (its blocks do not pass the mask to an FFN).
+In its favour: CLIP's unused last layer is not built; the frozen tower and projector keep no graph;
+generation does not test for the end token.
 
-Shapes: B batch, T positions, P patches, W tower width, D d_model, N = B*T, E experts, k experts a
-token visits, R rows that visit one expert.
+Shapes: B batch, T positions, P patches, W tower width, D d_model, N = B*T, E experts, k experts per
+token, R tokens routed to one expert.
 """
 
 import copy
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from config import IMAGE_ID, DecoderConfig, UserError, VisionConfig
 from data import Batch
+from engine.published import clip_table, decoder_table, publish, slots
 from model import MedMoE, sparse_layers
-from weights import clip_table, decoder_table, publish, slots
 
 try:
     import transformers
@@ -46,17 +46,17 @@ class SparseMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         rows = x.flatten(0, 1)  # (N, D)
-        with torch.autocast(x.device.type, enabled=False):  # ours decides in fp32 as well
+        with torch.autocast(x.device.type, enabled=False):  # our routers use fp32 as well
             probs = self.gate(rows.float()).softmax(dim=-1)  # (N, E)
         top_p, top_e = probs.topk(self.top_k, dim=-1)  # both (N, k)
         if self.top_k > 1:
             top_p = top_p / top_p.sum(dim=-1, keepdim=True)
         with torch.no_grad():
-            visits = nn.functional.one_hot(top_e, len(self.experts)).permute(2, 1, 0)  # (E, k, N)
-            visited = visits.sum(dim=(1, 2)).nonzero().flatten().tolist()
+            routed = nn.functional.one_hot(top_e, len(self.experts)).permute(2, 1, 0)  # (E, k, N)
+            used = routed.sum(dim=(1, 2)).nonzero().flatten().tolist()
         y = self.meta(rows)
-        for e in visited:
-            place, row = torch.where(visits[e])  # both (R,)
+        for e in used:
+            place, row = torch.where(routed[e])  # both (R,)
             out = self.experts[e](rows[row]) * top_p[row, place, None]
             y.index_add_(0, row, out.to(y.dtype))
         return y.view_as(x)
@@ -143,13 +143,13 @@ def copy_weights(ours: MedMoE, theirs: Assembled) -> None:
     config = ours.config
     tower = publish(slots(ours, "vision."), clip_table(config.vision), torch.float32)
     tower = {name.removeprefix("vision_model."): t for name, t in tower.items()}
-    theirs.vision.load_state_dict(theirs.vision.state_dict() | tower)  # its last norm goes unread
+    theirs.vision.load_state_dict(theirs.vision.state_dict() | tower)  # its last norm is not used
     theirs.projector[0].load_state_dict(ours.projector.fc1.state_dict())
     theirs.projector[2].load_state_dict(ours.projector.fc2.state_dict())
     table = {"model.layers.{}.mlp.gate.*": "decoder.blocks.{}.mlp.router.proj.*"}
     for name, our_name in decoder_table(config.decoder).items():
         table[name] = our_name
-        if ".mlp." in name:  # a dense FFN's name: experts and meta expert have it further down
+        if ".mlp." in name:  # a dense FFN's name; of experts and meta expert it is longer
             for place, our_place in (("experts.{}", "experts[{}]"), ("meta", "meta")):
                 deeper = name.replace(".mlp.", f".mlp.{place}.")
                 table[deeper] = our_name.replace(".mlp.", f".mlp.{our_place}.")

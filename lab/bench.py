@@ -2,14 +2,14 @@
 
     python -m lab.bench train                       a step of phase 3: forward to optimizer
     python -m lab.bench generate                    greedy answers, batches of 1 and 8
-    python -m lab.bench loader --data slake:DIR     reading pictures beside training on them
+    python -m lab.bench loader --data slake:DIR     reading images beside training on them
     python -m lab.bench memory --preset phi2        what training takes of a GPU: lab/memory.py
     python -m lab.bench kernels                     the sparse layer's matmuls: lab/bench_kernels.py
 
-train, generate: same weights, same batches, same precision; lab/assembled.py says what the other
-model is (pip install transformers). --preset mid --batch-size 8 --steps 2: 111 M random parameters.
-Ways are timed in turns, a round each; medians over the rounds, the first of which warms up and
-does not count. A ratio is a round's own. The last line is JSON.
+train, generate: same weights, same batches, same precision; the other model is lab/assembled.py
+(pip install transformers). --preset mid --batch-size 8 --steps 2: 111 M random parameters.
+In each round every way is timed once; medians over the rounds, without the first, which warms up.
+Ratios are computed within a round. The last line is JSON.
 """
 
 import json
@@ -24,29 +24,34 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-import kernels
-from checkpoint import narrow_matmuls
+import ops
 from config import (
     EXPERTS,
     IGNORE,
+    IMAGE_ID,
+    Common,
     DecoderConfig,
     ModelConfig,
     MoEConfig,
     UserError,
     VisionConfig,
+    argument,
+    flag,
     preset,
     to_dict,
 )
-from data import Batch, Dataset, Text, collate, encode_prompt
+from data import Batch, Dataset, Sample, Text, collate, encode_prompt
+from engine.cli import at_least, parse, user_errors
 from engine.flops import model_flops
-from flags import Common, argument, at_least, flag, parse, reading, user_errors
+from engine.inference import prepare
+from engine.processes import choose_device
+from engine.published import load_published
 from lab import bench_kernels, memory
-from model import MedMoE, choose_device, freeze_all_but, generate, make_sparse, precision
-from pictures import Images
-from records import Sample
-from sources import load_samples
+from model import MedMoE, autocast, freeze_all_but, generate, make_sparse
+from ops import place_experts
+from sources.images import Images
+from sources.load import load_samples, reading
 from vision import normalise
-from weights import load_published
 
 MID = ModelConfig(
     VisionConfig(image_size=112, patch_size=16, width=512, n_layers=7, n_heads=8, d_ff=2048),
@@ -67,9 +72,9 @@ class BenchConfig(Common):
 
 
 def interleave(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call each way once a round; -> what it did per second, a value a round.
+    """Call each way once a round -> its rate per second, one value a round.
 
-    A way returns how much it did: tokens, pictures, floating-point operations.
+    A way returns how much it did: tokens, images, floating-point operations.
     """
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(rounds + 1):
@@ -92,12 +97,12 @@ def ratios(rates: Sequence[float], others: Sequence[float]) -> dict[str, float]:
     return summary([rate / other for rate, other in zip(rates, others, strict=True)])
 
 
-def told(values: dict[str, float], digits: int = 2) -> str:
+def show(values: dict[str, float], digits: int = 2) -> str:
     return "{median:.{d}f} ({min:.{d}f} to {max:.{d}f})".format(**values, d=digits)
 
 
 def start(flags: BenchConfig) -> tuple[MedMoE, Text]:
-    """A sparse model that trains what phase 3 does, routers as drawn, and a tokenizer."""
+    """-> a sparse model that trains what phase 3 does, routers initialised wide; a tokenizer."""
     torch.manual_seed(flags.seed)
     chosen = preset("tiny" if flags.preset == "mid" else flags.preset)
     if chosen.llm is None:
@@ -109,9 +114,11 @@ def start(flags: BenchConfig) -> tuple[MedMoE, Text]:
     make_sparse(model, MoEConfig(router=flags.router))
     for name, param in model.named_parameters():
         if name.endswith("router.proj.weight"):
-            nn.init.normal_(param)  # large enough that every expert is visited
+            nn.init.normal_(param)  # wide enough that every expert gets tokens
     freeze_all_but(model, EXPERTS)
-    return model.to(choose_device(flags.device, flags.dtype)[0]), Text(chosen.llm)
+    device, _ = choose_device(flags.device, flags.dtype)
+    place_experts(model, device)
+    return model.to(device), Text(chosen.llm)
 
 
 def assembled(ours: MedMoE) -> nn.Module:
@@ -126,7 +133,7 @@ def stepper(model: nn.Module, loss: Callable[[Batch], Tensor], dtype: torch.dtyp
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
 
     def step(batch: Batch) -> None:
-        with precision(batch.ids.device, dtype):
+        with autocast(batch.ids.device, dtype):
             value = loss(batch)
         value.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -139,6 +146,19 @@ def stepper(model: nn.Module, loss: Callable[[Batch], Tensor], dtype: torch.dtyp
 def mean_loss(model: MedMoE, batch: Batch) -> Tensor:
     out = model.loss(batch)
     return out.total / out.n_tokens
+
+
+def flops_of(model: MedMoE, batch: Batch) -> int:
+    """FLOPs of a training step on this batch, forward and backward."""
+    *costs, routed = model_flops(model)
+    with torch.no_grad():
+        out = model.loss(batch)
+    lengths = batch.mask.sum(dim=1)  # of real positions
+    counts = [
+        len(batch.images), (batch.ids == IMAGE_ID).sum(), len(lengths), lengths.sum(),
+        lengths.square().sum(), out.n_tokens, *((r.gates != 0).sum() for r in out.routings),
+    ]  # fmt: skip
+    return sum(int(n) * cost for n, cost in zip(counts, (*costs, *routed), strict=True))
 
 
 def matmul(device: torch.device, dtype: torch.dtype, n: int = 1024) -> Callable[[], float]:
@@ -158,7 +178,8 @@ def bench_train(flags: BenchConfig) -> dict:
     ours, text = start(flags)
     theirs = assembled(ours)
     samples = load_samples(flags.data or ("phantoms:512",), "vqa", "train", **reading(flags))
-    data = Dataset(samples, text, ours.config, plain=False)
+    images = Images(ours.config.vision.image_size)
+    data = Dataset(samples, text, ours.config, plain=False, images=images)
     order = data.epoch(flags.batch_size or 64, flags.seed, 0)[: flags.steps]
     batches = [data.batch(rows).to(device) for rows in order]
     n_tokens = sum(int(batch.mask.sum()) for batch in batches)
@@ -170,9 +191,7 @@ def bench_train(flags: BenchConfig) -> dict:
             step(batch)
         return n_tokens
 
-    cost = model_flops(ours)
-    with torch.no_grad():
-        n_flops = sum(cost.of(batch, ours.loss(batch)) for batch in batches)
+    n_flops = sum(flops_of(ours, batch) for batch in batches)
     ways = {"ours": lambda: run(our_step), "transformers": lambda: run(their_step)}
     rates = interleave(ways | {"matmul": matmul(device, dtype)}, flags.rounds)
     work = [rate * n_flops / n_tokens for rate in rates["ours"]]  # operations a second
@@ -185,10 +204,10 @@ def bench_train(flags: BenchConfig) -> dict:
         "mfu": summary(shares),
     }
     for name in ways:
-        print(f"{name:<13}{told(result['tokens_per_s'][name], 0)} tokens/s")
-    print(f"ours is {told(result['ratio'])} times as fast")
+        print(f"{name:<13}{show(result['tokens_per_s'][name], 0)} tokens/s")
+    print(f"ours is {show(result['ratio'])} times as fast")
     print(f"{n_flops / len(batches) / 1e9:.1f} GFLOP a step, "
-          f"{told(summary([w / 1e9 for w in work]), 0)} GFLOP/s: {told(result['mfu'])} of what a "
+          f"{show(summary([w / 1e9 for w in work]), 0)} GFLOP/s: {show(result['mfu'])} of what a "
           f"{dtype} product of 1024 x 1024 matrices reaches")  # fmt: skip
     sizes = {"batch_size": len(order[0]), "positions": batches[0].ids.shape[1]}
     return result | sizes
@@ -202,42 +221,39 @@ def prompts(samples: Sequence[Sample], text: Text, config: ModelConfig) -> Batch
 
 
 def bench_generate(flags: BenchConfig) -> dict:
-    """Whole answers, picture and prompt included; neither side stops at an end of sentence."""
+    """Full answers, image and prompt included; neither side stops at an end of sentence."""
     device, dtype = choose_device(flags.device, flags.dtype)
     ours, text = start(flags)
     theirs = assembled(ours)
     for model in (ours, theirs):
         model.eval().requires_grad_()  # as loaded; autocast keeps no copies of frozen weights
-    if dtype != torch.float32:
-        narrow_matmuls(ours, dtype)
-    for block in ours.decoder.blocks:
-        block.attn.fuse()  # both as load_model does
+    prepare(ours, device, dtype)  # as load_model does
     samples = load_samples(flags.data or ("phantoms:512",), "vqa", "train", **reading(flags))
     result = {}
     for size in (1, 8):
         batch = prompts(samples[:size], text, ours.config).to(device)
 
         def by_us(batch: Batch = batch) -> int:
-            with precision(device, dtype):
+            with autocast(device, dtype):
                 steps = list(generate(ours, batch, eos_id=-1, max_new=flags.new_tokens))
             return len(steps) * len(batch.ids)
 
         def by_them(batch: Batch = batch) -> int:
-            with precision(device, dtype):
+            with autocast(device, dtype):
                 return theirs.generate(batch, flags.new_tokens).numel()
 
         rates = interleave({"ours": by_us, "transformers": by_them}, flags.rounds)
         speeds = {name: summary(values) for name, values in rates.items()}
         ratio = ratios(rates["ours"], rates["transformers"])
         for name, values in speeds.items():
-            print(f"batch {size}, {name:<13}{told(values, 0)} tokens/s")
-        print(f"batch {size}: ours is {told(ratio)} times as fast")
+            print(f"batch {size}, {name:<13}{show(values, 0)} tokens/s")
+        print(f"batch {size}: ours is {show(ratio)} times as fast")
         result[f"batch_{size}"] = {"tokens_per_s": speeds, "ratio": ratio}
     return result | {"new_tokens": flags.new_tokens}
 
 
 def read_all(samples: Sequence[Sample], size: int, workers: int) -> int:
-    """Every different picture once, from its file to what the tower takes -> how many."""
+    """Every different image once, from its file to what the tower takes -> how many."""
     images = Images(size)
     different = list(dict.fromkeys(s.image for s in samples if s.image is not None))
     with ThreadPoolExecutor(workers) as pool:
@@ -247,7 +263,7 @@ def read_all(samples: Sequence[Sample], size: int, workers: int) -> int:
 
 
 def training(flags: BenchConfig, samples: Sequence[Sample]) -> Callable[[], int]:
-    """-> a function that trains for some steps, tower included, and says how many pictures."""
+    """-> a function that trains for some steps, tower included -> how many images."""
     chosen = preset(flags.preset)
     device, dtype = choose_device(flags.device, flags.dtype)
     model = MedMoE(chosen.model)
@@ -255,7 +271,8 @@ def training(flags: BenchConfig, samples: Sequence[Sample]) -> Callable[[], int]
     model.to(device).train()
     freeze_all_but(model, ("projector.*", "decoder.*", "vision.*"))
     step = stepper(model, lambda batch: mean_loss(model, batch), dtype)
-    data = Dataset(samples, Text(chosen.llm), chosen.model, plain=False)
+    images = Images(chosen.model.vision.image_size)
+    data = Dataset(samples, Text(chosen.llm), chosen.model, plain=False, images=images)
     order = data.epoch(flags.batch_size or 64, flags.seed, 0)[: flags.steps]
     for rows in order:
         data.batch(rows)  # into memory, as after the first epoch
@@ -269,7 +286,7 @@ def training(flags: BenchConfig, samples: Sequence[Sample]) -> Callable[[], int]
 
 
 def bench_loader(flags: BenchConfig) -> dict:
-    """Pictures that are decoded, padded, resized and normalised with 1 and 2 threads."""
+    """Images that are decoded, padded, resized and normalised with 1 and 2 threads."""
     samples = load_samples(flags.data or ("phantoms:512",), "vqa", "train", **reading(flags))
     size = preset(flags.preset).model.vision.image_size
     ways = {
@@ -281,7 +298,7 @@ def bench_loader(flags: BenchConfig) -> dict:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, values in rates.items():
         ratio = medians[name] / medians["training"]
-        print(f"{name:<10}{told(summary(values), 0)} images/s, {ratio:.1f} x training")
+        print(f"{name:<10}{show(summary(values), 0)} images/s, {ratio:.1f} x training")
     return {"size": size, "images_per_s": medians}
 
 
@@ -296,7 +313,7 @@ def main(argv: list[str] | None = None) -> dict:
     flags = parse(BenchConfig, argv, "lab.bench")
     at_least(flags, rounds=1, steps=1, new_tokens=1, batch_size=1)
     device, dtype = choose_device(flags.device, flags.dtype)
-    kernels.choose(flags.kernels, device)
+    ops.choose(flags.kernels, device)
     result = BENCHES[flags.what](flags) | {
         "flags": to_dict(flags), "device": str(device), "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(), "torch": torch.__version__,

@@ -1,17 +1,17 @@
-"""How fast the sparse layer is, and on a GPU each of its kernels, beside what bounds them.
+"""How fast the sparse layer is, and on a GPU each of its kernels, compared with their limits.
 
-    python -m lab.bench kernels                          on a CPU: torch's paths
+    python -m lab.bench kernels                          on a CPU: the layer by a loop and sorted
     python -m lab.bench kernels --device cuda            on a GPU: every op and size as well
     python -m lab.bench kernels --gpu-check              first the tests of cuda/ on the GPU itself
 
-What is timed is first compared with its definition. Ways take turns, a round each; a time is the
-median over the rounds, of which the first does not count. On a GPU, L2 is emptied before each call
-and times are the GPU's own. lab/bench_layer.py says which ways to write the layer are compared.
-Kernels are told beside a dense matmul of equal FLOPs, a matmul for each expert and
-torch.nn.functional.grouped_mm; those that move rows beside what a large copy reaches. The last line
-is JSON.
+Everything that is timed is first compared with its definition. Competitors run alternately, once a
+round; a time is the median over the rounds, of which the first does not count. On a GPU, L2 is
+emptied before each call and times are the GPU's own. lab/bench_layer.py lists the implementations
+of the layer. Matmul kernels are compared with a dense matmul of equal FLOPs, a matmul for each
+expert and torch.nn.functional.grouped_mm; those that move rows with the bandwidth of a large copy.
+The last line is JSON.
 
-Shapes: N rows, k = 2 visits each, E = 4 experts, R = k N, D d_model, F d_ff.
+Shapes: N tokens, k = 2 experts each, E = 4 experts, R = k N, D d_model, F d_ff.
 """
 
 import json
@@ -27,12 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
 import ops
-from config import UserError
-from flags import at_least, flag, parse, user_errors
+from config import UserError, flag
+from engine.cli import at_least, parse, user_errors
+from engine.processes import choose_device
 from lab.bench_layer import Timer, bench_layer, experts_of, gates_of, off
-from model import choose_device
 
 ROOT = Path(__file__).parent.parent
 SIZES = (1024, 4096, 16384, 65536)
@@ -43,9 +42,9 @@ SMALL = "gpu and not many and not than_16 and not 2_to_the_31 and not 4096 and n
 class KernelsConfig:
     """Measure the sparse layer and its kernels."""
 
-    preset: Literal["phi2", "stablelm2"] = flag("phi2", "whose FFN")
-    tokens: int | None = flag(None, f"rows N (default: 2048, on a GPU {SIZES})")
-    routing: Literal["balanced", "skewed"] = flag("balanced", "skewed: half the visits go to one")
+    preset: Literal["phi2", "stablelm2", "smollm2", "tiny"] = flag("phi2", "whose FFN")
+    tokens: int | None = flag(None, f"number of tokens (default: 2048, on a GPU {SIZES})")
+    routing: Literal["balanced", "skewed"] = flag("balanced", "skewed: one expert gets half")
     rounds: int = flag(3, "repetitions, interleaved; on a GPU ten times as many")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("bfloat16", "matmul precision")
@@ -62,25 +61,25 @@ def copy_bandwidth(timer: Timer) -> float:
 
 def bench_rows(x: Tensor, gates: Tensor, timer: Timer, peak: float) -> dict:
     """Routing, permute, unpermute and its gradient; peak: bytes a second of a copy."""
-    call, (n, d), n_experts = kernels.CALL, x.shape, gates.shape[1]
+    call, (n, d), n_experts = ops.CALL, x.shape, gates.shape[1]
     slot, offs = call.route(gates)
-    n_visits = int(offs[-1])
-    plan = ops.Plan(*ops._as_list(ops.Plan(None, None, offs, slot))[:3])
-    y = call.permute(x, slot, n_visits)
+    n_routed = int(offs[-1])
+    plan = ops.DispatchPlan(*ops._as_list(ops.DispatchPlan(None, None, offs, slot))[:3])
+    y = call.permute(x, slot, n_routed)
     assert torch.equal(y, ops.permute(x, plan))
     assert off(call.unpermute(y, slot, gates), ops.unpermute(y, gates, plan)) < 0.01
     moved = {  # rows of d read and written
-        "permute": n + n_visits, "unpermute": n + n_visits, "unpermute_grad": n + 2 * n_visits,
+        "permute": n + n_routed, "unpermute": n + n_routed, "unpermute_grad": n + 2 * n_routed,
     }  # fmt: skip
     times = timer.of({
         "route": lambda: call.route(gates),
-        "permute": lambda: call.permute(x, slot, n_visits),
+        "permute": lambda: call.permute(x, slot, n_routed),
         "unpermute": lambda: call.unpermute(y, slot, gates),
         "unpermute_grad": lambda: call.unpermute_grad(x, y, slot, gates),
         "torch: permute": lambda: ops.permute(x, plan),
         "torch: unpermute": lambda: ops.unpermute(y, gates, plan),
     })  # fmt: skip
-    print(f"  {'route':<18}{times['route'] * 1e6:9.1f} us, {n} rows, {n_experts} experts")
+    print(f"  {'route':<18}{times['route'] * 1e6:9.1f} us, {n} tokens, {n_experts} experts")
     for name, seconds in list(times.items())[1:]:
         rate = moved[name.removeprefix("torch: ")] * d * x.element_size() / seconds
         print(f"  {name:<18}{seconds * 1e6:9.1f} us {rate / 1e9:8.0f} GB/s "
@@ -90,7 +89,7 @@ def bench_rows(x: Tensor, gates: Tensor, timer: Timer, peak: float) -> dict:
 
 def bench_product(name: str, sizes: list[int], ours: Callable[[], Tensor], torchs: Callable,
                   each: list[tuple[Tensor, Tensor]], timer: Timer) -> dict:  # fmt: skip
-    """One grouped product and its peers. each: the factors for every expert."""
+    """One grouped product and its competitors. each: the factors for every expert."""
     outs = [a.new_empty(a.shape[0], b.shape[1]) for a, b in each]
     a, b = next((a, b) for (a, b), n in zip(each, sizes, strict=True) if n == max(sizes))
     flops = sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b in each)
@@ -101,16 +100,16 @@ def bench_product(name: str, sizes: list[int], ours: Callable[[], Tensor], torch
             torch.mm(a, b, out=out)
 
     loop()
-    whole = ours()
-    parts = whole if whole.dim() == 3 else whole.split(sizes)
+    result = ours()
+    parts = result if result.dim() == 3 else result.split(sizes)
     worst = max(off(x, y) for x, y, n in zip(parts, outs, sizes, strict=True) if n)
     if not worst < 6e-3:
         raise UserError(f"{name} is wrong: relative error {worst:.1e}")
     ways = {"ours": ours, "grouped_mm": torchs, "loop": loop, "dense": lambda: a @ b}
     times = timer.of(ways)
     times["dense"] *= n_times  # the largest expert's product, as if all FLOPs were such
-    told = ", ".join(f"{k} {flops / t / 1e12:.0f}" for k, t in times.items())
-    print(f"  {name:<18}TFLOP/s: {told}; {times['loop'] / times['ours']:.2f} x the loop, "
+    rates = ", ".join(f"{k} {flops / t / 1e12:.0f}" for k, t in times.items())
+    print(f"  {name:<18}TFLOP/s: {rates}; {times['loop'] / times['ours']:.2f} x the loop, "
           f"{times['grouped_mm'] / times['ours']:.2f} x grouped_mm, error {worst:.0e}")  # fmt: skip
     return times
 
@@ -123,22 +122,22 @@ def bench_products(x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor,
     xs, dys, ws = x.split(sizes), dy.split(sizes), weight.unbind()
     found = {
         "forward": bench_product(
-            "forward", sizes, lambda: kernels.forward(x, weight, None, offs)[0],
+            "forward", sizes, lambda: ops.forward(x, weight, None, offs)[0],
             lambda: F.grouped_mm(x, weight.transpose(1, 2), offs=offs),
             [(a, w.T) for a, w in zip(xs, ws, strict=True)], timer),
         "input grad": bench_product(
-            "input grad", sizes, lambda: kernels.input_grad(dy, weight, offs)[0],
+            "input grad", sizes, lambda: ops.input_grad(dy, weight, offs)[0],
             lambda: F.grouped_mm(dy, weight, offs=offs),
             list(zip(dys, ws, strict=True)), timer),
         "weight grad": bench_product(
-            "weight grad", sizes, lambda: kernels.weight_grad(dy, x, offs),
+            "weight grad", sizes, lambda: ops.weight_grad(dy, x, offs),
             lambda: F.grouped_mm(dy.T, x, offs=offs),
             [(g.T, a) for g, a in zip(dys, xs, strict=True)], timer),
     }  # fmt: skip
     if bias is not None:
         fused = timer.of({
-            "fused": lambda: kernels.forward(x, weight, bias, offs, kernels.GELU),
-            "apart": lambda: F.gelu(kernels.forward(x, weight, bias, offs)[0], approximate="tanh"),
+            "fused": lambda: ops.forward(x, weight, bias, offs, ops.GELU),
+            "apart": lambda: F.gelu(ops.forward(x, weight, bias, offs)[0], approximate="tanh"),
         })  # fmt: skip
         print(f"  with bias and GELU: {fused['fused'] * 1e3:.3f} ms, "
               f"{fused['apart'] / fused['fused']:.2f} x as fast as apart")  # fmt: skip
@@ -147,19 +146,22 @@ def bench_products(x: Tensor, weight: Tensor, bias: Tensor | None, offs: Tensor,
 
 
 def bench_size(flags: KernelsConfig, n: int, timer: Timer, peak: float | None) -> dict:
-    """One number of rows: each kernel where cuda/ serves, then the layer. peak: copy's bytes/s."""
+    """One number of tokens: each kernel, where cuda/ is in use, then the layer.
+
+    peak: bytes a second of a copy, None on a CPU.
+    """
     device, dtype = choose_device(flags.device, flags.dtype)
     torch.manual_seed(0)
     experts = experts_of(flags.preset, device, dtype)
-    print(f"{flags.preset}, {flags.routing}, {n} rows")
-    found: dict = {"preset": flags.preset, "routing": flags.routing, "rows": n}
+    print(f"{flags.preset}, {flags.routing}, {n} tokens")
+    found: dict = {"preset": flags.preset, "routing": flags.routing, "tokens": n}
     part = next(experts.children())
     weight, gates = part.weight.detach(), gates_of(n, flags.routing, device)
-    if kernels.serve(weight):
+    if ops.supports(weight):
         x = torch.randn(n, weight.shape[-1], device=device).to(dtype)
         found["row_ops"] = bench_rows(x, gates, timer, peak)
-        slot, offs = kernels.CALL.route(gates)
-        rows = kernels.CALL.permute(x, slot, int(offs[-1]))
+        slot, offs = ops.CALL.route(gates)
+        rows = ops.CALL.permute(x, slot, int(offs[-1]))
         bias = getattr(part, "bias", None)
         bias = None if bias is None else bias.detach()
         found["products"] = bench_products(rows, weight, bias, offs, timer)
@@ -195,7 +197,7 @@ def main(argv: list[str] | None = None) -> dict:
     flags = parse(KernelsConfig, argv, "lab.bench kernels")
     at_least(flags, rounds=1, tokens=1)
     device, dtype = choose_device("cuda" if flags.gpu_check else flags.device, flags.dtype)
-    kernels.choose("cuda" if flags.gpu_check else flags.kernels, device)
+    ops.choose("cuda" if flags.gpu_check else flags.kernels, device)
     is_gpu = device.type == "cuda"
     result: dict = {"flags": asdict(flags), "device": device.type, "torch": torch.__version__,
                     "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(),

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from flags import how_read
+from data import Sample
 from lab.rows import Row
-from metrics import bootstrap
-from records import Sample, read_json_file
-from scoring import question_ids, value
-from sources import load_samples
+from metrics import bootstrap, question_ids
+from scoring.compare import value
+from sources.load import how_read, load_samples
+from sources.records import read_json
 
 PARTS = ("closed", "open", "together")
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
@@ -27,7 +27,7 @@ def questions(data: tuple[str, ...], split: str) -> tuple[Sample, ...]:
     return tuple(load_samples(data, "vqa", split))
 
 
-def asked(result: dict, file: Path) -> tuple[Sample, ...]:
+def questions_of(result: dict, file: Path) -> tuple[Sample, ...]:
     known = how_read(result, file)
     return questions(known["data"], known.get("split", "test"))
 
@@ -37,11 +37,11 @@ def values(paths: Sequence[Path]) -> tuple[tuple[Sample, ...], np.ndarray, dict]
 
     A closed answer is right or wrong, an open one scored by recall.
     """
-    rows, results = [], [read_json_file(path) for path in paths]
-    samples = asked(results[0], paths[0])
+    rows, results = [], [read_json(path) for path in paths]
+    samples = questions_of(results[0], paths[0])
     for result in results:
-        said = [result["answers"][name] for name in question_ids(samples)]
-        rows.append([value(s, answer, None) for s, answer in zip(samples, said, strict=True)])
+        answers = [result["answers"][name] for name in question_ids(samples)]
+        rows.append([value(s, answer, None) for s, answer in zip(samples, answers, strict=True)])
     return samples, np.array(rows), results[0]["params"]
 
 
@@ -55,7 +55,7 @@ def over_seeds(scores: np.ndarray) -> dict[str, float | None]:
 def paired(scores: np.ndarray, others: np.ndarray, images: Sequence[str]) -> dict:
     """(S, Q) minus (S, Q), same seeds and questions -> the mean and its 95 % intervals.
 
-    "ci95" draws images and keeps the seeds; "ci95_seeds" is Student's over the seeds' means.
+    "ci95" is a bootstrap over images, with these seeds; "ci95_seeds" Student's over the seeds.
     """
     difference = scores - others
     each = difference.mean(axis=1)  # (S,)
@@ -101,7 +101,7 @@ def table(result: dict) -> str:
     n = len(result["seeds"])
     lines = [
         f"`{result['command']}`, hash {result['hash']}: percent, mean ± standard deviation over "
-        f"{n} seeds; the difference of all answers to the row named, with 95 % intervals by images "
+        f"{n} seeds; the difference of all answers to another row, with 95 % intervals by images "
         "and by seeds",
         "",
         "| row | closed | open | together | less | difference | by images | by seeds "

@@ -1,4 +1,4 @@
-"""Routers that nobody would want, to compare with: --router lab/controls.py:Everyone
+"""Routers for control experiments: --router lab/controls.py:Everyone
 
 Shapes: B batch, T positions, E experts, k experts a token.
 """
@@ -14,7 +14,7 @@ from routers import OracleRouter, Router
 class Everyone(Router):
     """All experts with gate 1, always: E + 1 FFNs side by side are one dense FFN of their widths.
 
-    With --start fresh, or the experts remain copies of each other, which learn the same.
+    Needs --start fresh: experts that start equal would get equal gradients.
     """
 
     frozen = True
@@ -28,9 +28,9 @@ class Everyone(Router):
 
 
 class Hash(Router):
-    """Experts by what the token is (Roller et al. 2021); of a patch, by its place in the picture.
+    """Experts by token id (Roller et al. 2021); of a patch, by its position in the image.
 
-    A token visits k neighbouring experts, each with gate 1/k. Token level only.
+    A token is routed to k neighbouring experts, each with gate 1/k. Token level only.
     """
 
     frozen = True

@@ -6,9 +6,9 @@
 
 Layouts (names as in Med-MoE @148cbd6 and MoE-LLaVA @6cb5f66): stage 1 is mm_projector.bin alone,
 stage 2 a dense model, stage 3 has deepspeed_moe experts, and meta_moe in Med-MoE or, in early
-TinyMed, a residual FFN. Their gate's bias and Phi-2's lm_head bias may be absent and are then 0.
-Their capacity factors are not read: here no token is ever dropped.
-The CLIP tower is always read from --clip: mm_image_tower is a path on its author's disk.
+TinyMed, a dense FFN (engine/tinymed.py). Their gate's bias and Phi-2's lm_head bias may be absent
+and are then 0. Their capacity factors are not read: here no token is ever dropped.
+The CLIP tower is always read from --clip: mm_image_tower is a path on the authors' disk.
 """
 
 import json
@@ -23,26 +23,37 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint import load_model, save_checkpoint
-from config import LLAVA_SYSTEM, PRESETS, ModelConfig, MoEConfig, UserError
+from checkpoint import empty_model, load_model, save_checkpoint
+from config import (
+    LLAVA_SYSTEM,
+    PRESETS,
+    ModelConfig,
+    MoEConfig,
+    TrainConfig,
+    UserError,
+    argument,
+    flag,
+)
 from data import Text
-from flags import TrainConfig, argument, flag, parse, user_errors
-from model import MedMoE, empty_model, sparse_layers
-from tensorfiles import open_tensors, read_json, read_tensors, tensor_names
-from weights import (
+from engine.cli import parse, user_errors
+from engine.published import (
     DECODERS,
     OPTIONAL,
     clip_table,
     field,
     fill,
     load_published,
+    positive_int,
     publish,
     published_decoder,
     published_vision,
     slots,
-    whole,
     with_prefix,
 )
+from engine.tensorfiles import header_names, open_tensors, read_tensors, weight_files
+from engine.tinymed import add_residual, has_residual
+from model import MedMoE, sparse_layers
+from sources.records import read_json
 
 FFN = {"phi": ("fc1", "fc2"), "stablelm": ("gate", "up", "down")}
 THEIR_FFN = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -93,7 +104,7 @@ def medmoe_table(family: str) -> dict[str, str | None]:
 
 
 def medmoe_config(directory: Path, clip: Path) -> ModelConfig:
-    """Their config.json -> our dimensions. What differs from what we compute is refused by name."""
+    """Their config.json -> our dimensions. Raises UserError for what is not implemented here."""
     values = read_json(directory / "config.json")
     name = field(directory, values, "model_type")
     family = str(name).rpartition("_")[2]
@@ -111,12 +122,23 @@ def medmoe_config(directory: Path, clip: Path) -> ModelConfig:
     return ModelConfig(vision, decoder, moe, system=LLAVA_SYSTEM)
 
 
+def tensor_names(directory: Path) -> set[str]:
+    """The names of a published model's tensors; of safetensors only the headers are read."""
+    found = set()
+    for path in weight_files(directory):
+        if path.suffix == ".safetensors":
+            found |= set(header_names(path))
+        else:
+            found |= {name for name, _ in open_tensors(path)}
+    return found
+
+
 def moe_config(directory: Path, values: dict, n_layers: int) -> MoEConfig:
     layers, n_experts = (field(directory, values, n) for n in ("moe_layers_idx", "num_experts"))
     n_experts = n_experts if isinstance(n_experts, list) else [n_experts]
     for name, found in (("moe_layers_idx", layers), ("num_experts", n_experts)):
         if not isinstance(found, list) or not all(type(n) is int for n in found):
-            raise UserError(f"{directory}: {name} {found!r} must be a list of whole numbers")
+            raise UserError(f"{directory}: {name} {found!r} must be a list of integers")
     if len(set(n_experts)) != 1 or n_experts[0] < 1:
         raise UserError(f"{directory}: num_experts {n_experts} must be the same in every layer")
     if not layers or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < n_layers:
@@ -124,16 +146,15 @@ def moe_config(directory: Path, values: dict, n_layers: int) -> MoEConfig:
     names = tensor_names(directory)
     return MoEConfig(
         n_experts=n_experts[0],
-        top_k=whole(directory, values, "top_k_experts"),
+        top_k=positive_int(directory, values, "top_k_experts"),
         start="released",
         layers=None if layers == list(range(0, n_layers, 2)) else tuple(layers),
         meta=any(".mlp.meta_moe." in name for name in names),
-        residual=any(".mlp.coefficient." in name for name in names),
     )
 
 
 def projector_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """mm_projector.bin: what stands before "mm_projector." depends on how it was saved."""
+    """mm_projector.bin; the prefix of its names depends on how it was saved."""
     for key, tensor in open_tensors(path):
         yield f"model.mm_projector.{key.rpartition('mm_projector.')[2]}", tensor
 
@@ -150,9 +171,11 @@ def read_stage_1(file: Path, clip: Path, llm: Path, dtype: torch.dtype) -> MedMo
 
 
 def read_medmoe(directory: Path, clip: Path, dtype: torch.dtype) -> MedMoE:
-    """Stage 2 or 3, of any of the layouts. Raises UserError for what does not fit."""
+    """Stage 2 or 3, of any of the layouts. Raises UserError for a tensor that does not fit."""
     config = medmoe_config(directory, clip)
     model = empty_model(config, dtype)
+    if has_residual(tensor_names(directory)):
+        add_residual(model)
     family = config.decoder.family
     absent = (*OPTIONAL.get(family, ()), "decoder.lm_head.bias", "*.mlp.router.proj.bias")
     try:
@@ -178,10 +201,11 @@ def write_medmoe(model: MedMoE, tokenizer: Path, out: Path, dtype: torch.dtype) 
     table = medmoe_table(config.decoder.family)
     save_file(publish(tensors, table, dtype), out / "model.safetensors", {"format": "pt"})
     shutil.copyfile(tokenizer, out / "tokenizer.json")
-    (out / "config.json").write_text(json.dumps(their_config(config), indent=1))
+    is_residual = has_residual(tensors)
+    (out / "config.json").write_text(json.dumps(their_config(config, is_residual), indent=1))
 
 
-def their_config(config: ModelConfig) -> dict:
+def their_config(config: ModelConfig, is_residual: bool) -> dict:
     c, sparse = config.decoder, config.moe is not None
     values = {
         "model_type": ("moe_llava_" if sparse else "llava_") + c.family,
@@ -198,7 +222,7 @@ def their_config(config: ModelConfig) -> dict:
         values["moe"] = {
             "moe_enable": True, "moe_mode": "sparse", "moe_layers_idx": layers,
             "num_experts": [config.moe.n_experts] * len(layers), "ep_size": 1,
-            "top_k_experts": config.moe.top_k, "use_residual": config.moe.residual,
+            "top_k_experts": config.moe.top_k, "use_residual": is_residual,
         }  # fmt: skip
     return values
 

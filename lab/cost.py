@@ -4,10 +4,10 @@
     python -m lab.cost --measure tiny --rounds 9
     python -m lab.cost --checkpoint runs/tiny/phase3     and which experts its answers touch
 
-lab/counts.py has the variants and what they cost by count. Timed are variants with random weights
-in turns, a round each, after one that warms up; a ratio is a round's own. Routers are as drawn with
-large weights, so that all experts are visited. Memory is the growth of a fresh process's most
-resident bytes.
+lab/counts.py has the variants and counts what they cost. The variants are timed with random
+weights, interleaved, after one round of warm-up; a ratio is of two times of one round. Routers are
+initialised with large weights, so that every expert gets tokens. Memory is the growth of the peak
+of resident bytes in a fresh process.
 """
 
 import json
@@ -21,14 +21,18 @@ from typing import Literal
 
 import torch
 
-from checkpoint import load_model, narrow_matmuls
-from config import UserError, preset
+from checkpoint import load_model
+from config import UserError, flag, preset
 from data import Batch, Dataset, Text
-from flags import at_least, flag, parse, user_errors, write_json
+from engine.cli import at_least, parse, user_errors, write_json
+from engine.inference import prepare
+from engine.processes import choose_device
 from lab.bench import mean_loss, prompts, stepper, summary
 from lab.counts import ANSWER, VARIANTS, build, count, dimensions, show_counts
-from model import MedMoE, choose_device, freeze_all_but, generate, precision
-from sources import load_samples
+from model import MedMoE, autocast, freeze_all_but, generate
+from ops import place_experts
+from sources.images import Images
+from sources.load import load_samples
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class CostConfig:
 def answer(model: MedMoE, batch: Batch, dtype: torch.dtype) -> tuple[float, float]:
     """-> seconds until the first token, and for each of the following ones."""
     wait = torch.cuda.synchronize if batch.ids.is_cuda else lambda: None
-    with precision(batch.ids.device, dtype):
+    with autocast(batch.ids.device, dtype):
         start = time.perf_counter()
         steps = generate(model, batch, eos_id=-1, max_new=ANSWER)
         next(steps)
@@ -60,13 +64,10 @@ def answer(model: MedMoE, batch: Batch, dtype: torch.dtype) -> tuple[float, floa
 
 
 def ready(name: str, key: str, device: torch.device, dtype: torch.dtype) -> MedMoE:
-    """As a loaded model is: without gradients, matmuls narrow, projections fused."""
+    """As load_model returns one: without gradients, matmuls in dtype, q, k and v fused."""
     torch.manual_seed(0)
-    model = build(dimensions(name), VARIANTS[key]).eval().requires_grad_(False).to(device)
-    if dtype != torch.float32:
-        narrow_matmuls(model, dtype)
-    for block in model.decoder.blocks:
-        block.attn.fuse()
+    model = build(dimensions(name), VARIANTS[key]).requires_grad_(False)
+    prepare(model, device, dtype)
     return model
 
 
@@ -74,6 +75,7 @@ def trainable(name: str, key: str, device: torch.device) -> MedMoE:
     """What phase 3 trains: experts and meta; of dense models the FFNs in their place."""
     torch.manual_seed(0)
     model = build(dimensions(name), VARIANTS[key]).to(device).train()
+    place_experts(model, device)
     moe = VARIANTS[key].moe
     patterns = ["decoder.*.mlp.experts.*"] if moe else [
         f"decoder.blocks.{i}.mlp.*" for i in range(0, len(model.decoder.blocks), 2)
@@ -87,21 +89,21 @@ def batches(name: str, device: torch.device) -> dict[str, Batch]:
     samples, text = load_samples(("phantoms:512",), "vqa", "train"), Text(preset("tiny").llm)
     config = dimensions(name)
     found = {str(n): prompts(samples[:n], text, config) for n in (1, 8)}
-    data = Dataset(samples, text, config, plain=False)
+    data = Dataset(samples, text, config, False, Images(config.vision.image_size))
     found["train"] = data.batch(data.epoch(8 if name == "mid" else 64, 0, 0)[0])
     return {key: batch.to(device) for key, batch in found.items()}
 
 
 def measure(name: str, flags: CostConfig) -> dict[str, dict]:
-    """Variant -> milliseconds, and how many times the dense model's, a round's own ratio."""
+    """Variant -> milliseconds, and their ratio to the dense model's of the same round."""
     device, dtype = choose_device(flags.device, flags.dtype)
-    given = batches(name, device)
+    inputs = batches(name, device)
     seconds: dict[str, dict[str, list[float]]] = {}
     models = {key: ready(name, key, device, dtype) for key in VARIANTS}
     for round_ in range(flags.rounds + 1):
         for key, model in models.items():
             for size in ("1", "8"):
-                part = answer(model, given[size], dtype)
+                part = answer(model, inputs[size], dtype)
                 for what, value in zip(("prefill", "token"), part, strict=True):
                     row = seconds.setdefault(key, {}).setdefault(f"{what}, batch {size}", [])
                     row += [value] if round_ else []
@@ -111,7 +113,7 @@ def measure(name: str, flags: CostConfig) -> dict[str, dict]:
     for round_ in range(flags.rounds + 1):
         for key, step in steps.items():
             start = time.perf_counter()
-            step(given["train"])
+            step(inputs["train"])
             if device.type == "cuda":
                 torch.cuda.synchronize()
             row = seconds[key].setdefault("training step", [])
@@ -123,27 +125,27 @@ def measure(name: str, flags: CostConfig) -> dict[str, dict]:
 
 
 def grown(name: str, key: str, what: str, device: str, dtype: str) -> int:
-    """In a fresh process: bytes by which its most resident memory grows for weights and work."""
+    """In a fresh process: bytes by which its peak memory grows for weights and work."""
     chosen = choose_device(device, dtype)
-    given = batches(name, chosen[0])
+    inputs = batches(name, chosen[0])
     build(preset("tiny").model, VARIANTS["dense"])  # what torch itself loads with its first use
     before = peak(chosen[0])
     if what == "answer":
-        answer(ready(name, key, *chosen), given["8"], chosen[1])
+        answer(ready(name, key, *chosen), inputs["8"], chosen[1])
     else:
         model = trainable(name, key, chosen[0])
-        stepper(model, lambda b: mean_loss(model, b), chosen[1])(given["train"])
+        stepper(model, lambda b: mean_loss(model, b), chosen[1])(inputs["train"])
     return peak(chosen[0]) - before
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes so far: resident ones (VmHWM), or on a GPU allocated ones."""
+    """Peak memory so far in bytes: resident (VmHWM), on a GPU allocated."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
-    raise UserError("memory: this system does not tell it; --no-memory leaves it out")
+    raise UserError("memory: this system does not report it; --no-memory leaves it out")
 
 
 def measure_memory(name: str, flags: CostConfig) -> dict[str, dict[str, int]]:
@@ -157,7 +159,7 @@ def measure_memory(name: str, flags: CostConfig) -> dict[str, dict[str, int]]:
 
 
 def touched(directory: Path, flags: CostConfig, n: int = 200) -> dict[str, dict[str, float]]:
-    """Level -> experts that a question's positions visit, of its prompt and of a token, a layer."""
+    """Level -> experts used in a layer: by a prompt, a token of the answer, a whole question."""
     device, dtype = choose_device(flags.device, flags.dtype)
     samples, found = load_samples(("phantoms",), "vqa", "test")[:n], {}
     for level in ("token", "sequence"):
@@ -167,11 +169,11 @@ def touched(directory: Path, flags: CostConfig, n: int = 200) -> dict[str, dict[
         seen = {"prompt": [], "answer": [], "token": []}
         for start in range(0, len(samples), 50):
             batch = prompts(samples[start : start + 50], text, model.config).to(device)
-            with precision(device, dtype):
-                rounds = [s.routings for s in generate(model, batch, -1, 4)]
-            for i in range(len(rounds[0])):  # sparse layers
-                gates = [r[i].gates != 0 for r in rounds]  # (B, T, E), then (B, 1, E)
-                each = torch.stack([g.any(dim=1) for g in gates])  # (rounds, B, E)
+            with autocast(device, dtype):
+                steps = [s.routings for s in generate(model, batch, -1, 4)]
+            for i in range(len(steps[0])):  # sparse layers
+                gates = [routings[i].gates != 0 for routings in steps]  # (B, T, E), then (B, 1, E)
+                each = torch.stack([g.any(dim=1) for g in gates])  # (steps, B, E)
                 seen["prompt"] += each[0].sum(dim=-1).tolist()
                 seen["answer"] += each.any(dim=0).sum(dim=-1).tolist()
                 seen["token"] += each[1:].sum(dim=-1).flatten().tolist()
@@ -181,7 +183,7 @@ def touched(directory: Path, flags: CostConfig, n: int = 200) -> dict[str, dict[
 
 def show_measured(name: str, times: dict, sizes: dict) -> str:
     columns = list(next(iter(times.values())))
-    lines = [f"{name}: milliseconds, and how many times the dense model's"]
+    lines = [f"{name}: milliseconds, and their ratio to the dense model's"]
     lines.append(" " * 34 + "".join(f"{column:>22}" for column in columns))
     for key, rows in times.items():
         cells = "".join(f"{row['ms']['median']:>9.1f}  x {row['ratio']['median']:<9.2f}"
@@ -216,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
               flush=True)  # fmt: skip
     if flags.checkpoint:
         result["touched"] = touched(Path(flags.checkpoint), flags)
-        print(f"{flags.checkpoint}: experts visited a sparse layer {result['touched']}")
+        print(f"{flags.checkpoint}: experts used in a sparse layer {result['touched']}")
     if flags.json:
         write_json(Path(flags.json), result)
     print(json.dumps(result))

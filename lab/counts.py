@@ -3,8 +3,8 @@
 Variants differ in the FFNs of every second block: one FFN ("dense"), experts with or without a
 meta expert, or one FFN three or five times as wide, which has the parameters that top-2 and meta
 activate, or has in all. Counted are tower, projector and decoder, by formula; tests build the
-models and count. "Touched" is what a whole answer reads at least once, if each of its tokens
-decides for itself and all experts are visited.
+models and count. "Touched" are the parameters that a whole answer uses at least once, if each of
+its tokens is routed by itself and every expert gets some.
 """
 
 from typing import NamedTuple
@@ -45,7 +45,7 @@ def dimensions(name: str) -> ModelConfig:
 
 
 def build(config: ModelConfig, variant: Variant, device: str = "cpu") -> MedMoE:
-    """Random weights. On "meta" nothing is drawn and no memory touched."""
+    """Random weights. On "meta" nothing is initialised or allocated."""
     with torch.device(device):
         model = MedMoE(config)
         d = config.decoder
@@ -69,7 +69,7 @@ def ffn_size(config: ModelConfig, width: int = 1) -> int:
 
 
 def parameters(config: ModelConfig, variant: Variant) -> dict[str, int]:
-    """By formula: all, those a token activates, those an answer touches where tokens decide."""
+    """By formula: all, those a token activates, those an answer touches at token level."""
     d, v = config.decoder, config.vision
     base = memory.rest(config, 0, 2, 0).stored
     base += (v.n_layers - 1) * memory.tower_block(v).dense.stored
@@ -85,16 +85,16 @@ def parameters(config: ModelConfig, variant: Variant) -> dict[str, int]:
 
 
 def flops(config: ModelConfig, variant: Variant, n_text: int, n_answer: int) -> dict[str, int]:
-    """Of one picture and its question, and of a token of the answer, the mean over its length."""
+    """Of one image and its question, and of a token of the answer, the mean over its length."""
     model = build(config, variant, "meta").requires_grad_(False)
     cost, n_patches = model_flops(model), config.vision.n_patches
-    visits = sum(cost.visits) * (variant.moe.top_k if variant.moe else 0)
+    routed = sum(cost.routed) * (variant.moe.top_k if variant.moe else 0)
     length = n_patches + n_text
-    prefill = cost.picture + n_patches * cost.patch + length * (cost.position + visits)
+    prefill = cost.image + n_patches * cost.patch + length * (cost.position + routed)
     prefill += length * length * cost.pair + cost.answer
     middle = length + (n_answer + 1) / 2
     return {"prefill": prefill,
-            "token": round(cost.position + visits + middle * cost.pair + cost.answer)}  # fmt: skip
+            "token": round(cost.position + routed + middle * cost.pair + cost.answer)}  # fmt: skip
 
 
 def count(name: str) -> dict:
@@ -112,7 +112,7 @@ def count(name: str) -> dict:
 
 def show_counts(name: str, found: dict) -> str:
     lines = [
-        f"{name}: parameters in millions, GFLOP (a picture and {PROMPT} tokens; a token of the "
+        f"{name}: parameters in millions, GFLOP (an image and {PROMPT} tokens; a token of the "
         "answer), activated share",
         f"{'':34}{'total':>9}{'activated':>11}{'touched':>9}{'prefill':>11}{'token':>9}"
         f"{'own total':>11}{'of dense':>10}{'of 7 B':>9}",

@@ -1,4 +1,4 @@
-"""What a trained router looks like: how long its rows are, and how far they point apart.
+"""The weights of a trained router: the norms of its rows, and the angles between them.
 
     python -m lab.describe_router FILE...
 
@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import MODALITIES, UserError
-from flags import argument, flag, parse, user_errors, write_json
-from tensorfiles import open_tensors
+from config import MODALITIES, UserError, argument, flag
+from engine.cli import parse, user_errors, write_json
+from engine.tensorfiles import open_tensors
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def read_router(path: Path) -> dict[str, Tensor]:
     """-> {"weight": (E, D), "bias": (E,)}, fp32. Raises UserError for any other content."""
     tensors = {name.removeprefix("fc1."): t.float() for name, t in open_tensors(path)}
     if tensors.keys() != {"weight", "bias"}:
-        raise UserError(f"{path}: holds {sorted(tensors)}, not a router's weight and bias")
+        raise UserError(f"{path}: has {sorted(tensors)}, not a router's weight and bias")
     weight, bias = tensors["weight"], tensors["bias"]
     if weight.dim() != 2 or bias.shape != weight.shape[:1]:
         raise UserError(f"{path}: weight {tuple(weight.shape)}, bias {tuple(bias.shape)}")

@@ -1,9 +1,9 @@
-"""Draw the two pictures of the README: a contact sheet of the phantoms and the system's diagram.
+"""Draw two figures of the README: a contact sheet of the phantoms and the system's diagram.
 
     python -m lab.figures --out figures
 
-Lengths are pixels at the width of the picture, 1000. The sheet shows test seeds, picked by what
-they show; the diagram is laid out by hand, in SVG. Both are on white, for light and dark pages.
+Lengths are pixels of a figure 1000 wide. The sheet shows phantoms of test seeds, picked by their
+findings; the diagram is laid out by hand, in SVG. Both are on white, for light and dark pages.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-import phantoms
+from sources import phantoms
 
 WIDTH = 1000
-# What each picture of the sheet shows: so many findings, and a question of this kind.
+# Each image of the sheet: its organ, how many findings it has, the kind of question below it.
 SHOWN = {
     "head": (2, "location"),
     "abdomen": (1, "size"),
@@ -41,12 +41,12 @@ ROWS = (  # phase, name, data; whether projector, decoder, router, experts + met
 
 
 def pick(organ: str, count: int, kind: str) -> tuple[int, phantoms.Question]:
-    """The first test seed that shows so much of an organ and is asked such a question."""
+    """The first test seed with this organ, this many findings and a question of this kind."""
     for seed in phantoms.SPLITS["test"]:
         truth = phantoms.plan(seed)[1]
         if (truth["organ"], truth["count"]) == (organ, count):
-            asked = phantoms.questions(phantoms.draw(seed, 64))
-            if found := [q for q in asked if q.kind == kind]:
+            questions = phantoms.questions(phantoms.draw(seed, 64))
+            if found := [q for q in questions if q.kind == kind]:
                 return seed, found[0]
     raise AssertionError("the split has a billion seeds")
 
@@ -58,19 +58,19 @@ def contact_sheet() -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     plain, small = ImageFont.load_default(15), ImageFont.load_default(14)
     for i, (organ, (count, kind)) in enumerate(SHOWN.items()):
-        seed, asked = pick(organ, count, kind)
-        picture = phantoms.draw(seed, side)
+        seed, question = pick(organ, count, kind)
+        phantom = phantoms.draw(seed, side)
         x, y = 18 + i % 4 * step, 16 + i // 4 * row
-        sheet.paste(Image.fromarray(picture.image), (x, y))
+        sheet.paste(Image.fromarray(phantom.image), (x, y))
         y += side + 8
-        for line in textwrap.wrap(phantoms.caption(picture), 33):
+        for line in textwrap.wrap(phantoms.caption(phantom), 33):
             pen.text((x, y), line, INK, plain)
             y += 18
         y = 16 + i // 4 * row + side + 69
-        for line in textwrap.wrap(asked.question, 33):
+        for line in textwrap.wrap(question.question, 33):
             pen.text((x, y), line, MUTED, small)
             y += 17
-        pen.text((x, y), asked.answer, PHASES[1][1], plain)
+        pen.text((x, y), question.answer, PHASES[1][1], plain)
     return sheet
 
 
@@ -145,8 +145,8 @@ def thumbnail(seed: int) -> str:
 
 
 def draw_flow(svg: Svg) -> None:
-    """The top: from the picture and the question to the answer."""
-    seed, asked = pick("chest", 1, "location")
+    """The top: from the image and the question to the answer."""
+    seed, question = pick("chest", 1, "location")
     svg.lines.append(f'<image x="30" y="46" width="96" height="96" href="{thumbnail(seed)}"/>')
     svg.text(78, 160, "image", size=12, colour=MUTED)
     svg.box(160, 58, 136, 72, "CLIP tower", ("hidden state &#8722;2,", "no CLS"))
@@ -154,7 +154,7 @@ def draw_flow(svg: Svg) -> None:
     svg.badges(461, 58, 1, 2)
     svg.box(334, 186, 136, 56, "embeddings", ("of the question",), phase=2)
     svg.badges(461, 186, 2)
-    svg.text(302, 219, f"“{asked.question}”", size=13, anchor="end")
+    svg.text(302, 219, f"“{question.question}”", size=13, anchor="end")
     svg.box(508, 98, 136, 92, "splice", ("patches take the", "place of &lt;image&gt;"))
     svg.arrow((128, 94), (158, 94))
     svg.arrow((298, 94), (332, 94))
@@ -170,7 +170,7 @@ def draw_flow(svg: Svg) -> None:
     svg.arrow((646, 144), (682, 144))
     svg.arrow((852, 144), (886, 144))
     svg.text(929, 141, "answer", bold=True)
-    svg.text(929, 159, f"“{asked.answer}”", size=13)
+    svg.text(929, 159, f"“{question.answer}”", size=13)
 
 
 def draw_block(svg: Svg) -> None:
@@ -248,7 +248,7 @@ def system() -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw the pictures of the README.")
+    parser = argparse.ArgumentParser(description="Draw the figures of the README.")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder to write to")
     out = parser.parse_args(argv).out
     out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,7 @@
-"""Routers that send tokens where they are told, in place of a loaded model's own.
+"""Forced routing: routers that wrap a loaded model's own and change the gates that these compute.
 
-Each asks the router it replaces and changes only the gates of the answer, so that it serves any
-kind and level of router. All may be applied twice without further effect: at sequence level the
-decision that is kept for the answer has already been changed.
+They work with any kind and level of router. Changing gates twice is the same as once: at sequence
+level the routing that is reused for the answer has been changed before.
 
 Shapes: B batch, T positions, D d_model, E experts.
 """
@@ -14,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.routes import replaced_routers
 from model import MedMoE
 from routers import Hints, Router, Routing
 
 
 class Forced(Router):
-    """A router around another one, whose gates it changes: subclass and override `change`."""
+    """Wraps a router and changes its gates: subclass and override `change`."""
 
     frozen = True
 
@@ -40,9 +40,9 @@ class Forced(Router):
 
 
 class ByModality(Forced):
-    """The largest gate to expert (modality + shift) % E: the true one's, or with a shift a wrong.
+    """The largest gate goes to expert (modality + shift) % E: the true one, or shifted a wrong one.
 
-    The gate values stay the router's own, so that only who is visited changes: the others follow in
+    The gate values stay the router's own; only which experts get them changes: the others follow in
     the router's order, but the true modality's expert comes last where another one is forced. Where
     the modality is unknown nothing changes.
     """
@@ -59,10 +59,10 @@ class ByModality(Forced):
         n_experts = gates.shape[-1]
         true = F.one_hot(modality.clamp(min=0) % n_experts, n_experts)[:, None]  # (B, 1, E)
         forced = true.roll(self.shift, dims=-1)
-        # First by gate, then by logit: experts without a visit are all alike in their gates.
+        # By gate, then by logit: the gates of experts that are not chosen are all 0.
         by_logit = logits.argsort(dim=-1, descending=True, stable=True)  # (B, T, E)
         ordered = gates.gather(-1, by_logit).argsort(dim=-1, descending=True, stable=True)
-        order = by_logit.gather(-1, ordered)  # experts, the router's favourite first
+        order = by_logit.gather(-1, ordered)  # experts, the router's first choice first
         rank = order.argsort(dim=-1)  # of each expert, from 0
         rank = torch.where(true.bool(), n_experts, rank).masked_fill(forced.bool(), -1)
         values = gates.sort(dim=-1, descending=True).values
@@ -71,7 +71,7 @@ class ByModality(Forced):
 
 
 class Alone(Forced):
-    """Every token visits this one expert, with gate 1."""
+    """Every token is routed to this one expert, with gate 1."""
 
     def __init__(self, inner: Router, expert: int):
         super().__init__(inner)
@@ -83,9 +83,9 @@ class Alone(Forced):
 
 
 class Without(Forced):
-    """Nobody visits this expert; gates that added up to 1 are rescaled to do so again.
+    """No token is routed to this expert; gates that added up to 1 are rescaled to do so again.
 
-    A token that visited no other expert is left with the meta expert.
+    A token that was routed to no other expert is left with the meta expert.
     """
 
     def __init__(self, inner: Router, expert: int):
@@ -103,13 +103,7 @@ class Without(Forced):
 
 @contextmanager
 def forced(model: MedMoE, make: Callable[[Router], Router]) -> Iterator[None]:
-    """In every sparse block make(its router) stands in the router's place; undone at the end."""
-    layers = [block.mlp for block in model.decoder.blocks if block.is_sparse]
-    before = [mlp.router for mlp in layers]
-    for mlp in layers:
-        mlp.router = make(mlp.router)
-    try:
+    """make(router) in place of each sparse block's router; undone at the end."""
+    routers = [block.mlp.router for block in model.decoder.blocks if block.is_sparse]
+    with replaced_routers(model, [make(router) for router in routers]):
         yield
-    finally:
-        for mlp, router in zip(layers, before, strict=True):
-            mlp.router = router

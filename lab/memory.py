@@ -19,8 +19,8 @@ total        the most at once. Gradients come while activations and copies go: w
              a step it is all but the gradients, or all but the activations and copies
 
 Not counted: CUDA itself, workspaces and fragmentation, for which a tenth of a GPU stays free, and
-small tables (routes, rotary angles). Visits are taken to be spread evenly over the GPUs that share
-the experts.
+small tables (routes, rotary angles). Routed tokens are taken to be spread evenly over the GPUs
+that share the experts.
 
 Letters are those of config.py; G heads of keys and values.
 """
@@ -30,8 +30,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, NamedTuple
 
-from config import DecoderConfig, ModelConfig, MoEConfig, UserError, VisionConfig, preset
-from flags import at_least, flag, parse, user_errors
+from config import DecoderConfig, ModelConfig, MoEConfig, UserError, VisionConfig, flag, preset
+from engine.cli import at_least, parse, user_errors
 
 CLASSES = (16, 24, 40, 48, 80, 141, 192)  # GiB of the GPUs that are sold
 USABLE = 0.9
@@ -55,7 +55,7 @@ class MemoryConfig:
 
 
 class Part(NamedTuple):
-    """What a part of the model takes, in entries of its parameters if not said otherwise."""
+    """What a part of the model takes, in entries of its parameters unless stated."""
 
     stored: int = 0
     trained: int = 0
@@ -122,14 +122,14 @@ def decoder_block(d: DecoderConfig, length: int, phase: int, layer: int, rank: i
     ]
     if d.dropout:  # a mask of bytes for each branch
         parts.append(Part(kept=length * d.d_model * (1 + before)))
-    if phase < 3 or layer % MOE.every:
+    if phase < 3 or layer % 2:
         return Block(add(*parts, ffn(d, length, phase == 2, rank, before)))
-    visits = length * MOE.top_k
-    # Of each visit: what the expert said, for the gates' gradient, and the same times its gate.
-    said = Part(kept=2 * visits * d.d_model * (1 + before))
+    routed = length * MOE.top_k
+    # Of each routed token: the expert's output, for the gates' gradient, and it times its gate.
+    outputs = Part(kept=2 * routed * d.d_model * (1 + before))
     return Block(
-        add(*parts, said, ffn(d, length, True, rank, before)),
-        ffn(d, visits, True, rank, before, MOE.n_experts),
+        add(*parts, outputs, ffn(d, length, True, rank, before)),
+        ffn(d, routed, True, rank, before, MOE.n_experts),
         MOE.n_experts * (d.d_model + 1),
     )
 

@@ -54,7 +54,7 @@ Med-MoE (StableLM) | 89.3 | 88.6
 Med-MoE (Phi2) | 91.4 | 89.9""",
     [(f"ours, {m}", "", [f"{d}/classification.{m}" for d in SETS])
      for m in ("likelihood_accuracy", "generation_accuracy", "auc")],
-    "Accuracy; how the paper reads a class from an answer is not said. auc: times 100."),
+    "Accuracy; the paper does not describe how it reads a class from an answer. auc: times 100."),
     ("Tables 4, 5 and 6. What Med-MoE (Phi2) adds", f"method | {SIX}", """\
 4: dense | 54.83 | 81.35 | 81.29 | 83.29 | 31.73 | 90.17
 5: without meta expert | 54.37 | 81.42 | 81.54 | 82.45 | 32.12 | 90.19

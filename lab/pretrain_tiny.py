@@ -1,11 +1,11 @@
-"""Make assets/tiny: a small CLIP tower, two small decoders and their tokenizer, from drawn data.
+"""Make assets/tiny: a small CLIP tower, two small decoders and their tokenizer, from phantoms.
 
     python -m lab.pretrain_tiny                       the committed assets, from phantoms
-    python -m lab.pretrain_tiny --data slake:DIR --out DIR2    a tower for other pictures
+    python -m lab.pretrain_tiny --data slake:DIR --out DIR2    a tower for other images
 
 The tokenizer is a byte-level BPE; the tower learns with CLIP's contrastive loss beside a small
 text tower that is then dropped; the decoders learn to continue captions and questions, without
-seeing pictures. All of it is written in the Hugging Face layout of the real weights, in fp16.
+seeing images. All of it is written in the Hugging Face layout of the real weights, in fp16.
 
 Shapes: B batch, S image side, P patches, W tower width, L caption length, V vocabulary.
 """
@@ -28,16 +28,26 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import ASSETS, CLIP_TINY, IGNORE, PHI_TINY, STABLELM_TINY, DecoderConfig, VisionConfig
-from data import EOS, Encoded, Images, Text, encode_sample, epoch_batches
+from config import (
+    ASSETS,
+    CLIP_TINY,
+    IGNORE,
+    PHI_TINY,
+    STABLELM_TINY,
+    DecoderConfig,
+    VisionConfig,
+    flag,
+)
+from data import EOS, Encoded, Sample, Text, encode_sample, epoch_batches
 from decoder import Decoder
-from flags import flag, parse, user_errors
+from engine.cli import parse, user_errors
+from engine.published import CLIP, PHI, STABLELM, publish
 from routers import Hints
-from sources import Sample, load_samples
+from sources.images import Images
+from sources.load import load_samples
 from vision import CLIP_MEAN, CLIP_STD, VisionBlock, VisionTower, normalise
-from weights import CLIP, PHI, STABLELM, publish
 
-# Words that the drawn data lacks, so that the tokenizer does not spell out real reports.
+# Words that the phantoms' texts lack, so that the tokenizer does not spell out real reports.
 RADIOLOGY = """
 which what where how many much does do are there is the image picture scan shown seen visible
 taken plane axial coronal sagittal transverse contrast weighted T1 T2 flair modality technique
@@ -82,14 +92,14 @@ class TinyCLIP(nn.Module):
 
     A caption is matched twice: with CLS after the last layer, as in CLIP, and with the mean patch
     before it, which is what LLaVA reads. A large tower keeps both informed by itself; this small
-    one, with CLS alone, leaves it to the last layer to find out where a finding lies.
+    one, trained with CLS alone, locates findings in its last layer only.
     """
 
     def __init__(self, config: VisionConfig, vocab_size: int, max_len: int):
         super().__init__()
         width = config.width
         self.vision = VisionTower(config)
-        self.last = VisionBlock(width, config.n_heads, config.d_ff)  # published, never read
+        self.last = VisionBlock(width, config.n_heads, config.d_ff)  # published, never used
         self.ln_post, self.ln_patches = nn.LayerNorm(width), nn.LayerNorm(width)
         self.project = nn.Linear(width, width, bias=False)
         self.project_patches = nn.Linear(width, width, bias=False)
@@ -116,7 +126,7 @@ class TinyCLIP(nn.Module):
 
 
 def contrastive_loss(logits: Tensor, captions: list[str]) -> Tensor:
-    """CLIP's symmetric loss; pictures with the same caption share the target."""
+    """CLIP's symmetric loss; images with the same caption share the target."""
     number = {caption: i for i, caption in enumerate(captions)}
     which = torch.tensor([number[caption] for caption in captions])
     target = (which[:, None] == which).float()
@@ -141,7 +151,7 @@ def grid_positions(config: VisionConfig) -> Tensor:
     """(P + 1, W) sines and cosines of each patch's row and column; zeros for CLS.
 
     As large as the patches' contents from the start. With CLIP's 0.02 they are 30 times smaller,
-    and after 1400 steps a linear reading of the mean patch told left from right in 56 %.
+    and after 1400 steps a linear probe of the mean patch had 56 % accuracy on left or right.
     """
     side, quarter = config.image_size // config.patch_size, config.width // 4
     at = torch.arange(side)[:, None] / 4 ** (torch.arange(quarter) / (quarter - 1) * 4 - 1)
@@ -161,14 +171,14 @@ def initialise(module: nn.Module) -> None:
 
 
 class Log:
-    """One JSON line every 50 steps, on the disk at once: what was trained is what is told."""
+    """One JSON line every 50 steps, on the disk at once."""
 
     def __init__(self, path: Path, flags: PretrainConfig):
         self.path = path
         if flags.part == "all":
             path.unlink(missing_ok=True)
-        told = {name: value for name, value in asdict(flags).items() if name != "out"}
-        self.write(flags=told, torch=torch.__version__, threads=torch.get_num_threads())
+        values = {name: value for name, value in asdict(flags).items() if name != "out"}
+        self.write(flags=values, torch=torch.__version__, threads=torch.get_num_threads())
 
     def write(self, **values) -> None:
         with self.path.open("a") as file:
@@ -204,8 +214,8 @@ def pretrain_tower(flags: PretrainConfig, samples: list[Sample], text: Text, log
     encoded = [torch.tensor(text.encode(caption)) for caption in captions]
     model = TinyCLIP(CLIP_TINY, PHI_TINY.vocab_size, max_len=max(map(len, encoded)))
     initialise(model)
-    # Captions that differ in one word must differ from the start: as small as the rest, the words
-    # and what pictures show of them wait for each other.
+    # Captions that differ in one word must differ from the start: with embeddings as small as the
+    # other weights, words and image features get next to no gradient from each other.
     nn.init.normal_(model.embed.weight)
     model.vision.positions.data.copy_(grid_positions(CLIP_TINY))
     order = random.Random(flags.seed)
@@ -215,10 +225,10 @@ def pretrain_tower(flags: PretrainConfig, samples: list[Sample], text: Text, log
         ids = nn.utils.rnn.pad_sequence([encoded[r] for r in rows], True, padding_value=-1)
         with torch.autocast("cpu", torch.bfloat16):
             both = model(batch, ids)
-        said = [captions[r] for r in rows]
-        loss = sum(contrastive_loss(logits, said) for logits in both) / 2
+        texts = [captions[r] for r in rows]
+        loss = sum(contrastive_loss(logits, texts) for logits in both) / 2
         right = [
-            sum(said[h] == s for h, s in zip(logits.argmax(1), said, strict=True))
+            sum(texts[h] == s for h, s in zip(logits.argmax(1), texts, strict=True))
             for logits in both
         ]
         update(loss, right=right)
@@ -235,8 +245,8 @@ def pretrain_decoder(
 ) -> Decoder:
     """Language modelling: every token is predicted from those before it, answers count twice."""
     torch.manual_seed(flags.seed)
-    # torch's own start. GPT-2's 0.02 is small for 128 channels: with it the StableLM block still
-    # guessed after 2000 steps whenever it was asked for organ, side, height or number by yes or no.
+    # torch's own initialisation. GPT-2's 0.02 is small for 128 channels: with it the StableLM block
+    # still guessed yes-or-no questions about organ, side, height and number after 2000 steps.
     decoder = Decoder(config)
     rows = endless_batches([len(ids) for ids, _ in texts], LM_BATCH, flags.seed)
     for update in steps(decoder.parameters(), flags.lm_steps, 2e-3, config.family, log):
@@ -252,8 +262,8 @@ def pretrain_decoder(
             hidden, _ = decoder(decoder.embed(ids.clamp(min=0)), mask, Hints())  # (B, T, D)
             logits = decoder.lm_head(hidden[:, :-1][mask[:, 1:]])  # (n, V), of real positions only
         losses = F.cross_entropy(logits.float(), ids[:, 1:][mask[:, 1:]], reduction="none")  # (n,)
-        said = losses[labels[:, 1:][mask[:, 1:]] != IGNORE].mean()
-        update(losses.mean() + said, said=said.item())
+        answers = losses[labels[:, 1:][mask[:, 1:]] != IGNORE].mean()
+        update(losses.mean() + answers, answers=answers.item())
     return decoder
 
 
@@ -309,8 +319,8 @@ def make_decoders(
 ) -> None:
     """The tokenizer, then both decoders, on each caption followed by questions about it.
 
-    So they learn to answer from what they have read, as Phi-2 can; what is left for phases 1 and 2
-    is to make pictures readable.
+    So they learn to answer questions about a text, as Phi-2 can; phases 1 and 2 then train them to
+    answer from image patches.
     """
     raw = [f"{q} {a}" for sample in captions + dialogues for q, a in sample.turns]
     words = [f"{before}{word}" for word in RADIOLOGY for before in (" ", "")]
@@ -320,11 +330,11 @@ def make_decoders(
         (out / config.family).mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(out / config.family / "tokenizer.json"))
     text = Text(out / configs[0].family)
-    read = {s.image: encode_sample(s, text, 0, plain=True)[0] for s in captions}
+    before = {s.image: encode_sample(s, text, 0, plain=True)[0] for s in captions}
     texts = []
     for sample in dialogues:  # n_patches = 0: the place of the image is empty
-        given, (ids, labels) = read[sample.image], encode_sample(sample, text, 0)
-        texts.append((given + ids, [IGNORE] * len(given) + labels))
+        caption, (ids, labels) = before[sample.image], encode_sample(sample, text, 0)
+        texts.append((caption + ids, [IGNORE] * len(caption) + labels))
     for config in configs:
         write_decoder(out / config.family, pretrain_decoder(flags, config, texts, log), text)
 

@@ -1,12 +1,12 @@
-"""One page on a checkpoint: where its tokens go, and whether that makes sense.
+"""One page on a checkpoint: where its tokens are routed, and whether that makes sense.
 
     python -m lab.report runs/tiny/phase3 --out report.html
     python -m lab.report runs/tiny/phase3 --png figures
 
-A single HTML file that needs no server, no network and no script: expert load, examples followed
-token by token, the router's confusion and calibration, training, how the routing settles, tables
-of ablations. --json writes its numbers, --png its main figures (with an installed Chromium). The
-questions are the checkpoint's own held-out ones, or those of --data. Not a medical device.
+A single HTML file that needs no server, no network and no script: expert load, examples token by
+token, the router's confusion and calibration, training, router saturation, tables of ablations.
+--json writes its numbers, --png its main figures (with an installed Chromium). The questions are
+the checkpoint's own held-out ones, or those of --data. Not a medical device.
 """
 
 from collections.abc import Sequence
@@ -14,23 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from asking import Asker, judge_router, load_questions
 from checkpoint import load_model
-from config import MODALITIES, UserError
-from flags import (
-    Common,
-    TrainConfig,
-    argument,
+from config import MODALITIES, Common, TrainConfig, UserError, argument, flag
+from engine.cli import (
     at_least,
     check_writable,
     command_line,
-    flag,
-    how_read,
     parse,
     user_errors,
     write_json,
     write_text,
 )
+from engine.processes import choose_device
+from eval import Predictor, load_questions
 from lab.report_history import read_ablations, read_steps, saturation
 from lab.report_numbers import (
     Example,
@@ -44,9 +40,11 @@ from lab.report_numbers import (
 from lab.report_page import Html, document, facts, join, percent, tag
 from lab.report_png import draw_figures, find_chromium
 from lab.report_sections import examples_section, interval, load_section, router_section
-from lab.report_training import ablation_section, settling_section, training_section
-from model import MedMoE, choose_device, count_parameters, sparse_layers
-from scoring import score
+from lab.report_training import ablation_section, saturation_section, training_section
+from metrics import score
+from model import MedMoE, count_parameters, sparse_layers
+from scoring.router import judge_router
+from sources.load import how_read
 
 ROOT = Path(__file__).parent.parent
 WARNING = ("Teaching material, not a medical device. Nothing here may be used to diagnose or "
@@ -63,14 +61,14 @@ class ReportConfig(Common):
     split: Literal["test", "val", "train"] = flag("test", "which questions")
     limit: int | None = flag(None, "only the first N questions")
     max_new: int = flag(48, "longest answer, in tokens")
-    router: str | None = flag(None, "decide by this one: a name or FILE.py:Class")
-    router_level: Literal["trained", "token", "sequence"] = flag("trained", "or decide so")
+    router: str | None = flag(None, "replace the router: a name or FILE.py:Class")
+    router_level: Literal["trained", "token", "sequence"] = flag("trained", "replace its level")
     ablations: str = flag(str(ROOT / "results" / "ablations"), "DIR of tables of ablations")
     png: str | None = flag(None, "also draw the main figures into this DIR, with Chromium")
 
 
 def expert_names(model: MedMoE) -> list[str]:
-    """A modality where the router was taught one, else the expert's number; [] if dense."""
+    """A modality where the router is trained on modalities, else the number; [] if dense."""
     moe = model.config.moe
     if moe is None:
         return []
@@ -78,11 +76,11 @@ def expert_names(model: MedMoE) -> list[str]:
     return [MODALITIES[e] if is_named else f"expert {e}" for e in range(moe.n_experts)]
 
 
-def measure(asker: Asker, flags: ReportConfig, meta: dict) -> tuple[dict, list[Example]]:
+def measure(predictor: Predictor, flags: ReportConfig, meta: dict) -> tuple[dict, list[Example]]:
     """Every number of the page, as --json has them, and the examples."""
-    checkpoint, model = Path(flags.checkpoint), asker.model
+    checkpoint, model = Path(flags.checkpoint), predictor.model
     flags, samples = load_questions(flags, how_read(meta["flags"], checkpoint))
-    traces = follow(asker, samples)
+    traces = follow(predictor, samples)
     found = [trace.prediction for trace in traces]
     answers = [p.answer for p in found]
     moe = model.config.moe
@@ -97,11 +95,11 @@ def measure(asker: Asker, flags: ReportConfig, meta: dict) -> tuple[dict, list[E
         numbers["load"] = load_tables(samples, traces)
         numbers["router"] = judge_router(samples, found)
         numbers["calibration"] = calibration(*router_confidence(samples, found, len(blocks)))
-    numbers["saturation"] = saturation(checkpoint, meta, asker, samples)
+    numbers["saturation"] = saturation(checkpoint, meta, predictor, samples)
     numbers["steps"] = read_steps(checkpoint, meta["phase"])
     numbers["ablations"] = read_ablations(Path(flags.ablations))
     chosen = choose(samples, answers, flags.pictures)
-    return numbers, [explain(asker, samples[i]) for i in chosen]
+    return numbers, [explain(predictor, samples[i]) for i in chosen]
 
 
 def header(numbers: dict, model: MedMoE, meta: dict) -> Html:
@@ -111,11 +109,11 @@ def header(numbers: dict, model: MedMoE, meta: dict) -> Html:
                else command_line(TrainConfig, meta["flags"], "train.py"))  # fmt: skip
     router = "none: the model is dense"
     if moe:
-        kind = "a token" if moe.level == "token" else "a sample"
-        router = (f"{moe.router}, {moe.n_experts} experts, {moe.top_k} {kind}, "
+        kind = "token" if moe.level == "token" else "sample"
+        router = (f"{moe.router}, {moe.n_experts} experts, {moe.top_k} per {kind}, "
                   f"in blocks {', '.join(map(str, numbers['blocks']))}")  # fmt: skip
     share = counts["activated"] / counts["total"]
-    said = ", ".join(
+    results = ", ".join(
         f"{name} {percent(scores[key])} {interval(scores['ci95'][key])}"
         for name, key, n in (("closed", "closed_accuracy", scores["n_closed"]),
                              ("open (recall)", "open_recall", scores["n_open"])) if n
@@ -128,11 +126,11 @@ def header(numbers: dict, model: MedMoE, meta: dict) -> Html:
             ("decoder", f"{model.config.decoder.family}, {model.config.decoder.n_layers} blocks"),
             ("trained with", tag("code", trained)),
             ("router", router),
-            ("parameters", f"{counts['total']:,} in all, {counts['activated']:,} activated a "
+            ("parameters", f"{counts['total']:,} in all, {counts['activated']:,} activated per "
                            f"token ({percent(share)})"),
-            ("looked at", f"{numbers['n']:,} questions of {' '.join(numbers['data'])}, "
+            ("evaluated on", f"{numbers['n']:,} questions of {' '.join(numbers['data'])}, "
                           f"{numbers['split']} split"),
-            ("right", said),
+            ("scores", results),
         ]),
     )  # fmt: skip
 
@@ -148,11 +146,11 @@ def render(numbers: dict, examples: Sequence[Example], model: MedMoE, meta: dict
         examples_section(examples, names, blocks, level),
         router_section(numbers["router"], numbers["calibration"], is_named),
         training_section(steps, names, meta["phase"]),
-        settling_section(numbers["saturation"], blocks, last),
+        saturation_section(numbers["saturation"], blocks, last),
         ablation_section(numbers["ablations"]),
     ]
     where = "/".join(Path(numbers["checkpoint"]).parts[-2:])
-    title = f"Where the tokens go: {where}"
+    title = f"Routing report: {where}"
     return document(title, header(numbers, model, meta), parts, WARNING)
 
 
@@ -166,12 +164,12 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError(f"--json {flags.json}: is the page, --out")
     chromium = find_chromium() if flags.png else None  # before the work, not after it
     device, dtype = choose_device(flags.device, flags.dtype)
-    asked = Path(flags.checkpoint), device, dtype, flags.router, flags.router_level
-    model, text, meta = load_model(*asked)
+    wanted = Path(flags.checkpoint), device, dtype, flags.router, flags.router_level
+    model, text, meta = load_model(*wanted)
     if flags.png and model.config.moe is None:
         raise UserError(f"--png {flags.png}: the checkpoint is dense, no routing to draw")
-    asker = Asker(model, text, device, dtype, flags.batch_size or 64, flags.max_new)
-    numbers, examples = measure(asker, flags, meta)
+    predictor = Predictor(model, text, device, dtype, flags.batch_size or 64, flags.max_new)
+    numbers, examples = measure(predictor, flags, meta)
     written = render(numbers, examples, model, meta)
     write_text(Path(flags.out), written, "--out")
     print(f"{flags.out}  {len(written.encode()) / 1000:,.0f} kB, {len(examples)} examples, "

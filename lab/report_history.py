@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asking import Asker
 from checkpoint import load_model
 from config import UserError
+from data import Sample
 from engine.run import read_log
-from model import MedMoE, make_sparse, precision
-from records import Sample, read_json_file
+from eval import Predictor
+from model import MedMoE, autocast, make_sparse
 from routers import Hints
+from sources.records import read_json
 
 N_FOLLOWED = 64  # questions whose prompts are routed at every earlier point
 
@@ -30,12 +31,12 @@ def is_finite(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def balance(visits: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Visits (L, E) -> CV, standard deviation over mean, and MaxVio, most visits over mean less 1.
+def balance(load: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Load (L, E) -> CV, standard deviation over mean, and MaxVio, largest load over mean, minus 1.
 
     Each is 0 when balanced; means over the layers. MaxVio: Wang et al. 2024, arXiv 2408.15664.
     """
-    table = torch.tensor(visits, dtype=torch.float64)  # (L, E)
+    table = torch.tensor(load, dtype=torch.float64)  # (L, E)
     mean = table.mean(dim=1)  # (L,)
     mean = mean.where(mean > 0, torch.ones_like(mean))
     cv = table.std(dim=1, correction=0) / mean
@@ -43,22 +44,22 @@ def balance(visits: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def first_experts(asker: Asker, samples: Sequence[Sample]) -> Tensor:
+def first_experts(predictor: Predictor, samples: Sequence[Sample]) -> Tensor:
     """The expert with the largest gate, (L, N) over the real positions of the prompts."""
     found = []
-    for _, batch in asker.batches(samples, "settling"):
+    for _, batch in predictor.batches(samples, "saturation"):
         hints = Hints(prompt=batch.mask, modality=batch.modality)
-        with precision(asker.device, asker.dtype):
-            _, routings = asker.model(batch.ids, batch.mask, batch.images, hints)
+        with autocast(predictor.device, predictor.dtype):
+            _, routings = predictor.model(batch.ids, batch.mask, batch.images, hints)
         gates = torch.stack([r.gates for r in routings])  # (L, B, T, E)
         found.append(gates[:, batch.mask].argmax(dim=-1).cpu())
     return torch.cat(found, dim=1)
 
 
-def start_of_phase_3(checkpoint: Path, final: MedMoE, asker: Asker) -> MedMoE | None:
-    """Phase 2's model with the final routers in it, which is where phase 3 began.
+def start_of_phase_3(checkpoint: Path, final: MedMoE, predictor: Predictor) -> MedMoE | None:
+    """Phase 2's model with the final routers in it, which is the start of phase 3.
 
-    None where that cannot be told: the run's phase 2 is not there, or the routers were trained.
+    None where that is not known: the run's phase 2 is missing, or the routers were trained.
     """
     source = checkpoint.absolute().parent / "phase2"
     routers = [block.mlp.router for block in final.decoder.blocks if block.is_sparse]
@@ -72,33 +73,37 @@ def start_of_phase_3(checkpoint: Path, final: MedMoE, asker: Asker) -> MedMoE | 
     for copy, router in zip(copies, routers, strict=True):
         copy.load_state_dict(router.state_dict())
         copy.level = router.level
-    return model.eval().to(asker.device)
+    return model.eval().to(predictor.device)
 
 
-def saturation(checkpoint: Path, meta: dict, asker: Asker, samples: Sequence[Sample]) -> list[dict]:
+def saturation(
+    checkpoint: Path, meta: dict, predictor: Predictor, samples: Sequence[Sample]
+) -> list[dict]:
     """Earlier points -> {"step", "same": (L,) share of the tokens with their final first expert}.
 
     After Muennighoff et al. 2024 (OLMoE, section 5.1), over the prompts of N_FOLLOWED questions.
     """
-    final = asker.model
+    final = predictor.model
     if final.config.moe is None or meta["phase"] != 3:
         return []
     every = max(1, len(samples) // N_FOLLOWED)
     part = samples[::every][:N_FOLLOWED]
-    last = first_experts(asker, part)  # (L, N)
+    last = first_experts(predictor, part)  # (L, N)
     found = []
 
     def compare(step: int, model: MedMoE) -> None:
-        other = Asker(model, asker.text, asker.device, asker.dtype, asker.batch_size)
+        other = Predictor(
+            model, predictor.text, predictor.device, predictor.dtype, predictor.batch_size
+        )
         same = (first_experts(other, part) == last).double().mean(dim=1)
         found.append({"step": step, "same": same.tolist(), "tokens": last.shape[1]})
 
-    if "from" not in meta and (model := start_of_phase_3(checkpoint, final, asker)):
+    if "from" not in meta and (model := start_of_phase_3(checkpoint, final, predictor)):
         compare(0, model)
     for folder in sorted(checkpoint.absolute().parent.glob("phase3-step*")):
         if folder.name.removeprefix("phase3-step").isdecimal() and folder != checkpoint.absolute():
             model, _, theirs = load_model(
-                folder, asker.device, asker.dtype, final.config.moe.router
+                folder, predictor.device, predictor.dtype, final.config.moe.router
             )
             if theirs["flags"]["seed"] == meta["flags"]["seed"] and (
                 model.config.moe == final.config.moe
@@ -111,7 +116,7 @@ def read_ablations(folder: Path) -> list[dict]:
     """Every table of ablations in the folder; [] if there is none. Raises UserError for another."""
     tables = []
     for file in sorted(folder.glob("*.json")):
-        table = read_json_file(file)
+        table = read_json(file)
         try:
             rows = [check_row(row) for row in table["rows"]]
             name, seeds = str(table["name"]), [int(seed) for seed in table["seeds"]]

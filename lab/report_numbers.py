@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asking import Asker, Prediction, unpack
 from config import IMAGE_ID, MODALITIES
+from data import Sample
+from eval import Prediction, Predictor, unpack
 from lab.router_stats import ece, reliability
-from model import generate, precision
-from records import Sample
-from scoring import value
+from model import autocast, generate
+from scoring.compare import value
 
 KINDS = ("image patches", "prompt text", "answer")  # of tokens
 N_BINS = 10  # of confidence
 
 
 class Trace(NamedTuple):
-    """A question, answered: what eval.py keeps of it, and the visits by kind of token."""
+    """A question's prediction, and the load of the experts by kind of token."""
 
     prediction: Prediction
-    visits: Tensor  # (3, L, E) visits, in the order of KINDS; (3, 0, 0) if dense
+    load: Tensor  # (3, L, E) routed tokens, in the order of KINDS; (3, 0, 0) if dense
 
 
 class Example(NamedTuple):
@@ -35,61 +35,61 @@ class Example(NamedTuple):
     sample: Sample
     answer: str
     is_right: bool
-    picture: Tensor | None  # (3, S, S) uint8 as the tower is given it
-    patches: Tensor  # (L, P, E) gates of the picture's patches, row by row
+    image: Tensor | None  # (3, S, S) uint8 at the tower's size
+    patches: Tensor  # (L, P, E) gates of the image's patches, row by row
     tokens: list[str]  # of the answer
-    gates: list[Tensor | None]  # (L, E) of each token as it is read; None: it was not read again
+    gates: list[Tensor | None]  # (L, E) of each token as the next input; None: it was the last
 
 
-def follow(asker: Asker, samples: Sequence[Sample]) -> list[Trace]:
-    """Answer every question greedily and count where its tokens go."""
+def follow(predictor: Predictor, samples: Sequence[Sample]) -> list[Trace]:
+    """Answer every question greedily and count where its tokens are routed."""
     found: dict[int, Trace] = {}
-    for rows, batch in asker.batches(samples, "routes"):
-        with precision(asker.device, asker.dtype):
-            steps = list(generate(asker.model, batch, asker.text.eos_id, asker.max_new))
-        predictions = unpack(steps, batch.mask, asker.text)
-        visits = [torch.zeros(3, *p.load.shape) for p in predictions]
+    for rows, batch in predictor.batches(samples, "routes"):
+        with autocast(predictor.device, predictor.dtype):
+            steps = list(generate(predictor.model, batch, predictor.text.eos_id, predictor.max_new))
+        predictions = unpack(steps, batch.mask, predictor.text)
+        loads = [torch.zeros(3, *p.load.shape) for p in predictions]
         if steps[0].routings:
-            went = torch.stack([r.gates != 0 for r in steps[0].routings], dim=1)  # (B, L, T, E)
+            routed = torch.stack([r.gates != 0 for r in steps[0].routings], dim=1)  # (B, L, T, E)
             is_patch = batch.ids == IMAGE_ID  # (B, T)
             for kind, which in enumerate((is_patch, batch.mask & ~is_patch)):
-                counted = (went & which[:, None, :, None]).sum(dim=2).cpu()  # (B, L, E)
-                for row, seen in zip(visits, counted, strict=True):
-                    row[kind] = seen
-            for row, p in zip(visits, predictions, strict=True):
+                counted = (routed & which[:, None, :, None]).sum(dim=2).cpu()  # (B, L, E)
+                for row, part in zip(loads, counted, strict=True):
+                    row[kind] = part
+            for row, p in zip(loads, predictions, strict=True):
                 row[2] = p.load - row[0] - row[1]
-        found |= {i: Trace(p, v) for i, p, v in zip(rows, predictions, visits, strict=True)}
+        found |= {i: Trace(*both) for i, *both in zip(rows, predictions, loads, strict=True)}
     return [found[i] for i in range(len(samples))]
 
 
-def shares(visits: Tensor) -> list[list[float]]:
-    """Visits (L, E) -> each expert's share of its layer's; zeros where nobody was visited."""
-    visits = visits.double()
-    return (visits / visits.sum(dim=-1, keepdim=True).clamp(min=1)).tolist()
+def shares(load: Tensor) -> list[list[float]]:
+    """Load (L, E) -> each expert's share of its layer's; zeros where no token was routed."""
+    load = load.double()
+    return (load / load.sum(dim=-1, keepdim=True).clamp(min=1)).tolist()
 
 
 def load_tables(samples: Sequence[Sample], traces: Sequence[Trace]) -> dict[str, dict]:
-    """By "modality" and by "kind" of token: name -> (L, E) "shares", (L,) "visits"."""
+    """By "modality" and by "kind" of token: name -> (L, E) "shares", (L,) "routed"."""
     groups: dict[str, dict[str, Tensor]] = {"modality": {}, "kind": {}}
     for s, trace in zip(samples, traces, strict=True):
-        name, total = s.modality or "unknown", trace.visits.double()
+        name, total = s.modality or "unknown", trace.load.double()
         by_modality, by_kind = groups.values()
         by_modality[name] = by_modality.get(name, 0) + total.sum(dim=0)
-        for kind, visits in zip(KINDS, total, strict=True):
-            by_kind[kind] = by_kind.get(kind, 0) + visits
+        for kind, load in zip(KINDS, total, strict=True):
+            by_kind[kind] = by_kind.get(kind, 0) + load
     order = [*MODALITIES, "unknown", *KINDS]
     found: dict[str, dict] = {}
     for group, tables in groups.items():
         found[group] = {}
         for name in sorted(tables, key=order.index):
             if (table := tables[name]).sum() > 0:
-                visits = table.sum(dim=-1).int().tolist()
-                found[group][name] = {"shares": shares(table), "visits": visits}
+                routed = table.sum(dim=-1).int().tolist()
+                found[group][name] = {"shares": shares(table), "routed": routed}
     return found
 
 
 def calibration(confidences: Sequence[float], right: Sequence[bool]) -> dict:
-    """The expected calibration error over N_BINS bins, and those that hold anything."""
+    """The expected calibration error over N_BINS bins, and those that are not empty."""
     confidence, hits = np.array(confidences, float), np.array(right, bool)
     bins = [row for row in reliability(confidence, hits, N_BINS) if row["n"]]
     error = ece(confidence, hits, N_BINS) if bins else 0.0
@@ -99,10 +99,10 @@ def calibration(confidences: Sequence[float], right: Sequence[bool]) -> dict:
 def router_confidence(
     samples: Sequence[Sample], found: Sequence[Prediction], n_layers: int
 ) -> tuple[list[float], list[bool]]:
-    """Per labelled image: softmax of the likeliest expert, and whether it carries the modality.
+    """Per labelled image: softmax of the likeliest expert, and whether it is the modality's.
 
-    The softmax is of the logits' mean over the image's prompts and sparse layers, so that what
-    is likeliest here is what asking.judge_router counts.
+    The softmax is of the logits' mean over the image's prompts and sparse layers: its largest is
+    the prediction that scoring.router.judge_router counts.
     """
     votes: dict = {}
     for s, p in zip(samples, found, strict=True):
@@ -117,14 +117,14 @@ def router_confidence(
 
 
 def is_correct(sample: Sample, answer: str) -> bool:
-    """A closed question right, an open one with every word of the truth."""
+    """A closed answer is right, or an open one has every word of the truth."""
     return value(sample, answer, None) == 1
 
 
 def choose(samples: Sequence[Sample], answers: Sequence[str], n: int) -> list[int]:
-    """Which questions to show: of each modality in turn one right, one wrong, and so on.
+    """Which questions to show: of each modality one right, one wrong, alternating.
 
-    Images differ, and kinds of question as far as they go round.
+    All of different images, and of different kinds of question as far as there are enough.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for i, s in enumerate(samples):
@@ -132,28 +132,28 @@ def choose(samples: Sequence[Sample], answers: Sequence[str], n: int) -> list[in
     names = [name for name in (*MODALITIES, "unknown") if name in groups]
     chosen: list[int] = []
     images, kinds = set(), set()
-    for turn in range(n):
+    for i_round in range(n):
         for name in names:
             free = [i for i in groups[name] if samples[i].image not in images or i not in chosen]
             free = [i for i in free if i not in chosen]
-            wanted = [i for i in free if is_correct(samples[i], answers[i]) == (turn % 2 == 0)]
+            wanted = [i for i in free if is_correct(samples[i], answers[i]) == (i_round % 2 == 0)]
             pool = wanted or free
             if not pool or len(chosen) == n:
                 continue
-            seen = lambda i: (samples[i].image in images, samples[i].kind in kinds)  # noqa: E731
-            best = min(pool, key=seen)
+            used = lambda i: (samples[i].image in images, samples[i].kind in kinds)  # noqa: E731
+            best = min(pool, key=used)
             chosen.append(best)
             images.add(samples[best].image)
             kinds.add(samples[best].kind)
     return sorted(chosen, key=lambda i: names.index(samples[i].modality or "unknown"))
 
 
-def explain(asker: Asker, sample: Sample) -> Example:
-    """Ask one question again, by itself, and keep every gate."""
-    ((_, batch),) = asker.batches([sample], "example")
-    with precision(asker.device, asker.dtype):
-        steps = list(generate(asker.model, batch, asker.text.eos_id, asker.max_new))
-    answer = unpack(steps, batch.mask, asker.text)[0].answer
+def explain(predictor: Predictor, sample: Sample) -> Example:
+    """Answer one question again, by itself, and keep every gate."""
+    ((_, batch),) = predictor.batches([sample], "example")
+    with autocast(predictor.device, predictor.dtype):
+        steps = list(generate(predictor.model, batch, predictor.text.eos_id, predictor.max_new))
+    answer = unpack(steps, batch.mask, predictor.text)[0].answer
     n_layers = len(steps[0].routings)
     is_patch = (batch.ids[0] == IMAGE_ID).cpu()  # (T,)
     patches = torch.zeros(0, int(is_patch.sum()), 0)
@@ -162,12 +162,12 @@ def explain(asker: Asker, sample: Sample) -> Example:
     tokens, gates = [], []
     for i, step in enumerate(steps):
         token = int(step.tokens[0])
-        if token == asker.text.eos_id:
+        if token == predictor.text.eos_id:
             break
-        tokens.append(asker.text.decode([token]))
-        # A step's routings are of the token said in the step before.
+        tokens.append(predictor.text.decode([token]))
+        # A step's routings are of the token generated in the step before.
         read = steps[i + 1].routings if i + 1 < len(steps) else []
         gates.append(torch.stack([r.gates[0, 0].cpu() for r in read]) if read else None)
-    picture = None if sample.image is None else asker.images.get(sample)
+    image = None if sample.image is None else predictor.images.get(sample)
     right = is_correct(sample, answer)
-    return Example(sample, answer, right, picture, patches, tokens, gates)
+    return Example(sample, answer, right, image, patches, tokens, gates)

@@ -1,6 +1,6 @@
-"""The parts that a report's page is made of: the document, its style, tables, facts.
+"""The parts of a report's page: the document, its style, tables, facts.
 
-Whatever comes from data or a checkpoint passes `escape` here; only Html is taken as it is.
+Text from data or a checkpoint is escaped here; only Html is taken as it is.
 """
 
 import re
@@ -87,12 +87,12 @@ def markup(value: object) -> str:
 
 def tag(name: str, *inside: object, **attributes: object) -> Html:
     """tag("td", "a < b", class_="x") -> <td class="x">a &lt; b</td>; aria_label is aria-label."""
-    said = "".join(
+    written = "".join(
         f' {key.strip("_").replace("_", "-")}="{escape(str(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
-    return Html(f"<{name}{said}>{''.join(markup(part) for part in inside)}</{name}>")
+    return Html(f"<{name}{written}>{''.join(markup(part) for part in inside)}</{name}>")
 
 
 def join(*parts: object) -> Html:
@@ -104,7 +104,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def heat(share: float, shown: str | None = None) -> Html:
-    """A cell whose tint says what its text says: a share from 0 to 1."""
+    """A cell with a share from 0 to 1 as text and as tint."""
     tint = f"--v:{min(max(share, 0.0), 1.0):.3f}"
     return tag("td", percent(share) if shown is None else shown, class_="heat", style=tint)
 

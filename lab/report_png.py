@@ -16,7 +16,7 @@ from lab.report_sections import calibration_chart, load_table, views
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1000, 2400  # CSS pixels; what is left white below is cut off
 MARGIN = 24  # pixels of the PNG
-# A picture on white for light and dark pages, as the others of the README.
+# A figure on white for light and dark pages, as the others of the README.
 STYLE = f""":root,body{{{LIGHT}color-scheme:light;background:#fff}}body{{padding:12px;width:976px}}
 .scroll{{overflow:visible;margin:0}}caption{{color:var(--ink);font-weight:600}}
 .views{{grid-template-columns:repeat(3,1fr);max-width:none;gap:.5rem;margin:0}}
@@ -55,7 +55,9 @@ def screenshot(chromium: str, body: Html, file: Path) -> Path:
         done = browse(chromium, html, f"--window-size={WIDTH},{HEIGHT}",
                       "--force-device-scale-factor=2", f"--screenshot={shot}")  # fmt: skip
         if not shot.is_file():
-            raise UserError(f"{chromium}: no picture of {file.name}: {done.stderr.strip()[-200:]}")
+            raise UserError(
+                f"{chromium}: no screenshot of {file.name}: {done.stderr.strip()[-200:]}"
+            )
         image = Image.open(shot).convert("RGB")
     box = ImageChops.difference(image, Image.new("RGB", image.size, "white")).getbbox()
     if box:
@@ -67,9 +69,9 @@ def screenshot(chromium: str, body: Html, file: Path) -> Path:
 
 
 def overlay_sheet(examples: Sequence[Example], names: Sequence[str], blocks) -> Html:
-    """The first example of each modality: its question, the picture and its patches."""
+    """The first example of each modality: its question, the image and its patches."""
     first = {e.sample.modality: (i, e) for i, e in reversed(list(enumerate(examples)))
-             if e.picture is not None}  # fmt: skip
+             if e.image is not None}  # fmt: skip
     cards = [
         tag("div", tag("p", tag("strong", f"{e.sample.modality or 'unknown'}  "),
                        f"{e.sample.turns[0][0]} “{e.answer}” (truth: {e.sample.turns[0][1]})"),
@@ -89,8 +91,8 @@ def draw_figures(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--png {folder}: {error.strerror}") from error
-    load = [load_table(f"Share of visits by {words}", numbers["load"][group], names, blocks)
-            for group, words in (("modality", "modality of the picture"),
+    load = [load_table(f"Share of routed tokens by {words}", numbers["load"][group], names, blocks)
+            for group, words in (("modality", "modality of the image"),
                                  ("kind", "kind of token"))]  # fmt: skip
     bodies = {"load": tag("div", load[0], tag("div", class_="gap"), load[1]),
               "overlays": overlay_sheet(examples, names, blocks)}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The sections of a report on what happened before: training, settling, ablations."""
+"""The sections of a report on training, router saturation and ablations."""
 
 from collections.abc import Sequence
 
@@ -18,29 +18,29 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def curves(named: dict[str, list[float]], steps: Sequence[int], title: str, y: str) -> Html:
-    """A chart of values over the steps; told by their first, last, least and largest."""
-    told = "; ".join(f"{name} from {v[0]:.3f} to {v[-1]:.3f}, between {min(v):.3f} and {max(v):.3f}"
-                     for name, v in named.items())  # fmt: skip
+    """A chart of values over the steps; its text has their first, last, least and largest."""
+    parts = [f"{name} from {v[0]:.3f} to {v[-1]:.3f}, between {min(v):.3f} and {max(v):.3f}"
+             for name, v in named.items()]  # fmt: skip
     series = [svg.Series(n, thin(list(zip(steps, v, strict=True)))) for n, v in named.items()]
-    words = f"{title} over steps {steps[0]} to {steps[-1]}: {told}."
+    words = f"{title} over steps {steps[0]} to {steps[-1]}: {'; '.join(parts)}."
     return Html(svg.lines(series, title, words, "step", y))
 
 
 def load_history(records: Sequence[dict], names: Sequence[str]) -> dict:
-    """Records with visits -> steps, each expert's mean share over the layers, CV and MaxVio."""
-    kept = [r for r in records if is_load(r.get("visits"), len(names))]
+    """Records with a load -> steps, each expert's mean share over the layers, CV and MaxVio."""
+    kept = [r for r in records if is_load(r.get("load"), len(names))]
     load: dict = {"steps": [r["step"] for r in kept], "shares": {n: [] for n in names}}
     for r in kept:
-        layers = [[v / (sum(row) or 1) for v in row] for row in r["visits"]]
+        layers = [[v / (sum(row) or 1) for v in row] for row in r["load"]]
         for e, name in enumerate(names):
             load["shares"][name].append(sum(row[e] for row in layers) / len(layers))
-    balances = [balance(r["visits"]) for r in kept]
+    balances = [balance(r["load"]) for r in kept]
     return load | {key: [b[key] for b in balances] for key in ("cv", "max_vio")}
 
 
-def is_load(visits: object, n_experts: int) -> bool:
+def is_load(value: object, n_experts: int) -> bool:
     """Whether it is a non-empty (L, E) list of numbers."""
-    rows = visits if isinstance(visits, list) else []
+    rows = value if isinstance(value, list) else []
     return bool(rows) and all(
         isinstance(row, list) and len(row) == n_experts
         and all(isinstance(v, int | float) for v in row) for row in rows
@@ -64,31 +64,31 @@ def training_section(records: Sequence[dict], names: Sequence[str], phase: int) 
         return section("training", title, *parts)
     load = load_history(records, names)
     if not load["steps"]:
-        parts.append(note("This run's log has no visits: it was written before they were kept."))
+        parts.append(note("This run's log has no load: it is of an older version."))
         return section("training", title, *parts)
     parts += [
         tag("h3", "Load"),
-        tag("p", "Each expert's share of the visits, a mean over the sparse blocks."),
-        curves(load["shares"], load["steps"], "Share of visits in training", "share of visits"),
+        tag("p", "Each expert's share of the routed tokens, a mean over the sparse blocks."),
+        curves(load["shares"], load["steps"], "Load in training", "share of routed tokens"),
         tag("h3", "Balance"),
-        tag("p", "CV is the standard deviation of the experts' visits over their mean; MaxVio is "
-                 "how far the busiest expert is above the mean. Both are 0 when balanced."),
+        tag("p", "CV is the standard deviation of the experts' loads over their mean; MaxVio is "
+                 "the largest load over the mean, minus 1. Both are 0 when balanced."),
         curves({"CV": load["cv"], "MaxVio": load["max_vio"]}, load["steps"],
                "Balance in training", "CV, MaxVio"),
     ]  # fmt: skip
     return section("training", title, *parts)
 
 
-def settling_section(points: Sequence[dict], blocks: Sequence[int], last: int | None) -> Part:
-    """How early the routing is what it will be."""
-    title = "How the routing settles"
+def saturation_section(points: Sequence[dict], blocks: Sequence[int], last: int | None) -> Part:
+    """How early in training the routing is the final one."""
+    title = "Router saturation"
     if not blocks:
-        return section("settling", title, note(NO_ROUTER))
+        return section("saturation", title, note(NO_ROUTER))
     if not points:
-        return section("settling", title, note(
+        return section("saturation", title, note(
             "No earlier point to compare with: no step checkpoints of phase 3 lie in the run's "
-            "folder (a finished run deletes them), and its start cannot be told from phase 2, "
-            "which is missing or was followed by a trained router."))  # fmt: skip
+            "folder (a finished run deletes them), and its start cannot be made from phase 2, "
+            "which is missing, or the router was trained after it."))  # fmt: skip
     n = points[0]["tokens"]
     intro = (f"Share of {n:,} prompt positions (of at most {N_FOLLOWED} held-out questions) whose "
              "first expert at an earlier point is the final one.")  # fmt: skip
@@ -104,7 +104,7 @@ def settling_section(points: Sequence[dict], blocks: Sequence[int], last: int | 
         named = {f"block {b}": [p["same"][i] for p in ends] for i, b in enumerate(blocks)}
         parts.append(curves(named, [p["step"] for p in ends], "Tokens that keep their first expert",
                             "share the same"))  # fmt: skip
-    return section("settling", title, *parts)
+    return section("saturation", title, *parts)
 
 
 def ablation_cell(found: dict) -> str:
@@ -145,8 +145,8 @@ def ablation_section(tables: Sequence[dict]) -> Part:
                   ablation_table(found)]  # fmt: skip
         if rows:
             ends = [v for bar in rows for v in (bar.value, bar.low, bar.high)]
-            told = "; ".join(f"{b.name} {b.value:+.1f} [{b.low:+.1f}, {b.high:+.1f}]" for b in rows)
+            text = "; ".join(f"{b.name} {b.value:+.1f} [{b.low:+.1f}, {b.high:+.1f}]" for b in rows)
             parts.append(Html(svg.bars(rows, f"Differences, {found['name']}",
-                                       f"In points, with 95 % intervals: {told}.",
+                                       f"In points, with 95 % intervals: {text}.",
                                        (min(0.0, *ends), max(0.0, *ends)))))  # fmt: skip
     return section("ablations", title, *parts)

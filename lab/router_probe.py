@@ -1,6 +1,6 @@
-"""What a model's routers say of pictures, collected in one pass; and routers trained anew for it.
+"""The routers' logits and choices for a set of questions, from one pass; and retrained routers.
 
-Shapes: B batch, T positions, n questions, G pictures, L sparse layers, K kinds of token, E experts,
+Shapes: B batch, T positions, n questions, G images, L sparse layers, K kinds of token, E experts,
 D d_model, M modalities.
 """
 
@@ -13,69 +13,73 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from asking import Asker
 from config import IMAGE_ID, MODALITIES
-from data import Batch, Dataset
+from data import Batch, Dataset, Sample
+from eval import Predictor
 from lab.router_stats import detects, entropy, share
-from model import precision, sparse_layers
-from records import Sample
-from router_training import features, one_per_image, train_router
+from model import autocast, sparse_layers
+from router_training import collect, one_per_image, train_router
 from routers import Hints
+from sources.images import Images
 from vision import normalise
 
-KINDS = ("text before the picture", "picture", "text after it", "answer")
+KINDS = ("text before the image", "image", "text after it", "answer")
 Features = tuple[Tensor, Tensor, Tensor]  # as router_training.collect returns them
 
 
 class Probe(NamedTuple):
-    """Of each question, with its true answer read along."""
+    """Of each question followed by its true answer."""
 
     logits: Tensor  # (n, L, E) mean over the prompt
-    said: Tensor  # (n, L, K, E) positions of a kind whose largest logit is this expert's
+    best: Tensor  # (n, L, K, E) positions of a kind whose largest logit is this expert's
     first: Tensor  # (n, L, E) prompt positions whose largest gate is this expert's
 
 
 def kinds(batch: Batch) -> Tensor:
     """(K, B, T) bool: which positions are of which of KINDS; padding is of none."""
     prompt, is_patch = batch.prompt(), batch.ids == IMAGE_ID
-    shown = is_patch.cumsum(dim=1) > 0
+    is_later = is_patch.cumsum(dim=1) > 0
     text = prompt & ~is_patch
-    return torch.stack([text & ~shown, prompt & is_patch, text & shown, batch.mask & ~prompt])
+    return torch.stack([text & ~is_later, prompt & is_patch, text & is_later, batch.mask & ~prompt])
 
 
 @torch.no_grad()
 def probe(
-    asker: Asker, samples: Sequence[Sample], change: Callable[[Tensor], Tensor] | None = None
+    predictor: Predictor,
+    samples: Sequence[Sample],
+    change: Callable[[Tensor], Tensor] | None = None,
 ) -> Probe:
-    """change: what is done to the normalised pictures (n_images, 3, S, S) before they are shown."""
-    data = Dataset(samples, asker.text, asker.model.config, plain=False, workers=2)
+    """change: applied to the normalised images (n_images, 3, S, S)."""
+    config = predictor.model.config
+    images = Images(config.vision.image_size, workers=2)
+    data = Dataset(samples, predictor.text, config, plain=False, images=images)
     order = sorted(range(len(samples)), key=data.lengths.__getitem__)
-    rows = [order[i : i + asker.batch_size] for i in range(0, len(order), asker.batch_size)]
+    rows = [order[i : i + predictor.batch_size] for i in range(0, len(order), predictor.batch_size)]
     parts = []
-    for part in tqdm(rows, desc="routes", file=sys.stderr, mininterval=1):
-        batch = data.batch(part).to(asker.device)
+    for part in tqdm(rows, desc="routing", file=sys.stderr, mininterval=1):
+        batch = data.batch(part).to(predictor.device)
         if change is not None:
             batch = batch._replace(images=change(batch.images))
         hints = Hints(prompt=batch.prompt(), modality=batch.modality)
-        with precision(asker.device, asker.dtype):
-            _, routings = asker.model(batch.ids, batch.mask, batch.images, hints)
+        with autocast(predictor.device, predictor.dtype):
+            _, routings = predictor.model(batch.ids, batch.mask, batch.images, hints)
         logits = torch.stack([r.logits for r in routings], dim=1).float()  # (B, L, T, E)
         gates = torch.stack([r.gates for r in routings], dim=1)
         prompt = batch.prompt()[:, None, :, None].float()  # (B, 1, T, 1)
-        best, goes = (
+        best, first = (
             torch.nn.functional.one_hot(x.argmax(dim=-1), x.shape[-1]).float()
             for x in (logits, gates)
         )
-        goes = goes * (gates.amax(dim=-1, keepdim=True) > 0)  # nobody is visited: no first choice
-        said = torch.einsum("kbt,blte->blke", kinds(batch).float(), best)
+        first = first * (gates.amax(dim=-1, keepdim=True) > 0)  # routed to no expert: no choice
+        best = torch.einsum("kbt,blte->blke", kinds(batch).float(), best)
         mean = (logits * prompt).sum(dim=2) / prompt.sum(dim=2)
-        parts.append([t.cpu() for t in (mean, said, (goes * prompt).sum(dim=2))])
+        parts.append([t.cpu() for t in (mean, best, (first * prompt).sum(dim=2))])
     place = torch.tensor([i for part in rows for i in part]).argsort()
     return Probe(*(torch.cat(found)[place] for found in zip(*parts, strict=True)))
 
 
-class Pictures:
-    """Which questions are about which picture, and the true modality's index where it is known."""
+class ByImage:
+    """Which questions are about which image, and the true modality's index where it is known."""
 
     def __init__(self, samples: Sequence[Sample]):
         self.images = list(dict.fromkeys(s.image for s in samples))
@@ -85,7 +89,7 @@ class Pictures:
         self.truth = np.array([known.get(image, -1) for image in self.images], int)  # (G,)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
-        """values (n, ...) -> sums over each picture's questions, (G, ...)."""
+        """values (n, ...) -> sums over each image's questions, (G, ...)."""
         total = np.zeros((len(self.images), *values.shape[1:]))
         np.add.at(total, self.of, values)
         return total
@@ -101,10 +105,10 @@ def blank(images: Tensor) -> Tensor:
 
 
 def noise(images: Tensor) -> Tensor:
-    """Every pixel by chance, the same for the same shape."""
+    """Random pixels, the same for the same shape."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(256, images.shape, generator=generator, dtype=torch.uint8)
-    return normalise(drawn).to(images)
+    pixels = torch.randint(256, images.shape, generator=generator, dtype=torch.uint8)
+    return normalise(pixels).to(images)
 
 
 def inverted(images: Tensor) -> Tensor:
@@ -114,7 +118,7 @@ def inverted(images: Tensor) -> Tensor:
 
 
 def scrambled(images: Tensor) -> Tensor:
-    """Squares of an eighth of the side, in another order."""
+    """Squares of an eighth of the side, shuffled."""
     side = images.shape[-1] // 8
     squares = images.unfold(2, side, side).unfold(3, side, side)  # (n, 3, a, a, side, side)
     n, c, a, b = squares.shape[:4]
@@ -128,7 +132,7 @@ def scrambled(images: Tensor) -> Tensor:
 UNKNOWN = {f.__name__: f for f in (blank, noise, inverted, scrambled)}
 
 
-def sureness(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def probabilities(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """logits (n, E) -> probabilities (n, E) and the largest of each, (n,)."""
     e = np.exp(logits - logits.max(axis=-1, keepdims=True))
     p = e / e.sum(axis=-1, keepdims=True)
@@ -136,8 +140,8 @@ def sureness(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def describe(logits: np.ndarray, known: np.ndarray | None) -> dict:
-    """How sure, where to, and whether confidence tells these from `known` pictures' (n,)."""
-    p, confidence = sureness(logits)
+    """Confidence, predictions, and the AUROC of confidence against that of `known` images (n,)."""
+    p, confidence = probabilities(logits)
     goes = np.bincount(logits.argmax(axis=-1), minlength=logits.shape[-1]) / len(logits)
     return {
         "n": len(logits), "confidence": float(confidence.mean()),
@@ -146,31 +150,31 @@ def describe(logits: np.ndarray, known: np.ndarray | None) -> dict:
     }  # fmt: skip
 
 
-def labelled(asker: Asker, samples: Sequence[Sample], n_images: int, seed: int) -> Features:
-    """What the routers would learn from: one question of up to n_images labelled pictures."""
-    config, part = asker.model.config, one_per_image(samples, n_images, seed)
-    where = sparse_layers(config, config.moe), seed, asker.device, asker.dtype
-    return features(asker.model, part, asker.text, *where)
+def labelled(predictor: Predictor, samples: Sequence[Sample], n_images: int, seed: int) -> Features:
+    """Hidden states to train a router on: one question of up to n_images labelled images."""
+    config, part = predictor.model.config, one_per_image(samples, n_images, seed)
+    where = sparse_layers(config, config.moe), seed, predictor.device, predictor.dtype
+    return collect(predictor.model, part, predictor.text, *where)
 
 
 def shuffled(train: Features, seed: int) -> Features:
-    """The same features with the labels of other pictures."""
+    """The same features with the labels of other images."""
     order = torch.randperm(len(train[2]), generator=torch.Generator().manual_seed(seed))
     return *train[:2], train[2][order.to(train[2].device)]
 
 
-def put(asker: Asker, weights: dict[str, Tensor]) -> None:
-    """One router's weights into every sparse block."""
-    for block in asker.model.decoder.blocks:
+def set_routers(predictor: Predictor, weights: dict[str, Tensor]) -> None:
+    """Copy one router's weights into every sparse block."""
+    for block in predictor.model.decoder.blocks:
         if block.is_sparse:
             block.mlp.router.proj.load_state_dict(weights)
 
 
 def leave_out(train: Features, test: Features, n_experts: int, seed: int) -> dict:
-    """Routers trained anew, on all modalities and on all but one; judged on the test pictures.
+    """Routers retrained on all modalities and on all but one; judged on the test images.
 
-    Of the modality that was left out: how sure the router is, where its pictures go, and whether
-    confidence tells them from the pictures of the others. "known": accuracy on those.
+    Of the modality that was left out: the router's confidence, the experts it predicts, and the
+    AUROC of confidence against the other modalities' images. "known": accuracy on those.
     """
     found = {}
     labels = sorted({int(m) for m in train[2].tolist()})
@@ -181,11 +185,11 @@ def leave_out(train: Features, test: Features, n_experts: int, seed: int) -> dic
         logits = (test[0] @ weights["weight"].T + weights["bias"]).mean(dim=1).cpu().numpy()
         truth = test[2].cpu().numpy()
         is_known = np.isin(truth, [m for m in labels if m != gone])
-        said, right = logits.argmax(axis=-1), truth % n_experts
-        entry = {"known": share(said[is_known] == right[is_known]),
-                 "known_confidence": float(sureness(logits[is_known])[1].mean())}  # fmt: skip
-        strange = truth == gone
-        if strange.any():
-            entry |= describe(logits[strange], sureness(logits[is_known])[1])
+        confidence = probabilities(logits[is_known])[1]
+        is_right = logits.argmax(axis=-1) == truth % n_experts
+        entry = {"known": share(is_right[is_known]), "known_confidence": float(confidence.mean())}
+        is_gone = truth == gone
+        if is_gone.any():
+            entry |= describe(logits[is_gone], confidence)
         found["nothing" if gone is None else MODALITIES[gone]] = entry
     return found

@@ -1,6 +1,6 @@
-"""Statistics of a classifier and of who visits whom; each interval is a bootstrap over pictures.
+"""Statistics of a classifier and of its routing; each interval is a bootstrap over images.
 
-Everything is over rows, one a picture. Shapes: n pictures, M modalities, E experts.
+Everything is over rows, one per image. Shapes: n images, M modalities, E experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.medmnist import auc
 from metrics import confusion, f1_scores, wilson
+from sources.medmnist import auc
 
 DRAWS = 1000
 
@@ -23,10 +23,10 @@ class Estimate(NamedTuple):
 def bootstrapped(
     statistic: Callable[[np.ndarray], float | None], n: int, draws: int = DRAWS
 ) -> Estimate | None:
-    """statistic(rows) of all n rows, with the percentile interval over rows drawn anew.
+    """statistic(rows) of all n rows, with the percentile interval over resampled rows.
 
-    Where all rows are alike it has no width, however few they are. Always the same draws; one for
-    which the statistic is undefined is left out. None if it is undefined for all rows.
+    Where all rows are equal it has no width, however few they are. Always the same samples; one
+    for which the statistic is undefined is left out. None if it is undefined for all rows.
     """
     value = statistic(np.arange(n)) if n else None
     if value is None:
@@ -43,14 +43,14 @@ def share(hits: Sequence[bool] | np.ndarray) -> Estimate | None:
     return Estimate(right / n, *wilson(right, n)) if n else None
 
 
-def macro_f1(truth: np.ndarray, said: np.ndarray, n_classes: int) -> float:
-    """Mean F1 over the classes that occur as truth or as what was said."""
-    scores = f1_scores(confusion(truth, said, n_classes))
+def macro_f1(truth: np.ndarray, predicted: np.ndarray, n_classes: int) -> float:
+    """Mean F1 over the classes that occur as truth or as prediction."""
+    scores = f1_scores(confusion(truth, predicted, n_classes))
     return float(np.mean([s for s in scores if s is not None]))
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray, n_bins: int) -> list[dict]:
-    """Bins of equal width over (0, 1]: how sure it was and how often right; empty ones too."""
+    """Bins of equal width over (0, 1]: mean confidence and accuracy; empty ones too."""
     place = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
     rows = []
     for b in range(n_bins):
@@ -68,7 +68,7 @@ def ece(confidence: np.ndarray, right: np.ndarray, n_bins: int) -> float:
     """Expected calibration error: sum over bins of n_b / n * |accuracy_b - confidence_b|.
 
     Confidence is the largest probability, bins are those of `reliability` (Guo et al. 2017,
-    equation 3). It is biased upwards, the more so the fewer pictures; so is its bootstrap.
+    equation 3). It is biased upwards, the more so the fewer images; so is its bootstrap.
     """
     rows = [row for row in reliability(confidence, right, n_bins) if row["n"]]
     gaps = [row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows]
@@ -76,9 +76,9 @@ def ece(confidence: np.ndarray, right: np.ndarray, n_bins: int) -> float:
 
 
 def detects(known: np.ndarray, unknown: np.ndarray) -> Estimate | None:
-    """AUROC of confidence as a detector: the chance that a known picture has more than an unknown.
+    """AUROC of confidence: the probability that a known image has more than an unknown one.
 
-    0.5 is chance; below it the unknown ones get more confidence than the known.
+    0.5 is chance; below it the unknown images get more confidence than the known.
     """
     score = np.concatenate([known, unknown])
     truth = np.repeat([1, 0], [len(known), len(unknown)])
@@ -101,22 +101,22 @@ def mutual_information(joint: np.ndarray) -> float:
     return max(0.0, float(bits))
 
 
-def information(visits: np.ndarray, truth: np.ndarray, draws: int = 200) -> dict:
-    """How much an expert that is visited tells of the modality.
+def information(load: np.ndarray, truth: np.ndarray, draws: int = 200) -> dict:
+    """Mutual information of a position's expert and the modality.
 
-    visits (n, E) counts of a picture's positions, truth (n,) its modality. Normalised is by
-    H(modality), weighted as the positions are: 1 if the expert gives the modality away. Null: the
-    same with the pictures' modalities permuted, its mean and its 95 % quantile; with few pictures
-    it is well above 0, for a picture's positions go together.
+    load (n, E) counts of an image's positions, truth (n,) its modality. Normalised by H(modality),
+    weighted as the positions are: 1 if the expert determines the modality. Null: the same with the
+    images' modalities permuted, its mean and its 95 % quantile; with few images it is well above
+    0, because an image's positions are routed alike.
     """
     classes = np.eye(truth.max() + 1)[truth]  # (n, M) one-hot
 
     def bits(rows: np.ndarray) -> float:
-        return mutual_information(classes[rows].T @ visits[rows])
+        return mutual_information(classes[rows].T @ load[rows])
 
     rng = np.random.default_rng(0)
-    null = [mutual_information(rng.permutation(classes).T @ visits) for _ in range(draws)]
-    per_class = classes.T @ visits.sum(axis=1)  # (M,)
+    null = [mutual_information(rng.permutation(classes).T @ load) for _ in range(draws)]
+    per_class = classes.T @ load.sum(axis=1)  # (M,)
     most = float(entropy(per_class / per_class.sum()))
     found = bootstrapped(bits, len(truth), draws=500)
     return {

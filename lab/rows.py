@@ -1,6 +1,6 @@
 """What lab.ablate compares: a row is a difference from Med-MoE, in flags of train.py and eval.py.
 
-To ask something else, add a row here, and its name to a set.
+For another comparison add a row here, and its name to a set.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Row:
     title: str
     phase1: str = ""
     phase2: str = ""
-    phase3: str | None = ""  # None: phase 2's model is asked
+    phase3: str | None = ""  # None: phase 2's model is evaluated
     answers: str = ""  # flags of eval.py
     against: str = "medmoe"  # the row it is compared with, question by question; itself: none
     common: str = ""  # flags of all phases
@@ -28,13 +28,13 @@ ROWS = {
     "no-phase-1": Row("without phase 1", phase1=SKIP),
     "no-phase-2": Row("without phase 2, but for its router", phase2=SKIP),
     "no-phase-3": Row("without phase 3: phase 2's dense model", phase3=None),
-    "no-router-training": Row("router never trained, as drawn", phase3="--router random"),
+    "no-router-training": Row("router randomly initialised, not trained", phase3="--router random"),
     # the meta expert, and how phase 3 begins
     "no-meta": Row("without meta expert", phase3="--no-meta"),
     "no-meta-top-1": Row("without meta expert, top-1", phase3="--no-meta --top-k 1"),
     "top-1": Row("top-1 and meta expert", phase3="--top-k 1"),
     "released-start": Row("phase 3 starts as released", phase3="--start released"),
-    "fresh-start": Row("experts drawn anew, from 0", phase3="--start fresh"),
+    "fresh-start": Row("experts re-initialised, output 0", phase3="--start fresh"),
     # dense controls
     "dense": Row("dense FFNs, trained on", phase3="--experts 0"),
     "dense-flops": Row("dense, steps for equal FLOPs", phase3="--experts 0 --steps 192"),
@@ -43,7 +43,7 @@ ROWS = {
     ),
     "dense-total": Row("dense, equal total parameters", phase3=f"{DENSE} --experts 4 --top-k 4"),
     # routers
-    "sequence": Row("Med-MoE, a decision a sample", phase3="--router-level sequence"),
+    "sequence": Row("Med-MoE, routed by sequence", phase3="--router-level sequence"),
     "learned": Row("learned with the experts", phase3="--router topk"),
     "learned-balanced": Row(
         "learned, balance loss 0.01", phase3="--router topk --balance 0.01"
@@ -54,18 +54,18 @@ ROWS = {
     ),
     "hash": Row("by token, fixed (hash)", phase3="--router lab/controls.py:Hash"),
     "oracle": Row("oracle: the true modality's expert", phase3="--router oracle"),
-    "asked-oracle": Row("Med-MoE, asked with the true expert", answers="--router oracle"),
-    "asked-wrong": Row("Med-MoE, asked with a wrong expert",
+    "asked-oracle": Row("Med-MoE, evaluated with the true expert", answers="--router oracle"),
+    "asked-wrong": Row("Med-MoE, evaluated with a wrong expert",
                        answers="--router lab/controls.py:Wrong"),
     "oracle-asked-wrong": Row(
-        "oracle, asked with a wrong expert", phase3="--router oracle",
+        "oracle, evaluated with a wrong expert", phase3="--router oracle",
         answers="--router lab/controls.py:Wrong", against="oracle",
     ),
 }  # fmt: skip
 
 
 def experts_grid() -> dict[str, Row]:
-    """1 to 8 experts, k up to 4, on pictures of 2, 4 and 8 domains; the router learns with them."""
+    """1 to 8 experts, k up to 4, on phantoms of 2, 4 and 8 domains; the router learns with them."""
     rows = {}
     for domains in (2, 4, 8):
         for experts in (1, 2, 4, 6, 8):
@@ -81,14 +81,14 @@ def experts_grid() -> dict[str, Row]:
 
 
 def hard(title: str, phase3: str) -> Row:
-    """Phase 2 has taught nothing: what the domains disagree on is left to phase 3's FFNs."""
+    """Phase 2 changes nothing: what differs between the domains is left to phase 3's FFNs."""
     return Row(f"no phase 2: {title}", phase2=SKIP, phase3=phase3, against="no-phase-2")
 
 
 HARD = {
     "hard-oracle": hard("oracle", "--router oracle"),
-    "hard-random": hard("router as drawn", "--router random"),
-    "hard-fresh-start": hard("experts drawn anew, from 0", "--start fresh"),
+    "hard-random": hard("router randomly initialised", "--router random"),
+    "hard-fresh-start": hard("experts re-initialised, output 0", "--start fresh"),
     "hard-no-meta": hard("without meta expert", "--no-meta"),
     "hard-dense-activated": hard("dense, equal activated", f"{DENSE} --experts 2 --top-k 2"),
 }

@@ -1,9 +1,9 @@
 """Small charts as inline SVG, for pages that need neither a server nor a script.
 
-Every function returns markup that stands inside HTML. A chart is one picture to a screen reader:
-role=img with a title and a description. Colours are classes, s0 to s7, and dash patterns or marks
-tell series apart as well; CSS has the stylesheet, for light and dark pages and for print.
-Lengths are units of the chart's viewBox, WIDTH across. Text given here is plain: it is escaped.
+Every function returns markup that stands inside HTML. A chart is one image to a screen reader:
+role=img with a title and a description. Colours are classes, s0 to s7, and series differ in dash
+patterns or symbols as well; CSS has the stylesheet, for light and dark pages and for print.
+Lengths are units of the chart's viewBox, WIDTH across. Arguments are plain text: it is escaped.
 """
 
 import math
@@ -66,15 +66,15 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(i * step, 10) for i in range(first, last + 1)]
 
 
-def picture(body: str, title: str, told: str, width: float = WIDTH, height: float = HEIGHT,
-            style: str = "chart") -> str:  # fmt: skip
-    """The <svg> around a body. title: what it is; told: what it shows, for who does not see it."""
+def figure(body: str, title: str, description: str, width: float = WIDTH, height: float = HEIGHT,
+           style: str = "chart") -> str:  # fmt: skip
+    """The <svg> around a body; title and description are its text alternative."""
     name = f"svg{next(_names)}"
     return (
         f'<svg class="{style}" viewBox="0 0 {width:g} {height:g}" role="img" '
         f'style="max-width:{1.1 * width:.0f}px" '
         f'aria-labelledby="{name}t {name}d"><title id="{name}t">{escape(title)}</title>'
-        f'<desc id="{name}d">{escape(told)}</desc>{body}</svg>'
+        f'<desc id="{name}d">{escape(description)}</desc>{body}</svg>'
     )
 
 
@@ -87,7 +87,7 @@ def line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
 
 
 class Frame:
-    """Axes: from values to places in the picture."""
+    """Axes: from values to positions in the chart."""
 
     def __init__(self, xs: tuple[float, float], ys: tuple[float, float], width=WIDTH):
         self.xs, self.ys, self.width = xs, ys, width
@@ -109,8 +109,8 @@ class Frame:
         for value in ticks(*self.xs):
             parts.append(text(self.x(value), bottom + 18, number(value)))
         parts.append(text((LEFT + right) / 2, HEIGHT - 6, x_title))
-        turned = f'<g transform="translate(13 {middle:.1f}) rotate(-90)">'
-        return "".join([*parts, turned, text(0, 0, y_title), "</g>"])
+        group = f'<g transform="translate(13 {middle:.1f}) rotate(-90)">'
+        return "".join([*parts, group, text(0, 0, y_title), "</g>"])
 
 
 def key(names: Sequence[str]) -> str:
@@ -123,7 +123,7 @@ def key(names: Sequence[str]) -> str:
     ) + "</p>"  # fmt: skip
 
 
-def lines(series: Sequence[Series], title: str, told: str, x_title: str, y_title: str,
+def lines(series: Sequence[Series], title: str, description: str, x_title: str, y_title: str,
           ys: tuple[float, float] | None = None) -> str:  # fmt: skip
     """A line chart with its legend. ys: ends of the y axis; else from 0 to the largest value."""
     points = [p for s in series for p in s.points]
@@ -139,10 +139,11 @@ def lines(series: Sequence[Series], title: str, told: str, x_title: str, y_title
             body += [f'<circle class="mark s{i % 8}" r="4" cx="{frame.x(x):.1f}" '
                      f'cy="{frame.y(y):.1f}"/>' for x, y in one.points]  # fmt: skip
     legend = key([s.name for s in series]) if len(series) > 1 else ""
-    return picture("".join(body), title, told) + legend
+    return figure("".join(body), title, description) + legend
 
 
-def bars(rows: Sequence[Bar], title: str, told: str, ends: tuple[float, float], unit="") -> str:
+def bars(rows: Sequence[Bar], title: str, description: str, ends: tuple[float, float],
+         unit="") -> str:  # fmt: skip
     """Horizontal bars from 0 with their 95 % intervals, names above them; ends: of the axis."""
     step, height = 46, 46 * len(rows) + 30
     span = (ends[1] - ends[0]) or 1
@@ -167,18 +168,18 @@ def bars(rows: Sequence[Bar], title: str, told: str, ends: tuple[float, float], 
             body.append(line(x(row.low), y0, x(row.high), y0, "whisker"))
             body += [line(x(v), y0 - 5, x(v), y0 + 5, "whisker") for v in (row.low, row.high)]
         body.append(text(end + 8, y + 34, number(row.value) + unit, "start"))
-    return picture("".join(body), title, told, WIDTH, height)
+    return figure("".join(body), title, description, WIDTH, height)
 
 
-def reliability(bins: Sequence[dict], title: str, told: str) -> str:
-    """Accuracy over confidence, of the bins that hold anything.
+def reliability(bins: Sequence[dict], title: str, description: str) -> str:
+    """Accuracy over confidence, of the bins that are not empty.
 
-    bins  {"low", "high", "n", "confidence", "accuracy"} each; a bar is a bin, its mark the mean.
+    bins  {"low", "high", "n", "confidence", "accuracy"} each; a bar is a bin, its dot the mean.
     The dashed diagonal is perfect calibration.
     """
     width = 420
     frame = Frame((0.0, 1.0), (0.0, 1.0), width)
-    body = [frame.axes("confidence: softmax of the likeliest expert", "share that is right")]
+    body = [frame.axes("confidence: softmax of the likeliest expert", "accuracy")]
     for b in bins:
         x, y = frame.x(b["low"]), frame.y(b["accuracy"])
         body.append(f'<rect class="bar" x="{x + 1:.1f}" y="{y:.1f}" '
@@ -188,18 +189,18 @@ def reliability(bins: Sequence[dict], title: str, told: str) -> str:
     for b in bins:
         body.append(f'<circle class="mark s1" r="4.5" cx="{frame.x(b["confidence"]):.1f}" '
                     f'cy="{frame.y(b["accuracy"]):.1f}"/>')  # fmt: skip
-    return picture("".join(body), title, told, width)
+    return figure("".join(body), title, description, width)
 
 
 def patches(image: str, side: float, cells: Sequence[tuple[int, float]], title: str,
-            told: str) -> str:  # fmt: skip
-    """A picture under a grid of its patches: the expert's number on each, tinted by its gate.
+            description: str) -> str:  # fmt: skip
+    """An image under a grid of its patches: the expert's number on each, tinted by its gate.
 
-    image  a reference to the picture: markup for the lower layer, side x side units
-    cells  (expert, gate) row by row, a square number of them; expert -1: none was visited
+    image  a reference to the image: markup for the lower layer, side x side units
+    cells  (expert, gate) row by row, a square number of them; expert -1: routed to none
     """
     per_row = math.isqrt(len(cells))
-    assert per_row**2 == len(cells), f"{len(cells)} patches are no square"
+    assert per_row**2 == len(cells), f"{len(cells)} patches do not form a square"
     step = side / per_row
     body = [image]
     for i, (expert, gate) in enumerate(cells):
@@ -207,7 +208,7 @@ def patches(image: str, side: float, cells: Sequence[tuple[int, float]], title: 
         tone = f"e{expert % 8}" if expert >= 0 else "none"
         body.append(f'<rect class="patch {tone}" x="{x:.2f}" y="{y:.2f}" width="{step:.2f}" '
                     f'height="{step:.2f}" fill-opacity="{0.06 + 0.36 * gate:.2f}"/>')  # fmt: skip
-        mark = str(expert) if expert >= 0 else "-"
+        name = str(expert) if expert >= 0 else "-"
         body.append(f'<text class="mark" x="{x + step / 2:.2f}" y="{y + step * 0.68:.2f}" '
-                    f'font-size="{step * 0.52:.2f}">{mark}</text>')  # fmt: skip
-    return picture("".join(body), title, told, side, side, "overlay")
+                    f'font-size="{step * 0.52:.2f}">{name}</text>')  # fmt: skip
+    return figure("".join(body), title, description, side, side, "overlay")

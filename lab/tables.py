@@ -14,25 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import UserError
-from flags import flag, parse, user_errors, write_json
+from config import UserError, flag
+from engine.cli import parse, user_errors, write_json
 from lab.paper import READING, TABLES
-from records import read_json_file, shown
+from sources.records import read_json, shown
 
 BULKY = {"answers", "load", "by_kind", "by_modality"}
 COMMANDS = ("trained_with", "command")
-# Flags that change neither what is learnt nor what is asked, or that follow from what a row tells.
+# Flags that change neither training nor the questions, or that follow from the rest of a row.
 TRAIN_SKIPS = {"phase", "preset", "data", "out", "seed", "init", "device", "dtype", "resume",
                "save-every", "no-eval", "workers", "max-missing", "tune-vision", "no-tune-vision",
                "jitter", "no-jitter", "json"}  # fmt: skip
 FLAG = r"(?<!\S)--([\w-]+)(?:[ =](?!--)(\S+))?"
 EVAL_KEEPS = {"lang", "limit", "max-new", "router-level"}
 SCORERS = ("strict", "med-moe", "llava-med")
-PARTS = {"": "", "blind.": "blind control, ", "majority.": "majority answer, "}
+PARTS = {"": "", "blind.": "blind control, ", "majority.": "majority baseline, "}
 SCORERS_NOTE = """\
-strict is ours; med-moe and llava-med are the released scorers, which look for a closed answer's
+strict is ours; med-moe and llava-med are the released scorers, which search for a closed answer's
 letters anywhere. Blind: each image replaced by their mean. Majority: the training split's commonest
-answer. Router: names the image's modality."""
+answer. Router: accuracy on the image's modality."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Result:
     """One file. Results of one name are rows of one model: they differ in data and seed only."""
 
     def __init__(self, file: Path):
-        self.file, self.values = file, clean(file, read_json_file(file))
+        self.file, self.values = file, clean(file, read_json(file))
         self.seed, phase = self.get("seed", int), self.get("phase", int)
         self.preset, self.device, split = (self.get(k, str) for k in ("preset", "device", "split"))
         data = data_name([str(spec) for spec in self.get("data", list)])
@@ -89,10 +89,10 @@ class Result:
         is_dense = self.get("params.total", int) == self.get("params.dense_base", int)
         self.get("protocols.strict", dict)
         self.activated = f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.1f}M"
-        trained, asked = (re.findall(FLAG, self.get(key, str)) for key in COMMANDS)
+        trained, evaluated = (re.findall(FLAG, self.get(key, str)) for key in COMMANDS)
         learnt = [value for name, value in trained if name == "data"]
         changed = {f for f in trained if f[0] not in TRAIN_SKIPS}
-        changed |= {f for f in asked if f[0] in EVAL_KEEPS}
+        changed |= {f for f in evaluated if f[0] in EVAL_KEEPS}
         self.setup = ["dense"] * is_dense + [f"phase {phase}"] * (phase != 3)
         self.setup += [f"trained on {' '.join(learnt)}"] * (data_name(learnt) not in ("", data))
         self.setup += [f"--{' '.join(f)}".strip() for f in sorted(changed)]
@@ -105,8 +105,8 @@ class Result:
                 raise UserError(f'{self.file}: field "{path}" is missing')
             value = value[name]
         if type(value) not in kinds:
-            said = f"is {shown(value)}; must be of type {kinds[0].__name__}"
-            raise UserError(f'{self.file}: field "{path}" {said}')
+            problem = f"is {shown(value)}; must be of type {kinds[0].__name__}"
+            raise UserError(f'{self.file}: field "{path}" {problem}')
         return value
 
     def share(self, path: str) -> list[float]:
@@ -127,7 +127,7 @@ class Result:
 
 
 def cell(results: list[Result], column: str) -> str:
-    """column: 'DATA/FIELD'; 'activated', parameters; or '', which our runs do not measure."""
+    """column: 'DATA/FIELD'; 'activated', parameters; or '', not measured by our runs."""
     if column == "activated":
         return results[0].activated
     data, _, path = column.partition("/")
@@ -199,7 +199,7 @@ def load(files: list[Path]) -> dict[str, list[Result]]:
 def record(result: Result, folder: Path, force: bool) -> None:
     words = [result.dataset, result.preset, *result.setup, f"seed{result.seed}"]
     file = folder / (re.sub(r"[^\w.]+", "-", "-".join(words)) + ".json")
-    if not force and file.exists() and read_json_file(file) != result.values:
+    if not force and file.exists() and read_json(file) != result.values:
         raise UserError(f"{file} holds another content; --force overwrites it")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, result.values)

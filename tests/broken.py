@@ -1,6 +1,6 @@
-"""Routers that break one promise each, for the checks of which course/museum has no exhibit.
+"""Routers with one bug each, for the checks that no router of course/museum fails.
 
-tests/test_contract.py says which check has to fail on which of them.
+tests/test_contract.py names the check that has to fail on each of them.
 """
 
 import torch
@@ -14,7 +14,7 @@ class Double(TopKRouter):
         return super().gate(logits.double(), mask, x)
 
 
-class Raw(Router):
+class RawLogits(Router):
     def gate(self, logits, mask, x):
         return logits
 
@@ -25,7 +25,7 @@ class Dense(Router):
 
 
 class Ties(Router):
-    """All right but for equal logits, where every expert is among the k largest."""
+    """Correct except with equal logits, where every expert reaches the threshold."""
 
     def gate(self, logits, mask, x):
         probs = logits.softmax(dim=-1)
@@ -38,7 +38,7 @@ class Threshold(TopKRouter):
         return gates.where(gates > 0.7, 0.0)
 
 
-class Claims(TopKRouter):
+class SumsToOne(TopKRouter):
     """At k = 1 the gate is a probability, and those are below 1."""
 
     sums_to_one = True
@@ -46,12 +46,12 @@ class Claims(TopKRouter):
 
 class Spread(TopKRouter):
     def penalty(self, gates, logits, mask, x):
-        seen = logits[mask]  # (N, E)
-        return ((seen - seen.mean(dim=0)) ** 2).sum() / (len(seen) - 1)  # one token: 0 / 0
+        real = logits[mask]  # (N, E)
+        return ((real - real.mean(dim=0)) ** 2).sum() / (len(real) - 1)  # one token: 0 / 0
 
 
 class NextBest(Router):
-    """Subtracts the best of the experts that were not chosen; with k = E there is none."""
+    """Subtracts the largest probability that was not chosen; with k = E there is none."""
 
     def gate(self, logits, mask, x):
         probs = logits.softmax(dim=-1)
@@ -77,14 +77,14 @@ class Positional(TopKRouter):
 
 
 class Past(TopKRouter):
-    """Causal, but what it saw before is not in the KV cache."""
+    """Causal, but its sum over earlier tokens is not in the KV cache."""
 
     def gate(self, logits, mask, x):
-        seen = (logits * mask[..., None]).cumsum(dim=1)
-        return super().gate(seen, mask, x)
+        total = (logits * mask[..., None]).cumsum(dim=1)
+        return super().gate(total, mask, x)
 
 
-class Favourite(TopKRouter):
+class Bonus(TopKRouter):
     def gate(self, logits, mask, x):
         bonus = (torch.arange(logits.shape[-1]) == 0) * 2.0
         return super().gate(logits + bonus, mask, x)
@@ -95,17 +95,17 @@ class PerToken(TopKRouter):
         return logits.logsumexp(dim=-1).square() * mask
 
 
-class Lopsided(TopKRouter):
+class WrongSign(TopKRouter):
     def penalty(self, gates, logits, mask, x):
         return -load_balancing_loss(Routing(gates, logits), mask)
 
 
-class Upside(TopKRouter):
+class Smallest(TopKRouter):
     def gate(self, logits, mask, x):
         return super().gate(-logits, mask, x)
 
 
-class Trainer(TopKRouter):
+class UpdatesParameter(TopKRouter):
     @torch.no_grad()
-    def update(self, visits):
-        self.proj.bias -= 0.01 * visits
+    def update(self, load):
+        self.proj.bias -= 0.01 * load

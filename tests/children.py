@@ -26,9 +26,9 @@ class Hold(NamedTuple):
     file: Path
 
 
-def work(preset: Preset, argv: list[str], said: Path, hold: Hold | None, largest: int | None):
+def work(preset: Preset, argv: list[str], output: Path, hold: Hold | None, largest: int | None):
     """largest: bytes that a file may have, as on a disk that is full."""
-    handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     torch.set_num_threads(1)
@@ -52,9 +52,9 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
 
 
-def begin(preset: Preset, argv: list[str], said: Path, hold=None, largest=None):
+def begin(preset: Preset, argv: list[str], output: Path, hold=None, largest=None):
     """A process that runs train.py with these arguments; what it prints goes into the file."""
-    child = CONTEXT.Process(target=work, args=(preset, argv, said, hold, largest))
+    child = CONTEXT.Process(target=work, args=(preset, argv, output, hold, largest))
     child.start()
     return child
 

@@ -5,6 +5,7 @@ import torch
 
 from config import IGNORE, IMAGE_ID, DecoderConfig, ModelConfig, MoEConfig, VisionConfig
 from data import Batch
+from engine.tinymed import add_residual
 from model import MedMoE
 
 
@@ -26,7 +27,7 @@ DECODERS = {
 
 
 def shake(module, seed=0):
-    """Draw every parameter, biases and norms too: what begins at 0 or 1 would hide mistakes."""
+    """Fill every parameter at random, biases and norms too: a 0 or 1 would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, param in module.named_parameters():
@@ -44,13 +45,18 @@ def shake(module, seed=0):
 
 
 def build(family="phi", moe=None, seed=0):
-    """A tiny model with every parameter drawn; `moe` are MoEConfig's fields, None for a dense."""
+    """A tiny model with every parameter random; `moe`: MoEConfig's fields, None for a dense one."""
+    moe = None if moe is None else dict(moe)
+    is_residual = moe is not None and moe.pop("residual", False)  # early TinyMed's layers
     config = ModelConfig(VISION, DECODERS[family], None if moe is None else MoEConfig(**moe))
-    return shake(MedMoE(config), seed).eval()
+    model = MedMoE(config)
+    if is_residual:
+        add_residual(model)
+    return shake(model, seed).eval()
 
 
 def collate(rows, images=None, side="right", modality=None, seed=0):
-    """Rows of (ids, labels) -> a Batch; `images` are drawn for the placeholders if not given."""
+    """Rows of (ids, labels) -> a Batch; images None: random ones for the placeholders."""
     longest = max(len(ids) for ids, _ in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     mask, labels = ids.bool(), torch.full_like(ids, IGNORE)

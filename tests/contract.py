@@ -1,7 +1,8 @@
-"""What every router has to keep, part 1: the case to be judged, and how a router is asked.
+"""The router contract, part 1: the cases, and the helpers that the checks share.
 
-The checks are in contract_gates.py and contract_layer.py. Run as a script, this file prints what
-the routers named on the command line decide: test_router.py compares two such runs.
+The checks are in contract_gates.py, contract_penalty.py and contract_layer.py. Run as a script,
+this file prints a hash of the gates of the routers named on the command line: one of the checks
+compares two such runs.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from routers import Hints, Router, Routing, get_router
 
 ROOT = Path(__file__).parent.parent
 
-# Three samples: whole, padded on the left, padded on the right; and where their prompts end.
+# Three samples: unpadded, padded on the left, padded on the right; and where their prompts end.
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]).bool()
 PROMPT = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]]).bool()
 
@@ -33,21 +34,21 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """One router at one level. `company`: the routers that one more process may judge at once."""
+    """One router at one level. `group`: all routers that one child process may hash at once."""
 
     spec: str
     level: str = "token"
-    company: tuple[str, ...] = ()
+    group: tuple[str, ...] = ()
 
     @property
     def cls(self) -> type[Router]:
         return get_router(self.spec)
 
     def router(self, d: int = 16, n_experts: int = 4, k: int = 2, seed: int = 0) -> Router:
-        """In evaluation mode, with weights large enough that choices are no ties."""
+        """In evaluation mode, with weights large enough that no two logits are nearly equal."""
         return shake(self.cls(d, n_experts, top_k=k, level=self.level), seed).eval()
 
-    def reader(self, n_experts: int = 4, k: int = 2) -> Router:
+    def identity_router(self, n_experts: int = 4, k: int = 2) -> Router:
         """A router whose logits are its input: d_model = E, the projection is the identity."""
         router = self.router(n_experts, n_experts, k)
         with torch.no_grad():
@@ -56,65 +57,65 @@ class Case:
         return router
 
 
-def ask(router: Router, x: Tensor, mask: Tensor | None = None, seed: int = 0, **hints) -> Routing:
-    """The decision on x (B, T, D). Whatever noise is drawn begins from the seed."""
+def route(router: Router, x: Tensor, mask: Tensor | None = None, seed: int = 0, **hints) -> Routing:
+    """The routing of x (B, T, D). The seed fixes the noise, if the router samples any."""
     mask = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
     hints.setdefault("modality", torch.arange(x.shape[0]) % 4)
     torch.manual_seed(seed)
     return router(x, mask, Hints(**hints))
 
 
-def usual(router: Router, x: Tensor | None = None, seed: int = 0) -> Routing:
-    """The decision on the three samples above."""
+def route_samples(router: Router, x: Tensor | None = None, seed: int = 0) -> Routing:
+    """The routing of the three samples above."""
     x = randn(*MASK.shape, router.proj.in_features) if x is None else x
-    return ask(router, x, MASK, seed, prompt=PROMPT)
+    return route(router, x, MASK, seed, prompt=PROMPT)
 
 
-def same(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
-    """The same visits, and gates that differ by rounding only."""
+def same_gates(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
+    """The same experts chosen, and gates that differ by rounding only."""
     return torch.equal(a != 0, b != 0) and torch.allclose(a, b, atol=tolerance, rtol=0)
 
 
-def competes(case: Case) -> bool:
-    """Whether tokens share out seats, so that what one is given depends on what others want."""
+def tokens_compete(case: Case) -> bool:
+    """Whether the routing of a token may depend on that of other tokens, as with a capacity."""
     return not (case.cls.causal and case.cls.batch_invariant)
 
 
-def per_sample(case: Case) -> bool:
-    """Whether one decision, on the prompt, serves all positions of a sample."""
+def routes_per_sample(case: Case) -> bool:
+    """Whether one decision, on the prompt, is used at all positions of a sample."""
     return case.level == "sequence" or "prompt" in case.cls.needs
 
 
-def listens(case: Case) -> bool:
-    """Whether the logits decide at all: they do not for an oracle or a hash."""
-    router, x = case.reader(), randn(1, 3, 4)
-    before = ask(router, x).gates
+def uses_logits(case: Case) -> bool:
+    """Whether the gates depend on the logits: an oracle's or a hash router's do not."""
+    router, x = case.identity_router(), randn(1, 3, 4)
+    before = route(router, x).gates
     with torch.no_grad():  # other logits of the same x
         router.proj.weight.copy_(torch.eye(4).roll(1, dims=0))
-    return not same(before, ask(router, x).gates)
+    return not same_gates(before, route(router, x).gates)
 
 
-def state(router: Router) -> dict[str, Tensor]:
+def copy_state(router: Router) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in router.state_dict().items()}
 
 
 def changed(before: dict[str, Tensor], router: Router) -> list[str]:
-    """Names of the parameters and buffers that are not what they were."""
+    """Names of the parameters and buffers whose values have changed."""
     now = router.state_dict()
     return [n for n in sorted({*before, *now}) if not torch.equal(before[n], now[n])]
 
 
-def unevenly(router: Router, times: int = 50) -> None:
-    """Many updates after steps in which expert 0 had most of the visits."""
+def update_with_uneven_load(router: Router, times: int = 50) -> None:
+    """Many updates, each with a load of 2.0 on expert 0 and of 0.1 on the others."""
     n_experts = router.proj.out_features
     for _ in range(times):
-        visits = torch.full((n_experts,), 0.1)
-        visits[0] = 2.0
-        router.update(visits)
+        load = torch.full((n_experts,), 0.1)
+        load[0] = 2.0
+        router.update(load)
 
 
 def failures(case: Case, checks: list[Callable[[Case], None]]) -> dict[str, str]:
-    """Which checks fail, by name, and what each says. One that raises anything else fails too."""
+    """{name of a check that fails: its message}. An error of any other kind is a failure too."""
     found = {}
     for check in checks:
         try:
@@ -127,21 +128,21 @@ def failures(case: Case, checks: list[Callable[[Case], None]]) -> dict[str, str]
 
 
 def digest(case: Case) -> str:
-    """What a router decides, gates and penalty, to the bit."""
-    gates = usual(case.router()).gates
-    penalty = torch.as_tensor(usual(case.router().train()).penalty)
+    """A hash of a router's gates and penalty, to the bit."""
+    gates = route_samples(case.router()).gates
+    penalty = torch.as_tensor(route_samples(case.router().train()).penalty)
     values = [*gates.detach().flatten().tolist(), penalty.item()]
     return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
 @lru_cache
-def elsewhere(specs: tuple[str, ...], hash_seed: int) -> dict[str, str]:
-    """{spec and level: digest} from one process of its own; the slow part is importing torch."""
+def digests_in_a_new_process(specs: tuple[str, ...], hash_seed: int) -> dict[str, str]:
+    """{spec and level: digest}. One process for all specs, since importing torch is slow."""
     env = {**os.environ, "PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, __file__, *specs]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, f"the routers do not run in a process of their own: {done.stderr}"
+    assert done.returncode == 0, f"The routers fail in a new process: {done.stderr}"
     return dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
 
 

@@ -1,6 +1,6 @@
 """Compiles cuda/ for the CPU, with tests/cuda_on_cpu.h in the GPU's place, and loads it.
 
-The kernels are then what torch calls for CPU tensors of the ops in kernels.py.
+The kernels are then what torch calls for CPU tensors of the ops in ops.py.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ import torch
 
 HERE = Path(__file__).parent
 CUDA = HERE.parent / "cuda"
-ORDERS = (0, 1, 2)  # of threads and blocks: forward, reverse, one that is drawn
+ORDERS = (0, 1, 2)  # of threads and blocks: forward, reverse, random
 
 
 def missing() -> str | None:

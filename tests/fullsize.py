@@ -1,4 +1,4 @@
-"""Phi-2 at full size with random weights: written in shards, loaded, spliced, asked, made sparse.
+"""Phi-2 at full size with random weights: write shards, load, answer, make it sparse.
 
     python -m tests.fullsize write DIR      CLIP-L and Phi-2 in bf16, 6.1 GB
     python -m tests.fullsize dense DIR      loads them and generates 8 tokens for a 336 px image
@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from checkpoint import empty_model
 from config import IMAGE_ID, ModelConfig, MoEConfig, preset
 from data import Batch
-from model import MedMoE, empty_model, generate, make_sparse
-from weights import clip_table, decoder_table, load_published, rename
+from engine.published import clip_table, decoder_table, load_published, rename
+from model import MedMoE, generate, make_sparse
 
 SHARD = 5_000_000_000  # bytes, as published
 CONFIG = preset("phi2").model
@@ -88,39 +89,39 @@ def load(directory: Path) -> tuple[MedMoE, dict]:
     for param in model.projector.parameters():
         torch.nn.init.normal_(param, std=0.02)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    told = {"load_s": seconds, "bytes": size, "peak_bytes": peak(), "before_bytes": before}
-    return model.eval(), told
+    found = {"load_s": seconds, "bytes": size, "peak_bytes": peak(), "before_bytes": before}
+    return model.eval(), found
 
 
-def ask(model: MedMoE, config: ModelConfig) -> dict:
+def answer(model: MedMoE, config: ModelConfig) -> dict:
     """8 tokens about a random 336 px image, batch 1."""
     n = config.vision.n_patches
     ids = torch.tensor([[100, 200, 300, *[IMAGE_ID] * n, *range(400, 420)]])
     images = torch.randn(1, 3, config.vision.image_size, config.vision.image_size)
     mask = torch.ones_like(ids).bool()
     batch = Batch(ids, mask, ids, images.bfloat16(), torch.tensor([-1]))
-    times, said = [time.perf_counter()], []
+    times, tokens = [time.perf_counter()], []
     for step in generate(model, batch, eos_id=-1, max_new=8):
         times.append(time.perf_counter())
-        said.append(int(step.tokens))
+        tokens.append(int(step.tokens))
     spent = [b - a for a, b in itertools.pairwise(times)]
     return {"positions": ids.shape[1], "prefill_s": spent[0],
-            "token_s": sorted(spent[1:])[len(spent[1:]) // 2], "tokens": said}  # fmt: skip
+            "token_s": sorted(spent[1:])[len(spent[1:]) // 2], "tokens": tokens}  # fmt: skip
 
 
 def main(what: str, directory: str) -> None:
     torch.manual_seed(0)
     path = Path(directory)
     if what == "write":
-        told = write(path)
+        found = write(path)
     else:
-        model, told = load(path)
+        model, found = load(path)
         if what == "sparse":
             make_sparse(model, MoEConfig())
-            told["parameters"] = sum(p.numel() for p in model.decoder.parameters())
-        told |= ask(model, model.config)
-        told["final_peak_bytes"] = peak()
-    print(json.dumps(told | {"what": what, "threads": torch.get_num_threads()}))
+            found["parameters"] = sum(p.numel() for p in model.decoder.parameters())
+        found |= answer(model, model.config)
+        found["final_peak_bytes"] = peak()
+    print(json.dumps(found | {"what": what, "threads": torch.get_num_threads()}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A submission that is as it should be, and a budget so small that it is scored in seconds."""
+"""A correct submission, and a budget so small that it is scored in seconds."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,16 +21,16 @@ class Mine(Router):
     sums_to_one = True
 
     def gate(self, logits, mask, x):
-        # as learnt
+        # top-k
         return top_k_gates(logits.softmax(dim=-1), self.top_k)
 '''
-BUDGET = score.Budget(preset="mini", base_pictures=8, base_steps=2, train_pictures=8, steps=2,
-                      batch_size=4, lr=1e-2, pictures=3)  # fmt: skip
+BUDGET = score.Budget(preset="mini", base_images=8, base_steps=2, train_images=8, steps=2,
+                      batch_size=4, lr=1e-2, eval_images=3)  # fmt: skip
 
 
 @contextmanager
 def small_base(folder: Path) -> Iterator[Path]:
-    """The common checkpoint of a model of 30 000 parameters; score then uses its budget."""
+    """The common checkpoint of a model of 30 000 parameters; course.score then uses BUDGET."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "mini", mini(folder / "mini"))
         patch.setattr(score, "BUDGET", BUDGET)

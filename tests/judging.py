@@ -1,6 +1,6 @@
-"""What the judges of the assignments share: routers whose logits are given, and comparisons.
+"""What the checks of the assignments share: routers with chosen logits, and comparisons.
 
-A check is a function of a router class. It raises AssertionError with a sentence for the student.
+A check is a function of a router class. Its AssertionError holds a sentence for the student.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from routers import Hints, Router, Routing
 
 N_EXPERTS = 4
-# Three samples of 8 positions: whole, padded on the left, padded on the right.
+# Three samples of 8 positions: unpadded, padded on the left, padded on the right.
 MASK = torch.tensor(
     [[1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0, 0]]
 ).bool()
@@ -39,11 +39,11 @@ def features(logits: Tensor, last: float = 1.0) -> Tensor:
     return torch.cat([logits, torch.full_like(logits[..., :1], last)], dim=-1)
 
 
-def decide(
+def route(
     router: Router, logits: Tensor, mask: Tensor = MASK, hints: Hints = Hints(),
     with_penalty: bool = False,
 ) -> Routing:  # fmt: skip
-    """What it decides on these logits; a penalty that is not written yet is in nobody's way."""
+    """The routing for these logits. Without the penalty, since it may not be written yet."""
     if not with_penalty:
         router.penalty = lambda *_: 0.0
     routing = router(features(logits), mask, hints)
@@ -51,14 +51,16 @@ def decide(
     return routing
 
 
-def close(found: Tensor | float, wanted: Tensor | float, says: str, atol: float = 1e-5) -> None:
-    found, wanted = torch.as_tensor(found).detach(), torch.as_tensor(wanted).detach()
-    assert found.shape == wanted.shape, (
-        f"{says} It has the shape {tuple(found.shape)}, not {tuple(wanted.shape)}."
+def close(
+    found: Tensor | float, expected: Tensor | float, message: str, atol: float = 1e-5
+) -> None:
+    found, expected = torch.as_tensor(found).detach(), torch.as_tensor(expected).detach()
+    assert found.shape == expected.shape, (
+        f"{message} It has the shape {tuple(found.shape)}, not {tuple(expected.shape)}."
     )
-    gap = (found - wanted).abs()
-    right = torch.isfinite(found).all() and not (gap > atol).any()
-    assert right, f"{says} Found {numbers(found)}, wanted {numbers(wanted)}."
+    gap = (found - expected).abs()
+    is_close = torch.isfinite(found).all() and not (gap > atol).any()
+    assert is_close, f"{message} Found {numbers(found)}, expected {numbers(expected)}."
 
 
 def numbers(values: Tensor) -> str:
@@ -67,10 +69,11 @@ def numbers(values: Tensor) -> str:
     return few if values.dim() == 0 else f"[{few}{', ...' if values.numel() > 8 else ''}]"
 
 
-def same_visits(found: Tensor, wanted: Tensor, says: str) -> None:
-    differ = ((found != 0) != (wanted != 0)).nonzero().tolist()
+def same_experts(found: Tensor, expected: Tensor, message: str) -> None:
+    """Whether the gates (B, T, E) are non-zero at the same places."""
+    differ = ((found != 0) != (expected != 0)).nonzero().tolist()
     where = ", ".join(f"sample {b}, position {t}, expert {e}" for b, t, e in differ[:2])
-    assert not differ, f"{says} It differs at {where}."
+    assert not differ, f"{message} The routing differs at {where}."
 
 
 def top_k_of(scores: Tensor, k: int) -> Tensor:
@@ -88,36 +91,35 @@ def on_real(values: Tensor, mask: Tensor = MASK) -> Tensor:
 
 
 def check_penalty(
-    cls: type[Router], definition: Callable[[Router, Tensor, Tensor], Tensor], where: str,
+    cls: type[Router], definition: Callable[[Router, Tensor, Tensor], Tensor], equation: str,
     training: bool = True, top_k: int = 2,
 ) -> None:  # fmt: skip
     """Value, then gradient by the logits, against definition(router, gates, logits (B, T, E)).
 
-    Values first without padding, so that padding can be named as the mistake.
+    First without padding, so that with padding the message can name it as the mistake.
     """
-    whole = torch.ones_like(MASK)
-    for mask, says in ((whole, "The penalty is not its equation"),
-                       (MASK, "The penalty lets padding count, or divides by it")):  # fmt: skip
+    no_padding = torch.ones_like(MASK)
+    for mask, message in ((no_padding, "The penalty differs from its equation"),
+                          (MASK, "The penalty counts padding, or divides by it")):  # fmt: skip
         logits = 1.5 * randn(*MASK.shape, N_EXPERTS, seed=3)
         x = features(logits).requires_grad_()
         router = make(cls, top_k, training)
         gates = router.eval()(x, mask, Hints(prompt=mask)).gates  # eval: no noise, none dropped
         router.train(training)
         found = torch.as_tensor(router.penalty(gates, x[..., :N_EXPERTS], mask, x))
-        wanted = definition(router, gates[mask], x[..., :N_EXPERTS][mask])
-        close(found, wanted, f"{says}: {where}.", atol=1e-4 * abs(wanted.item()))
-        assert found.requires_grad, f"The penalty has no gradient: {where}."
-        ours = torch.autograd.grad(found, x, retain_graph=True)[0]
-        theirs = torch.autograd.grad(wanted, x)[0]
-        scale = theirs.abs().max().item()
-        close(ours, theirs, f"The penalty's gradient is not that of its equation: {where}.",
-              atol=1e-4 * scale)  # fmt: skip
+        expected = definition(router, gates[mask], x[..., :N_EXPERTS][mask])
+        close(found, expected, f"{message}: {equation}.", atol=1e-4 * abs(expected.item()))
+        assert found.requires_grad, f"The penalty has no gradient: {equation}."
+        grad = torch.autograd.grad(found, x, retain_graph=True)[0]
+        expected_grad = torch.autograd.grad(expected, x)[0]
+        close(grad, expected_grad, "The gradient of the penalty differs from that of its "
+              f"equation: {equation}.", atol=1e-4 * expected_grad.abs().max().item())  # fmt: skip
 
 
 def check_buffer(cls: type[Router], name: str) -> None:
     router = make(cls)
     is_saved = name in router.state_dict() and name in dict(router.named_buffers())
     assert is_saved, (
-        f"`{name}` is not a buffer, so a checkpoint forgets it or the optimizer changes it: "
-        "use register_buffer in __init__."
+        f"`{name}` is not a buffer, so a checkpoint does not hold it or the optimizer changes it. "
+        "Use register_buffer in __init__."
     )

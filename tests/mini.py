@@ -1,4 +1,4 @@
-"""A preset of 30 000 parameters, random, with dropout, and what is left of a run of it."""
+"""A preset of 30 000 random parameters, with dropout, and readers of what a run of it leaves."""
 
 import json
 import shutil
@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from config import PRESETS, DecoderConfig, ModelConfig, Preset, Recipe, VisionConfig
+from engine.published import CLIP, PHI, publish
+from engine.tensorfiles import open_tensors
 from model import MedMoE
-from tensorfiles import open_tensors
-from weights import CLIP, PHI, publish
 
 VISION = VisionConfig(image_size=32, patch_size=16, width=16, n_layers=2, n_heads=2, d_ff=32)
 DECODER = DecoderConfig("phi", 1024, 16, 3, 2, 32, rotary_dim=4, max_len=512, dropout=0.2)
@@ -50,7 +50,7 @@ def same(a, b):
 
 
 def losses(out):
-    """What the log says of each step, but for how long it took."""
+    """The log's entry of each step, without how long it took."""
     records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     return [
         {k: v for k, v in r.items() if k not in ("tokens_per_s", "mfu")}

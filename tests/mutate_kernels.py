@@ -1,11 +1,11 @@
-"""Breaks the kernels one line at a time, and sees whether their tests notice.
+"""Breaks the kernels one line at a time, and checks that their tests fail.
 
     python tests/mutate_kernels.py          every mutant, some minutes; then a table in markdown
-    python tests/mutate_kernels.py tail     those whose name holds "tail"
+    python tests/mutate_kernels.py tail     those whose name contains "tail"
 
-A mutant is a copy of the project with one replacement in cuda/, see tests/mutants.txt. It is
-caught if tests/test_cuda.py
-fails, or does not end: "deadlock", "crash" and "endless" are told apart from a "wrong result".
+A mutant is a copy of the project with one replacement in cuda/, see tests/mutants.txt. It is caught
+if tests/test_cuda.py fails or does not end. The table distinguishes "deadlock", "crash" and
+"endless" from a "wrong result".
 """
 
 import re
@@ -55,7 +55,7 @@ def mutate(text: str, mutant: Mutant) -> str:
 
 
 def run(folder: Path, which: str) -> str:
-    """What these tests say of the project in this folder."""
+    """How these tests end for the project in this folder."""
     tests = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", which]
     try:
         done = subprocess.run(
@@ -92,13 +92,13 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             start = time.monotonic()
-            said = test_of(Path(folder) / "project", mutant)
-        survivors += said.isupper() if mutant else said != "NOT CAUGHT"
-        if mutant is None and said != "NOT CAUGHT":
-            print(f"the tests fail without a mutation: {said}", file=sys.stderr)
+            result = test_of(Path(folder) / "project", mutant)
+        survivors += result.isupper() if mutant else result != "NOT CAUGHT"
+        if mutant is None and result != "NOT CAUGHT":
+            print(f"the tests fail without a mutation: {result}", file=sys.stderr)
             return 1
         if mutant:
-            print(f"| {name} | {mutant.file} | {said} |", flush=True)
+            print(f"| {name} | {mutant.file} | {result} |", flush=True)
         print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
     print(f"{survivors} not caught", file=sys.stderr)
     return 1 if survivors else 0

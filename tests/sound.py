@@ -1,6 +1,6 @@
-"""Routers of other kinds than those in routers.py, all of them sound: the contract accuses none.
+"""Correct routers of other kinds than those in routers.py: no check of the contract may fail.
 
-tests/test_contract.py holds them to every check.
+tests/test_contract.py runs every check on them.
 """
 
 import torch
@@ -11,27 +11,27 @@ from routers import Router, Routing, TopKRouter, load_balancing_loss, top_k_gate
 
 
 class ReLU(Router):
-    """Wang et al. 2024: positive scores are gates; a price on them keeps their number near k."""
+    """Wang et al. 2024: positive logits are gates; an L1 penalty keeps their number near k."""
 
     at_most_k = False
     may_drop = True
 
     def __init__(self, d_model, n_experts, top_k=2, level="token"):
         super().__init__(d_model, n_experts, top_k, level)
-        self.register_buffer("price", torch.tensor(1e-3))
+        self.register_buffer("coefficient", torch.tensor(1e-3))
 
     def gate(self, logits, mask, x):
         return logits.relu()
 
     def penalty(self, gates, logits, mask, x):
-        return self.price * gates.sum() / mask.sum().clamp(min=1)
+        return self.coefficient * gates.sum() / mask.sum().clamp(min=1)
 
-    def update(self, visits):
-        self.price.mul_(1.2 if visits.sum() > self.top_k else 1 / 1.2)
+    def update(self, load):
+        self.coefficient.mul_(1.2 if load.sum() > self.top_k else 1 / 1.2)
 
 
 class Hash(Router):
-    """The expert is a hash of the hidden state: nothing is learned."""
+    """The expert is a hash of the hidden state: no parameter is learned."""
 
     frozen = True
     sums_to_one = True
@@ -42,7 +42,7 @@ class Hash(Router):
 
 
 class Sinkhorn(Router):
-    """Chooses after evening out the load over the real tokens of the batch; gates are sigmoids."""
+    """Chooses by logits balanced over the real tokens of the batch; the gates are sigmoids."""
 
     causal = False
     batch_invariant = False
@@ -51,7 +51,7 @@ class Sinkhorn(Router):
         plan, padding = logits, ~mask[..., None]
         for _ in range(5):
             plan = plan.masked_fill(padding, float("-inf"))
-            total = plan.flatten(0, 1).logsumexp(dim=0)  # (E,), -inf where nobody is
+            total = plan.flatten(0, 1).logsumexp(dim=0)  # (E,), -inf if there are no tokens
             plan = (plan - total.clamp(min=-1e9)).masked_fill(padding, 0.0)
             plan = plan - plan.logsumexp(dim=-1, keepdim=True)
         chosen = plan.topk(self.top_k, dim=-1).indices  # (B, T, k)
@@ -60,7 +60,7 @@ class Sinkhorn(Router):
 
 
 class TopP(Router):
-    """As many experts as it takes to have 0.6 of the probability."""
+    """The fewest experts whose probabilities sum to 0.6 or more."""
 
     at_most_k = False
 
@@ -71,7 +71,7 @@ class TopP(Router):
 
 
 class Cosine(Router):
-    """Scores are angles to a vector of each expert (Chi et al. 2022); the projection is unused."""
+    """Scores are cosines with a vector per expert (Chi et al. 2022); the projection is unused."""
 
     def __init__(self, d_model, n_experts, top_k=2, level="token"):
         super().__init__(d_model, n_experts, top_k, level)
@@ -83,7 +83,7 @@ class Cosine(Router):
 
 
 class Balanced(TopKRouter):
-    """The balance loss as a penalty of the router's own."""
+    """Top-k with the balance loss as its penalty."""
 
     def penalty(self, gates, logits, mask, x):
         return load_balancing_loss(Routing(gates, logits), mask)

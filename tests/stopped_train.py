@@ -1,4 +1,4 @@
-"""train.py that is asked to stop: python tests/stopped_train.py N FLAGS...
+"""train.py that gets SIGTERM: python tests/stopped_train.py N FLAGS...
 
 In the first process, SIGTERM arrives while the N-th step of the run is computed; 0: never.
 """
@@ -11,19 +11,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from engine import step
+from engine.run import Run
 
 
 def main(n: int, argv: list[str]) -> None:
-    forward, calls = step.forward_backward, []
+    reduce, calls = Run.reduce, []
 
-    def stop_at_the_nth(model, data, rows, flags, run):
+    def stop_at_the_nth(run, loss):
         calls.append(1)
-        if len(calls) == n and run.processes.is_first:
+        if len(calls) == n and run.rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return forward(model, data, rows, flags, run)
+        return reduce(run, loss)
 
-    step.forward_backward = stop_at_the_nth
+    Run.reduce = stop_at_the_nth
     train.main(argv)
 
 

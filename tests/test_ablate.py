@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from config import UserError
-from flags import TrainConfig, parse
+from config import TrainConfig, UserError
+from engine.cli import parse
 from lab import ablate, comparison, forest
 from lab.rows import ROWS, SETS, Row
-from scoring import question_ids
-from sources import load_samples
+from metrics import question_ids
+from sources.load import load_samples
 
 
 class Fake:
@@ -24,7 +24,7 @@ class Fake:
     def __init__(self, monkeypatch, fails=()):
         self.commands, self.fails, self.lock = [], fails, threading.Lock()
         monkeypatch.setattr(ablate.Runner, "call", lambda runner, name, command: self(command))
-        self.asked = load_samples(["phantoms"], "vqa", "test")[:40]
+        self.questions = load_samples(["phantoms"], "vqa", "test")[:40]
 
     def __call__(self, command):
         with self.lock:
@@ -38,9 +38,9 @@ class Fake:
             return
         folder = Path(command[1]).parent.name
         right = int(folder[0], 16) + 20  # answers that depend on the checkpoint
-        ids = question_ids(self.asked)
+        ids = question_ids(self.questions)
         answers = {i: s.turns[0][1] if n < right else "?"
-                   for n, (i, s) in enumerate(zip(ids, self.asked, strict=True))}  # fmt: skip
+                   for n, (i, s) in enumerate(zip(ids, self.questions, strict=True))}  # fmt: skip
         Path(value["--json"]).write_text(json.dumps({
             "answers": answers, "data": ["phantoms"], "split": "test", "limit": 40,
             "params": {"total": 3, "activated": 2},
@@ -74,15 +74,15 @@ def test_rows_share_what_they_have_in_common_and_nothing_is_done_twice(fake, tmp
     assert len(fake.commands) == before * 3 // 2
 
 
-def test_a_row_and_what_it_is_compared_with_are_trained_as_their_flags_say(fake, tmp_path):
+def test_a_row_and_what_it_is_compared_with_are_trained_with_their_flags(fake, tmp_path):
     run(tmp_path, "oracle-asked-wrong", "--seeds", "1", "--jobs", "1", "--flags", "--batch-size 16")
     train = [c for c in fake.commands if c[0] == "train.py"]
     assert [c[2] for c in train] == ["1", "2", "3", "3"]  # medmoe and oracle
     assert all(c[c.index("--batch-size") + 1] == "16" for c in train)
     assert train[3][-2:] == ["--router", "oracle"] and "--router" not in train[1]
     assert train[3][train[3].index("--init") + 1].endswith("phase2")
-    asked = [c[c.index("--json") + 2 :] for c in fake.commands if c[0] == "eval.py"]
-    assert asked == [[], [], ["--router", "lab/controls.py:Wrong"]]
+    evaluated = [c[c.index("--json") + 2 :] for c in fake.commands if c[0] == "eval.py"]
+    assert evaluated == [[], [], ["--router", "lab/controls.py:Wrong"]]
 
 
 def test_after_an_error_what_is_done_stays_and_the_line_names_the_row(monkeypatch, fake, tmp_path,
@@ -96,8 +96,8 @@ def test_after_an_error_what_is_done_stays_and_the_line_names_the_row(monkeypatc
     assert len(fake.commands) == before + 2  # phase 3 of no-meta, and its answers
 
 
-def test_out_of_time_nothing_new_begins_and_unfinished_rows_are_told(fake, tmp_path, capsys,
-                                                                     monkeypatch):  # fmt: skip
+def test_out_of_time_nothing_new_begins_and_unfinished_rows_are_listed(fake, tmp_path, capsys,
+                                                                       monkeypatch):  # fmt: skip
     slow = fake.__call__
 
     def call(runner, name, command):
@@ -111,7 +111,7 @@ def test_out_of_time_nothing_new_begins_and_unfinished_rows_are_told(fake, tmp_p
     assert "not finished: no-meta" in capsys.readouterr().out
 
 
-def test_a_failing_command_is_told_by_its_last_line(tmp_path):
+def test_a_failing_command_is_reported_by_its_last_line(tmp_path):
     runner = ablate.Runner(parse(ablate.AblateConfig, ["core", "--out", str(tmp_path)], "x"))
     with pytest.raises(UserError, match=r"--router nobody: 'nobody' is neither"):
         runner.call("row", ["train.py", "--router", "nobody", "--out", str(tmp_path / "o")])
@@ -155,19 +155,19 @@ def test_the_paired_interval_by_hand():
     assert found["difference"] == pytest.approx(each.mean())
     half = 4.303 * each.std(ddof=1) / 3**0.5
     assert found["ci95_seeds"] == pytest.approx((each.mean() - half, each.mean() + half))
-    # image a gains 1/3 a question, b as much: any draw of images has the same mean
+    # image a gains 1/3 a question, b as much: any sample of images has the same mean
     assert found["ci95"] == pytest.approx((1 / 3, 1 / 3))
     alone = comparison.paired(scores[:1], others[:1], ["a", "a", "b", "b"])
     assert alone["ci95_seeds"] is None and alone["ci95"] == pytest.approx((0, 0.5))
 
 
-def test_the_table_says_what_was_counted(fake, tmp_path):
+def test_the_table_has_what_was_counted(fake, tmp_path):
     found = run(tmp_path, "medmoe", "top-1", "--seeds", "3")
     text = (tmp_path / "r" / "medmoe-top-1.md").read_text()
     assert found["hash"] in text and found["command"] in text
     first, second = found["rows"]
     assert first["against"] is None and second["against"]["row"] == "medmoe"
-    closed = [s.answer_type == "closed" for s in fake.asked]
+    closed = [s.answer_type == "closed" for s in fake.questions]
     # of the first n questions all are right; so many are closed
     kept = sorted(Path(tmp_path / "kept").glob("*/answers-*.json"))
     means = [json.loads(p.read_text())["protocols"]["strict"]["overall"] for p in kept]
@@ -192,10 +192,10 @@ def test_the_plot_puts_each_dot_where_its_difference_is(fake, tmp_path):
         row["against"] |= {"difference": difference, "ci95": (-0.03, 0.03), "ci95_seeds": None}
     file = tmp_path / "plot.png"
     forest.forest(found, file)
-    picture = np.asarray(Image.open(file).convert("RGB")).astype(int)
-    assert picture.shape == (forest.TOP + 2 * forest.ROW + 40, forest.WIDTH, 3)
-    is_dot = np.abs(picture - (0x0A, 0x58, 0xCA)).sum(axis=2) < 30
-    is_line = picture[forest.TOP + 1].sum(axis=1) < 450  # the line at 0; the others are light
+    plot = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    assert plot.shape == (forest.TOP + 2 * forest.ROW + 40, forest.WIDTH, 3)
+    is_dot = np.abs(plot - (0x0A, 0x58, 0xCA)).sum(axis=2) < 30
+    is_line = plot[forest.TOP + 1].sum(axis=1) < 450  # the line at 0; the others are light
     zero = np.flatnonzero(is_line).mean()
     middles = []
     for i in range(2):

@@ -1,7 +1,7 @@
-"""Judge a router of the course: python -m pytest tests/test_assignments.py --assignment 1
+"""Check the solution of an assignment: python -m pytest tests/test_assignments.py --assignment 1
 
-It judges course/a1_*.py, or the class of --router FILE.py:Class, and nothing else. Without
---assignment, all eight of the course as they are. A method that is missing skips its checks.
+It checks course/a1_*.py, or the class of --router FILE.py:Class. Without --assignment, all eight
+of the course. The checks of a method that is not implemented yet are skipped.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ import judges_1_to_4
 import judges_5_to_8
 import pytest
 import torch
-from judging import MASK, N_EXPERTS, decide, make
+from judging import MASK, N_EXPERTS, make, route
 
 from routers import get_router
 
@@ -28,20 +28,20 @@ STUBS = {
 }
 
 
-def judge(check, cls) -> None:
-    """Run one check. A stub is skipped even where it declares what it should."""
+def run_check(check, cls) -> None:
+    """Run one check. It is skipped for a stub, even if it needs the declarations alone."""
     try:
-        decide(make(cls), torch.zeros(*MASK.shape, N_EXPERTS))
+        route(make(cls), torch.zeros(*MASK.shape, N_EXPERTS))
         check(cls)
     except NotImplementedError:
         pytest.skip("not implemented yet")
     except AssertionError as error:
-        says = str(error)
-        if not says:
+        message = str(error)
+        if not message:
             raise
     else:
         return
-    pytest.fail(says, pytrace=False)  # the sentence is all: our code would bury it
+    pytest.fail(message, pytrace=False)  # the sentence alone, without a traceback of our code
 
 
 def pytest_generate_tests(metafunc):
@@ -57,5 +57,5 @@ def pytest_generate_tests(metafunc):
 def test_assignment(request, number, check):
     spec = request.config.getoption("router")
     if spec and request.config.getoption("assignment") is None:
-        pytest.skip("--router is judged here together with --assignment N")
-    judge(check, get_router(spec or str(ROOT / "course" / STUBS[number])))
+        pytest.skip("--router is checked here only together with --assignment N")
+    run_check(check, get_router(spec or str(ROOT / "course" / STUBS[number])))

@@ -110,7 +110,7 @@ def test_two_steps_in_bf16_move_both_models_alike(pair, batch):
 
 
 @oracle
-def test_train_and_generate_say_what_they_measured(capsys):
+def test_train_and_generate_report_what_they_measured(capsys):
     small = ["--rounds", "2", "--data", "phantoms:8"]
     result = bench.main(["train", *small, "--steps", "1", "--batch-size", "2"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
@@ -128,8 +128,8 @@ def test_without_transformers_it_says_so_in_one_line(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "lab.assembled", raising=False)
     with pytest.raises(SystemExit, match="2"):
         bench.main(["generate"])
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "pip install transformers" in said[0]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "pip install transformers" in lines[0]
 
 
 def test_ways_take_turns_and_the_first_round_does_not_count():

@@ -5,13 +5,14 @@ import itertools
 import numpy as np
 import pytest
 
-from benchmarks import medmnist
-from classify import judge_classes, option_likelihoods, show_classes
 from config import IGNORE, IMAGE_ID
-from records import Sample
+from data import Sample
+from engine.inference import option_likelihoods
+from scoring.classify import judge_classes, show_classes
+from sources import medmnist
 
 PATCHES = [IMAGE_ID] * 4
-PROMPTS = [[5, *PATCHES, 9, 11], [*PATCHES, 7], [7, 8, 40, 41, 12]]  # a picture, one, none
+PROMPTS = [[5, *PATCHES, 9, 11], [*PATCHES, 7], [7, 8, 40, 41, 12]]  # an image, one, none
 OPTIONS = [[12, 2], [30, 31, 33, 2], [2], [30, 2]]
 
 
@@ -36,14 +37,14 @@ def question(name, answer, options, source, kind="class", image=1):
     return Sample(name, source, "test", image, turns, "X-ray", "closed", kind, options)
 
 
-def test_one_label_is_scored_by_likelihood_and_by_what_is_said():
+def test_one_label_is_scored_by_likelihood_and_by_the_answer():
     options = ("normal", "pneumonia")
     truth = [0, 0, 1, 1, 1]
     samples = [question(str(i), options[t], options, "pneumoniamnist", image=i)
                for i, t in enumerate(truth)]  # fmt: skip
     p = np.array([0.1, 0.7, 0.6, 0.9, 0.4])  # of pneumonia: right for 0, 2 and 3
-    said = ["normal.", "Normal", "no pneumonia", "pneumonia", "yes"]  # right: 0, 1 and 3
-    found = judge_classes(samples, said, np.stack([1 - p, p], axis=1))
+    answers = ["normal.", "Normal", "no pneumonia", "pneumonia", "yes"]  # right: 0, 1 and 3
+    found = judge_classes(samples, answers, np.stack([1 - p, p], axis=1))
     assert found["n"] == 5 and found["likelihood_accuracy"] == found["generation_accuracy"] == 0.6
     assert found["auc"] == pytest.approx(4 / 6)  # of six pairs 0.4 < 0.7 and 0.6 < 0.7 are wrong
     for name, (low, high) in found["ci95"].items():
@@ -63,17 +64,17 @@ def test_several_labels_are_scored_each_by_itself():
     ]
     p = np.full((3, 14), 0.2)
     p[0, 0], p[1, 0], p[2, 5] = 0.9, 0.4, 0.8  # right, missed, wrong; the second of 1 is missed too
-    said = ["yes" if value > 0.5 else "no" for value in p.flatten()]
-    found = judge_classes(samples, said, np.stack([1 - p, p], axis=2).reshape(-1, 2))
+    answers = ["yes" if value > 0.5 else "no" for value in p.flatten()]
+    found = judge_classes(samples, answers, np.stack([1 - p, p], axis=2).reshape(-1, 2))
     assert found["n"] == 3
     assert found["likelihood_accuracy"] == pytest.approx(1 - 3 / 42)
     assert found["generation_accuracy"] == pytest.approx(1 - 3 / 42)
     assert found["auc"] is None  # twelve labels are never there
     assert "AUC undefined" in show_classes("chestmnist", found)
     both = np.stack([1 - p, p], axis=2).reshape(-1, 2)
-    cut = judge_classes(samples[:41], said[:41], both[:41])  # the third image lacks a label
+    cut = judge_classes(samples[:41], answers[:41], both[:41])  # the third image lacks a label
     assert cut["n"] == 2 and cut["likelihood_accuracy"] == pytest.approx(1 - 2 / 28)
-    assert judge_classes(samples[:13], said[:13], both[:13]) == {}
+    assert judge_classes(samples[:13], answers[:13], both[:13]) == {}
 
 
 def test_the_interval_of_an_auc_holds_it_and_shrinks_with_more_images():

@@ -12,8 +12,8 @@ import pytest
 import chat
 import eval as evaluation
 import train
-from config import UserError
-from flags import argument, flag, parse
+from config import UserError, argument, flag
+from engine.cli import parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -133,7 +133,7 @@ def test_what_is_no_checkpoint_is_refused(script, content, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("image", ["nothing.png", "phantom:x", "."])
-def test_chat_names_a_picture_it_cannot_show(image, capsys, tmp_path):
+def test_chat_names_an_image_it_cannot_open(image, capsys, tmp_path):
     out = tmp_path / "a"
     train.main(["--phase", "1", "--out", str(out), "--data", "phantoms:8", "--steps", "1",
                 "--batch-size", "4", "--no-eval"])  # fmt: skip

@@ -1,4 +1,4 @@
-"""Who cheats is told so, in a sentence with its line: python -m pytest tests/test_contain.py"""
+"""Cheating is refused, in a sentence with its line: python -m pytest tests/test_contain.py"""
 
 import sys
 import time
@@ -9,10 +9,11 @@ import pytest
 import torch
 from handed_in import BUDGET, GOOD, small_base
 
-import scoring
+import metrics
 from config import UserError
 from course import contain, score
 from course.vet import only_router, vet
+from sources import records
 
 
 @pytest.fixture(name="base", scope="module")
@@ -23,7 +24,7 @@ def _base(tmp_path_factory):
 
 BODY = "from routers import Router\nclass Mine(Router):\n"
 GATE = "    def gate(self, logits, mask, x):\n"
-CHEATS = {  # what is submitted, the line, and a word of what is told
+CHEATS = {  # name: (the submission, the line, a word of the message)
     "modality": (BODY + "    needs = ('modality',)\n" + GATE + "        return x", 3, "modality"),
     "hints": (BODY + "    def forward(self, x, mask, hints):\n        return x", 3, "forward"),
     "loss": ("import model\nmodel.MedMoE.loss = None\n", 1, "imports model"),
@@ -42,7 +43,7 @@ CHEATS = {  # what is submitted, the line, and a word of what is told
     "threads": ("import torch\ntorch.set_num_threads(4)\n", 2, "set_num_threads"),
     "seed": ("import torch\ntorch.manual_seed(0)\n", 2, "manual_seed"),
     "hook": (
-        BODY + "    def update(self, visits):\n        self.register_forward_hook(1)",
+        BODY + "    def update(self, load):\n        self.register_forward_hook(1)",
         4,
         "hook",
     ),
@@ -58,21 +59,21 @@ def test_vetting_names_the_line_of_what_is_not_allowed(name):
         vet(text, "mine.py")
 
 
-def test_vetting_lets_honest_routers_through():
+def test_vetting_accepts_honest_routers():
     vet(GOOD, "mine.py")
     vet(
         "import math\nimport torch.nn.functional as F\nfrom torch import Tensor, nn\n"
-        "from moe import MLP\n" + BODY + "    needs = ('prompt', 'held')\n"
+        "from moe import MLP\n" + BODY + "    needs = ('prompt', 'previous')\n"
         "    def __init__(self, d, e, **more):\n        super().__init__(d, e, **more)\n"
-        "        self.seen = nn.Parameter(torch.zeros(e))\n"
+        "        self.scale = nn.Parameter(torch.zeros(e))\n"
         "        self.register_buffer('bias', torch.zeros(e))\n"
-        "    def update(self, visits):\n        self.bias += 0.1 * visits.sign()\n",
+        "    def update(self, load):\n        self.bias += 0.1 * load.sign()\n",
         "mine.py",
     )
     assert only_router(GOOD + "\n\nclass Other(Mine):\n    pass\n", "mine.py") == "Other"
 
 
-INSIDE = {  # what vetting would have found, had it been hidden better: what is told at run time
+AT_RUN_TIME = {  # name: (a submission that is not vetted, words of the message)
     "looks ahead": (GOOD.replace("sums_to_one = True", "causal = False"), None),
     "patches the loss": (GOOD + "\nimport model\nmodel.MedMoE.loss = lambda *a: None\n", "changed"),
     "writes a file, and swallows the refusal": (
@@ -80,23 +81,23 @@ INSIDE = {  # what vetting would have found, had it been hidden better: what is 
         "line 16: writes a file",
     ),
     "starts a process": (
-        GOOD.replace("# as learnt", "import os\n        os.system('true')"),
+        GOOD.replace("# top-k", "import os\n        os.system('true')"),
         "line 13: starts a process",
     ),
     "reads the modality": (GOOD.replace("sums", "needs = ('modal' + 'ity',)\n    sums"), "needs"),
-    "raises": (GOOD.replace("# as learnt", "1 / 0"), "line 12: ZeroDivisionError"),
-    "hangs": (GOOD.replace("# as learnt", "while True: pass"), "s, while training"),
+    "raises": (GOOD.replace("# top-k", "1 / 0"), "line 12: ZeroDivisionError"),
+    "hangs": (GOOD.replace("# top-k", "while True: pass"), "s, while training"),
 }  # fmt: skip
 
 
 DAILY = ("writes a file, and swallows the refusal", "reads the modality")
 
 
-@pytest.fixture(name="told", scope="module")
-def _told(request, base, tmp_path_factory):
-    """What became of those of INSIDE, two at a time, unvetted; and the file that some write."""
+@pytest.fixture(name="outcomes", scope="module")
+def _outcomes(request, base, tmp_path_factory):
+    """{name: message} of those of AT_RUN_TIME, two at a time; and the file that one may write."""
     is_daily = "not slow" in request.config.getoption("-m")
-    names = DAILY if is_daily else tuple(INSIDE)
+    names = DAILY if is_daily else tuple(AT_RUN_TIME)
     file = tmp_path_factory.mktemp("outside") / "written"
     derived = score.derive("", "", 1)
     job = asdict(BUDGET) | {
@@ -105,7 +106,7 @@ def _told(request, base, tmp_path_factory):
     }  # fmt: skip
 
     def run(name):
-        text = INSIDE[name][0].replace("FILE", repr(str(file)))
+        text = AT_RUN_TIME[name][0].replace("FILE", repr(str(file)))
         try:
             result = score.run_seed(job, text, 10 if name == "hangs" else 100)
         except UserError as error:
@@ -117,20 +118,19 @@ def _told(request, base, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in DAILY else pytest.mark.slow) for n in INSIDE]
+    "name", [pytest.param(n, marks=() if n in DAILY else pytest.mark.slow) for n in AT_RUN_TIME]
 )
-def test_what_vetting_does_not_see_is_caught_while_it_runs(told, name):
-    sentences, _ = told
-    wanted = INSIDE[name][1]
-    if wanted is None:
-        assert sentences[name] is None, "no answers, as generation refuses it, but a loss"
+def test_what_vetting_misses_is_caught_at_run_time(outcomes, name):
+    message, expected = outcomes[0][name], AT_RUN_TIME[name][1]
+    if expected is None:
+        assert message is None, "generation refuses it, so it has a loss and no accuracy"
     else:
-        assert wanted in (sentences[name] or "nothing was told"), sentences[name]
-        assert sentences[name].startswith("mine.py") and "\n" not in sentences[name]
+        assert expected in (message or "no message"), message
+        assert message.startswith("mine.py") and "\n" not in message
 
 
-def test_no_submission_wrote_outside_of_its_folder(told):
-    assert not told[1].exists()
+def test_no_submission_wrote_outside_of_its_folder(outcomes):
+    assert not outcomes[1].exists()
 
 
 def test_children_do_not_know_the_secret(tmp_path, monkeypatch):
@@ -158,17 +158,19 @@ def test_when_one_seed_fails_the_others_are_stopped(tmp_path):
 def test_the_snapshot_notices_functions_methods_and_constants(monkeypatch):
     before = contain.snapshot()
     assert contain.changed(before) == []
-    monkeypatch.setattr(scoring, "mean", lambda values: 1.0)
-    monkeypatch.setattr(scoring.Record, "text", None)
+    monkeypatch.setattr(metrics, "mean", lambda values: 1.0)
+    monkeypatch.setattr(records.Record, "text", None)
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", None)
     monkeypatch.setattr(score.Budget, "steps", 1)
     found = contain.changed(before)
-    assert {"scoring.mean", "records.Record.text", "torch.nn.functional.cross_entropy"} <= {*found}
+    assert {"metrics.mean", "sources.records.Record.text", "torch.nn.functional.cross_entropy"} <= {
+        *found
+    }
     monkeypatch.undo()
-    was = scoring.mean.__code__
-    scoring.mean.__code__ = (lambda values: 1.0).__code__
+    code = metrics.mean.__code__
+    metrics.mean.__code__ = (lambda values: 1.0).__code__
     try:
-        found = contain.changed(before)  # and by the name that others gave it
-        assert "scoring.mean" in found and all(name.endswith(".mean") for name in found)
+        found = contain.changed(before)  # also under the names that other modules import it by
+        assert "metrics.mean" in found and all(name.endswith(".mean") for name in found)
     finally:
-        scoring.mean.__code__ = was
+        metrics.mean.__code__ = code

@@ -6,7 +6,7 @@ The published layouts are synthesised here, with their names spelled out by hand
 """
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,11 +15,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 import data
-from checkpoint import load_model
+from checkpoint import empty_model, load_model
+from config import MoEConfig
+from engine.durable import seal
+from engine.inference import prepare
+from engine.published import clip_table, publish
+from engine.tinymed import ResidualMoE
 from lab import convert
-from model import MedMoE, empty_model, generate, precision
+from model import MedMoE, autocast, generate
 from routers import Hints
-from weights import clip_table, publish
 
 LAYOUTS = {  # what each published layer has
     "med-moe": {"meta": True, "top_k": 2},
@@ -149,9 +153,52 @@ def test_each_published_layout_loads_bitwise_and_answers(make, collate, tmp_path
         assert torch.equal(theirs[name], param), name
     assert meta["phase"] == (3 if LAYOUTS[layout] else 2)
     batch = collate([([1, *[-200] * 4, 5, 6], [-100] * 7)])
+    prepare(model, torch.device("cpu"), None)
     with torch.no_grad():
         ours, loaded = (m(batch.ids, batch.mask, batch.images, Hints())[0] for m in (model, loaded))
     torch.testing.assert_close(ours, loaded, atol=0, rtol=0)
+
+
+def logits(model, collate):
+    batch = collate([([1, *[-200] * 4, 5, 6], [-100] * 7)])
+    with torch.no_grad():
+        return model.decoder.lm_head(model(batch.ids, batch.mask, batch.images, Hints())[0])
+
+
+def test_early_tinymed_becomes_layers_that_give_the_same_logits(make, collate, tmp_path):
+    """ResidualMoE, found by the names of the tensors: nothing in config.json mentions it."""
+    model, _, clip, stage = make("phi", "tinymed")
+    run(stage, "--clip", clip, "--out", tmp_path / "ours", "--dtype", "float32")
+    values = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert values["model"]["moe"].keys() == asdict(MoEConfig()).keys()
+    loaded, _, _ = load_model(tmp_path / "ours", torch.device("cpu"))
+    sparse = [block.mlp for block in loaded.decoder.blocks if block.is_sparse]
+    assert len(sparse) == 2 and all(type(mlp) is ResidualMoE for mlp in sparse)
+    expected = logits(model, collate)
+    torch.testing.assert_close(logits(loaded, collate), expected, atol=1e-4, rtol=1e-4)
+    without = empty_model(loaded.config)  # the coefficients and dense FFNs do matter
+    without.load_state_dict(loaded.state_dict(), strict=False)
+    assert not torch.allclose(logits(without, collate), expected, atol=0.1)
+
+
+@pytest.mark.parametrize("layout", ["tinymed", "moe-llava", "med-moe", "odd layers"])
+def test_the_config_of_an_older_checkpoint_loads(make, collate, tmp_path, layout):
+    """Its "moe" has two more fields: "every", always 2, and "residual", true for early TinyMed."""
+    _, _, clip, stage = make("phi", layout)
+    folder = tmp_path / "ours"
+    run(stage, "--clip", clip, "--out", folder, "--dtype", "float32")
+    before, _, _ = load_model(folder, torch.device("cpu"))
+    values = json.loads((folder / "config.json").read_text())
+    assert not {"every", "residual"} & values["model"]["moe"].keys()
+    values["model"]["moe"] |= {"every": 2, "residual": layout == "tinymed"}
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "checksums.json").unlink()
+    seal(folder)
+    after, _, _ = load_model(folder, torch.device("cpu"))
+    assert after.config == before.config
+    assert torch.equal(logits(after, collate), logits(before, collate))
+    is_residual = [isinstance(b.mlp, ResidualMoE) for b in after.decoder.blocks if b.is_sparse]
+    assert is_residual == [layout == "tinymed"] * 2
 
 
 @pytest.mark.parametrize("family", ["phi", "stablelm"])
@@ -165,7 +212,7 @@ def test_a_checkpoint_in_bf16_stays_so_and_answers(make, collate, tmp_path, fami
         assert param.dtype == (torch.bfloat16 if narrow else torch.float32), name
     batch = collate([([1, *[-200] * 4, 5, 6], [-100] * 7)], side="left")
     wanted = torch.bfloat16 if dtype is None else torch.float32
-    with precision(torch.device("cpu"), wanted):
+    with autocast(torch.device("cpu"), wanted):
         steps = list(generate(model, batch, eos_id=-1, max_new=3))
     assert len(steps) == 3 and all(r.gates.isfinite().all() for r in steps[0].routings)
 
@@ -198,7 +245,7 @@ def ffn(x, tensors, place, family):
 
 @pytest.mark.parametrize("family", ["phi", "stablelm"])
 @pytest.mark.parametrize("layout", ["med-moe", "med-moe, top-1", "moe-llava", "tinymed"])
-def test_a_sparse_layer_computes_what_their_tensors_say_by_hand(make, family, layout):
+def test_a_sparse_layer_computes_by_their_tensors_what_is_computed_by_hand(make, family, layout):
     _, tensors, clip, stage = make(family, layout)
     model = convert.read_medmoe(stage, clip, torch.float32)
     at = "model.layers.2.mlp."

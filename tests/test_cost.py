@@ -7,6 +7,7 @@ import torch
 
 from config import MoEConfig, preset
 from engine.flops import model_flops
+from engine.inference import FusedAttention
 from lab import cost, counts
 from lab.counts import VARIANTS
 from model import count_parameters
@@ -25,7 +26,7 @@ def test_the_formula_is_the_count_of_the_model_built_on_meta(name, key):
     assert {k: found[k] for k in ("total", "activated")} == {
         k: built[k] for k in ("total", "activated")
     }
-    assert found["touched"] == found["total"]  # tokens that decide for themselves reach all
+    assert found["touched"] == found["total"]  # tokens that are routed one by one reach all
 
 
 @pytest.mark.parametrize("name", ("phi2", "stablelm2"))
@@ -52,14 +53,11 @@ def test_flops_of_one_question_are_those_of_the_engine(monkeypatch):
     for key, variant in VARIANTS.items():
         model = counts.build(config, variant).requires_grad_(False)
         _, routings = model(batch.ids, batch.mask, batch.images)
-        expected = model_flops(model).of(batch, cost_of(routings, n_tokens=1))
+        c, n, p = model_flops(model), int(batch.mask.sum()), config.vision.n_patches
+        expected = c.image + p * c.patch + c.sample + n * c.position + n * n * c.pair + c.answer
+        routed = [int((r.gates != 0).sum()) for r in routings]
+        expected += sum(n * cost for n, cost in zip(routed, c.routed, strict=True))
         assert counts.flops(config, variant, n_text, 16)["prefill"] == expected, key
-
-
-def cost_of(routings, n_tokens):
-    from model import Loss
-
-    return Loss(torch.zeros(()), n_tokens, routings)
 
 
 def test_three_denominators():
@@ -92,7 +90,7 @@ def decoder(config):
     return sum(p.numel() for p in model.decoder.parameters())
 
 
-def test_variants_are_timed_in_turns_and_compared_in_their_own_round(monkeypatch):
+def test_variants_are_timed_interleaved_and_compared_in_their_own_round(monkeypatch):
     """A clock that each call moves by what its variant takes, more in every round."""
     clock, calls = [0.0], []
     times = {key: 1.0 + i for i, key in enumerate(VARIANTS)}
@@ -120,6 +118,22 @@ def test_variants_are_timed_in_turns_and_compared_in_their_own_round(monkeypatch
         for row in found[key].values():
             assert row["ratio"]["median"] == pytest.approx(1.0 + i)
         assert found[key]["training step"]["ms"]["median"] == pytest.approx(1000 * times[key])
+
+
+@pytest.mark.parametrize("key", VARIANTS)
+def test_what_is_timed_is_a_model_that_answers_and_one_that_learns(key):
+    cpu, batches = torch.device("cpu"), cost.batches("tiny", torch.device("cpu"))
+    model = cost.ready("tiny", key, cpu, torch.bfloat16)
+    assert all(isinstance(block.attn, FusedAttention) for block in model.decoder.blocks)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert min(cost.answer(model, batches["8"], torch.bfloat16)) > 0
+    model = cost.trainable("tiny", key, cpu)
+    step = cost.stepper(model, lambda b: cost.mean_loss(model, b), torch.float32)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    step(batches["train"])
+    learned = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert learned and learned <= {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(n.split(".")[:2] == ["decoder", "blocks"] and ".mlp." in n for n in learned)
 
 
 def test_experts_that_a_question_touches(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What the pages of the course tell to run can be run: python -m pytest tests/test_course_pages.py
+"""The commands and code on the pages of the course: python -m pytest tests/test_course_pages.py
 
 The commands that train are run in test_solutions_train.py, on a smaller model.
 """
@@ -17,7 +17,7 @@ import eval as evaluation
 import train
 from course.grade import GradeConfig
 from course.score import ScoreConfig
-from flags import parse
+from engine.cli import parse
 
 FLAGS = {"train.py": train.TrainConfig, "eval.py": evaluation.EvalConfig,
          "chat.py": chat.ChatConfig}  # fmt: skip
@@ -61,35 +61,35 @@ def test_a_command_has_a_file_and_flags_that_exist(page, words):
     assert targets and all((ROOT / target).is_file() for target in targets), page
 
 
-def pytest_says(*argv: str) -> str:
+def run_pytest(*argv: str) -> str:
     command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", *argv]
     env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True).stdout
 
 
-def test_the_judge_called_as_the_page_says_skips_what_is_not_written():
+def test_the_command_on_the_page_skips_what_is_not_implemented():
     (argv,) = [words[3:] for words in commands(of_assignment(5)) if "--assignment" in words]
-    said = pytest_says(*argv)
-    assert "not implemented yet" in said, said
-    assert re.search(r"=+ 6 skipped in", said), said
+    output = run_pytest(*argv)
+    assert "not implemented yet" in output, output
+    assert re.search(r"=+ 6 skipped in", output), output
 
 
-def test_the_judge_called_with_a_router_judges_that_one_and_its_assignment_alone():
-    wrong = ROOT / "tests" / "wrong_answers" / "a5_wrong_way.py"
+def test_with_a_router_that_one_and_its_assignment_alone_are_checked():
+    wrong = ROOT / "tests" / "wrong_answers" / "a5_wrong_sign.py"
     if not wrong.is_file():
         pytest.skip("the wrong answers are withheld")
     spec = f"{wrong.relative_to(ROOT)}:LossFree"
-    said = pytest_says("tests/test_assignments.py", "--assignment", "5", "--router", spec)
-    assert "the sign is the wrong way" in said, said
-    assert "pytest.fail" not in said and "Traceback" not in said, said  # the sentence alone
-    assert re.search(r"=+ 1 failed, 5 passed in", said), said
+    output = run_pytest("tests/test_assignments.py", "--assignment", "5", "--router", spec)
+    assert "the sign is wrong" in output, output
+    assert "pytest.fail" not in output and "Traceback" not in output, output  # the sentence alone
+    assert re.search(r"=+ 1 failed, 5 passed in", output), output
 
 
-def test_the_leak_on_the_page_is_measured(capsys):
+def test_the_code_on_the_page_measures_the_leak(capsys):
     solution = ROOT / "tests" / "solutions" / "a4.py"
     if not solution.is_file():
         pytest.skip("the solutions are withheld")
     (code,) = blocks(of_assignment(4), "python")
     exec(code.replace("course/a4_expert_choice.py", str(solution)), {})
-    said = dict(re.findall(r"^(\w+) .*: (\d+)$", capsys.readouterr().out, re.MULTILINE))
-    assert said["TopKRouter"] == "0" and int(said["ExpertChoice"]) > 0, said
+    counts = dict(re.findall(r"^(\w+) .*: (\d+)$", capsys.readouterr().out, re.MULTILINE))
+    assert counts["TopKRouter"] == "0" and int(counts["ExpertChoice"]) > 0, counts

@@ -1,4 +1,4 @@
-"""Labels cover exactly the answers, whatever users type; batches hold every sample, padded rightly.
+"""Labels cover exactly the answers, whatever users type; batches hold every sample, well padded.
 
 python -m pytest tests/test_data.py
 """
@@ -14,13 +14,12 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import data
-import phantoms
-import records
 import router_training
-from config import IGNORE, IMAGE_ID, LLAVA_SYSTEM, MODALITIES, PRESETS, UserError
-from pictures import Images
-from records import Packed, Sample
-from sources import load_samples
+from config import IGNORE, IMAGE_ID, LLAVA_SYSTEM, MODALITIES, PRESETS, UserError, warn_once
+from data import Packed, Sample
+from sources import phantoms
+from sources.images import Images
+from sources.load import load_samples
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
 needs_sets = pytest.mark.skipif(
@@ -60,21 +59,21 @@ def dialogue(*turns, image=7, **fields):
     return Sample("a", "test", "train", image, turns, **fields)
 
 
-def spoken(ids, text):
-    """The whole as a string, with its <|endoftext|> but nothing for the image."""
+def decoded(ids, text):
+    """All tokens as one string, with <|endoftext|> but nothing for the image."""
     return text.tokenizer.decode([i for i in ids if i != IMAGE_ID], skip_special_tokens=False)
 
 
 def supervised(labels):
     """The runs of labels that are not ignored."""
     runs = itertools.groupby(labels, lambda label: label != IGNORE)
-    return [list(run) for is_said, run in runs if is_said]
+    return [list(run) for is_supervised, run in runs if is_supervised]
 
 
 def test_the_template_is_the_published_one(text):
     sample = dialogue(("Is this a CT?", "yes"), ("Which side?", "left"))
     ids, _ = data.encode_sample(sample, text, P, LLAVA_SYSTEM)
-    assert spoken(ids, text) == (
+    assert decoded(ids, text) == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant "
         "gives helpful, detailed, and polite answers to the user's questions. USER: \n"
         "Is this a CT? ASSISTANT: yes<|endoftext|>USER: Which side? ASSISTANT: left<|endoftext|>"
@@ -85,7 +84,7 @@ def test_the_template_is_the_published_one(text):
 
 def test_without_a_system_prompt_there_is_no_leading_space(text):
     ids, _ = data.encode_sample(dialogue(("Is this a CT?", "yes"), image=None), text, P)
-    assert spoken(ids, text) == "USER: Is this a CT? ASSISTANT: yes<|endoftext|>"
+    assert decoded(ids, text) == "USER: Is this a CT? ASSISTANT: yes<|endoftext|>"
 
 
 @pytest.mark.parametrize("image", [7, None])
@@ -94,7 +93,7 @@ def test_without_a_system_prompt_there_is_no_leading_space(text):
 def test_labels_cover_exactly_each_answer_and_its_end(text, image, system, answers):
     sample = dialogue(*[(f"Question {a}?", a) for a in answers], image=image)
     ids, labels = data.encode_sample(sample, text, P, system)
-    assert [i if said != IGNORE else said for i, said in zip(ids, labels, strict=True)] == labels
+    assert all(label in (i, IGNORE) for i, label in zip(ids, labels, strict=True))
     assert ids.count(IMAGE_ID) == (P if image else 0)
     runs = supervised(labels)
     assert [run[-1] for run in runs] == [text.eos_id] * len(answers)
@@ -115,7 +114,7 @@ def test_a_prompt_is_the_sample_up_to_its_first_label(text, has_image):
     prompt = data.encode_prompt("Is this a CT?", has_image, text, P, "Be brief.")
     first = next(i for i, label in enumerate(labels) if label != IGNORE)
     assert prompt == ids[:first]
-    assert spoken(prompt, text).endswith(" ASSISTANT:")
+    assert decoded(prompt, text).endswith(" ASSISTANT:")
 
 
 def test_what_users_type_never_becomes_a_special_token(text):
@@ -135,16 +134,16 @@ def test_any_text_can_be_encoded(text):
 
 
 @needs_phi
-def test_phi2_tokenises_the_pieces_as_it_would_the_whole():
+def test_phi2_tokenises_the_segments_as_it_would_their_text():
     text = data.Text(REAL / "phi2")
     assert text.eos_id == 50256 and text.eos_id not in text.encode("a <|endoftext|>")
     sample = dialogue(("Is this a CT?", "yes, it is"), ("Why?", "(air)"), image=None)
     ids, _ = data.encode_sample(sample, text, P, LLAVA_SYSTEM)
     text.tokenizer.encode_special_tokens = False
-    assert ids == text.tokenizer.encode(spoken(ids, text)).ids
+    assert ids == text.tokenizer.encode(decoded(ids, text)).ids
 
 
-def test_tokenizer_files_that_do_not_serve_are_refused(tmp_path, tokenizer_file):
+def test_unusable_tokenizer_files_are_refused(tmp_path, tokenizer_file):
     assert data.Text(tokenizer_file.parent).eos_id == 0  # a folder will do
     with pytest.raises(UserError, match=r"tokenizer\.json: no such file"):
         data.Text(tmp_path)
@@ -161,11 +160,11 @@ def test_tokenizer_files_that_do_not_serve_are_refused(tmp_path, tokenizer_file)
 
 
 def test_long_samples_are_cut_on_the_right_and_counted(text, capsys):
-    records.warn_once.cache_clear()
+    warn_once.cache_clear()
     samples = [dialogue(("Q?", "yes " * n)) for n in (1, 30, 40)]
-    whole = [data.encode_sample(s, text, P) for s in samples]
+    uncut = [data.encode_sample(s, text, P) for s in samples]
     cut = data.encode_all(samples, text, P, max_len=40)
-    assert cut == [(ids[:40], labels[:40]) for ids, labels in whole]
+    assert cut == [(ids[:40], labels[:40]) for ids, labels in uncut]
     assert "2 of 3 samples are cut to 40 positions" in capsys.readouterr().err
 
 
@@ -180,7 +179,7 @@ def test_a_sample_with_nothing_left_to_learn_is_named(text):
 
 def batch(samples, text, side):
     encoded = [data.encode_sample(s, text, P) for s in samples]
-    return encoded, data.collate(samples, encoded, data.Images(28), text.eos_id, side)
+    return encoded, data.collate(samples, encoded, Images(28), text.eos_id, side)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -190,7 +189,7 @@ def test_padding_is_on_its_side_and_masked(text, side):
         dialogue(("Short?", "no"), image=None),
         dialogue(("Hm?", "no"), image=8, modality="pathology"),
     ]
-    encoded, (ids, mask, labels, images, modality, _) = batch(samples, text, side)
+    encoded, (ids, mask, labels, images, modality) = batch(samples, text, side)
     longest = max(len(row) for row, _ in encoded)
     assert ids.shape == mask.shape == labels.shape == (3, longest)
     assert ids.dtype == labels.dtype == modality.dtype == torch.int64 and mask.dtype == torch.bool
@@ -214,27 +213,27 @@ def test_images_come_in_the_order_of_their_samples(text):
 
 
 def test_a_batch_of_text_alone_has_no_images(text):
-    _, (_, _, _, images, modality, _) = batch([dialogue(("Q?", "yes"), image=None)], text, "right")
+    _, (_, _, _, images, modality) = batch([dialogue(("Q?", "yes"), image=None)], text, "right")
     assert images.shape == (0, 3, 28, 28) and modality.tolist() == [-1]
 
 
-def test_a_batch_that_teaches_nothing_is_refused_by_the_names_of_its_samples(text):
+def test_a_batch_without_a_supervised_token_is_refused_with_the_names_of_its_samples(text):
     samples = [Sample(i, "slake", "train", None, ()) for i in ("12", "40")]
     encoded = [([1, 2], [IGNORE, IGNORE])] * 2
     with pytest.raises(UserError, match="in the batch of samples slake 12, slake 40"):
-        data.collate(samples, encoded, data.Images(28), text.eos_id)
-    data.collate(samples, encoded, data.Images(28), text.eos_id, side="left")  # prompts
+        data.collate(samples, encoded, Images(28), text.eos_id)
+    data.collate(samples, encoded, Images(28), text.eos_id, side="left")  # prompts
 
 
 def test_image_files_are_read_once_and_padded_or_cropped(tmp_path):
     Image.new("RGB", (20, 10), (255, 0, 0)).save(tmp_path / "a.png")
     sample = dialogue(("Q?", "yes"), image=tmp_path / "a.png")
-    padded, cropped = data.Images(28, pad=True), data.Images(28, pad=False)
+    padded, cropped = Images(28, pad=True), Images(28, pad=False)
     assert padded.get(sample)[:, 0, 0].tolist() == [122, 116, 104]
     assert cropped.get(sample)[:, 0, 0].tolist() == [255, 0, 0]
     (tmp_path / "a.png").unlink()
     assert padded.get(sample).shape == (3, 28, 28)
-    full = data.Images(28)
+    full = Images(28)
     full.room = 0
     with pytest.raises(UserError, match=r"a\.png: no such file"):
         full.get(sample)
@@ -277,15 +276,15 @@ def crowd():
 
 
 def test_holding_out_splits_by_image_and_takes_from_each_modality():
-    kept, held = router_training.hold_out(crowd(), 0.1, seed=0)
-    assert {s.id for s in kept} | {s.id for s in held} == {s.id for s in crowd()}
-    assert {s.image for s in kept}.isdisjoint({s.image for s in held})
-    assert sorted(str(s.modality) for s in held) == ["CT"] * 12 + ["MRI"] * 4 + ["None"]
-    assert (kept, held) == router_training.hold_out(crowd(), 0.1, seed=0)
-    assert held != router_training.hold_out(crowd(), 0.1, seed=1)[1]
+    train, val = router_training.hold_out(crowd(), 0.1, seed=0)
+    assert {s.id for s in train} | {s.id for s in val} == {s.id for s in crowd()}
+    assert {s.image for s in train}.isdisjoint({s.image for s in val})
+    assert sorted(str(s.modality) for s in val) == ["CT"] * 12 + ["MRI"] * 4 + ["None"]
+    assert (train, val) == router_training.hold_out(crowd(), 0.1, seed=0)
+    assert val != router_training.hold_out(crowd(), 0.1, seed=1)[1]
 
 
-def test_one_per_image_takes_modalities_in_turn_and_no_image_twice():
+def test_one_per_image_alternates_between_modalities_and_takes_no_image_twice():
     chosen = router_training.one_per_image(crowd(), 30, seed=0)
     assert len({s.image for s in chosen}) == len(chosen) == 30
     assert [s.modality for s in chosen].count("CT") == 15
@@ -327,14 +326,14 @@ def test_batches_do_not_sort_samples_by_their_answers(text):
     names = ["no", "a rather long name of a class"]
     samples = [Sample(str(i), "", "", None, (("Which?", names[i % 2]),)) for i in range(64 * 8)]
     config = PRESETS["tiny"].model
-    dataset = data.Dataset(samples, text, config, plain=False)
+    dataset = data.Dataset(samples, text, config, False, Images(112))
     for epoch in range(3):
         for rows in dataset.epoch(64, 0, epoch):
             assert 12 < sum(r % 2 for r in rows) < 52
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_pictures_of_every_kind_are_the_same_read_ahead_or_not(tmp_path, workers):
+def test_images_of_every_kind_are_the_same_read_ahead_or_not(tmp_path, workers):
     pixels = np.random.default_rng(0).integers(256, size=(3, 28, 28), dtype=np.uint8)
     labels = np.zeros((3, 1), np.uint8)
     parts = {f"{split}_{name}": values for split in ("train", "val", "test")
@@ -349,14 +348,14 @@ def test_pictures_of_every_kind_are_the_same_read_ahead_or_not(tmp_path, workers
     assert len(images.coming) == (5 if workers else 0)
     first, second, third, file, drawn = (images.get(s) for s in samples[:-1])
     assert torch.equal(first, file) and not torch.equal(first, second)
-    picture = Image.fromarray(pixels[2]).convert("RGB").resize((56, 56), Image.Resampling.BICUBIC)
-    assert torch.equal(third, torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    resized = Image.fromarray(pixels[2]).convert("RGB").resize((56, 56), Image.Resampling.BICUBIC)
+    assert torch.equal(third, torch.from_numpy(np.array(resized)).permute(2, 0, 1))
     assert np.array_equal(drawn.permute(1, 2, 0).numpy(), phantoms.draw(5, 56).image)
     assert not images.coming and images.get(samples[4]) is drawn
 
 
-def test_an_unreadable_picture_that_was_read_ahead_is_told_when_it_is_needed(tmp_path):
-    (tmp_path / "x.png").write_bytes(b"no picture")
+def test_an_unreadable_image_that_was_read_ahead_is_an_error_when_it_is_used(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no image")
     images, sample = Images(32, workers=1), Sample("0", "", "", tmp_path / "x.png", ())
     images.prefetch([sample])
     with pytest.raises(UserError, match=r"x\.png: not a readable image"):

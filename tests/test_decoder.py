@@ -1,8 +1,9 @@
-"""Caches and padding change nothing, no position sees a later one, generation is argmax of forward.
+"""Caches and padding change nothing, attention is causal, generation is the argmax of forward.
 
 python -m pytest tests/test_decoder.py
 """
 
+import copy
 import math
 from itertools import pairwise
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 import decoder
-from checkpoint import narrow_matmuls
 from config import IGNORE, IMAGE_ID, UserError
-from decoder import Cache, rotary_angles, rotate, visible_positions
-from model import generate, pick, precision
+from decoder import Cache, apply_rope, causal_mask, rope
+from engine.inference import cast_matmuls, fuse_qkv
+from model import autocast, generate, pick
+from ops import use_sorted_experts
 from routers import Hints, TopKRouter
 
 PATCHES = [IMAGE_ID] * 4
@@ -38,10 +40,10 @@ def randn(*shape, seed=0):
 
 
 def prompts(collate, rows=(0, 1, 2), side="left"):
-    """Some of PROMPTS as a batch, each with the picture that it has in any other batch."""
+    """Some of PROMPTS as a batch, each with the image that it has in any other batch."""
     batch = collate([(PROMPTS[r], [IGNORE] * len(PROMPTS[r])) for r in rows], side=side)
-    pictures = [randn(1, 3, 32, 32, seed=r) for r in rows if IMAGE_ID in PROMPTS[r]]
-    images = torch.cat([*pictures, batch.images[:0]])
+    images = [randn(1, 3, 32, 32, seed=r) for r in rows if IMAGE_ID in PROMPTS[r]]
+    images = torch.cat([*images, batch.images[:0]])
     return batch._replace(images=images, modality=torch.tensor([MODALITY[r] for r in rows]))
 
 
@@ -53,7 +55,7 @@ def logits_of(model, batch, hints=None, cache=None):
 
 
 def loop(model, batch, n_new):
-    """Generation by definition: the whole text again for each token, one sample, no cache."""
+    """Generation by definition: all of the text again for each token, one sample, no cache."""
     assert len(batch.ids) == 1 and batch.mask.all()
     ids, n_prompt, steps = batch.ids, batch.ids.shape[1], []
     for _ in range(n_new):
@@ -75,15 +77,24 @@ def greedy(model, batch, n_new=10, eos_id=NO_EOS, **how):
 
 @FAMILIES
 @MODELS
-def test_batched_cached_padded_generation_says_what_the_plain_loop_says(
-    build, collate, family, moe
-):
+def test_batched_cached_padded_generation_equals_the_plain_loop(build, collate, family, moe):
     model = build(family, moe)
     expected = [loop(model, prompts(collate, [r]), 10)[0] for r in range(3)]
-    assert len({token for said in expected for token in said}) >= 8  # not one again and again
+    assert len({token for answer in expected for token in answer}) >= 8  # not one again and again
     assert greedy(model, prompts(collate)) == expected
     for r in range(3):
         assert greedy(model, prompts(collate, [r])) == [expected[r]]
+
+
+@FAMILIES
+@pytest.mark.parametrize("moe", SPARSE)
+def test_sorted_experts_give_the_logits_and_the_answers_of_the_loop(build, collate, family, moe):
+    loops, batch = build(family, moe), prompts(collate)
+    fast = copy.deepcopy(loops)
+    use_sorted_experts(fast)
+    expected, found = logits_of(loops, batch)[0], logits_of(fast, batch)[0]
+    torch.testing.assert_close(found[batch.mask], expected[batch.mask], atol=1e-5, rtol=0)
+    assert greedy(fast, batch) == greedy(loops, batch)
 
 
 @FAMILIES
@@ -91,18 +102,19 @@ def test_batched_cached_padded_generation_says_what_the_plain_loop_says(
 def test_logits_with_a_cache_equal_those_without(build, collate, family, moe):
     model, batch = build(family, moe), prompts(collate)
     single = [loop(model, prompts(collate, [r]), 6) for r in range(3)]
-    said = torch.tensor([tokens for tokens, _ in single])
+    answers = torch.tensor([tokens for tokens, _ in single])
     cache = Cache(3)
     hints = Hints(prompt=batch.mask, modality=batch.modality)
     for step in range(6):
         logits, _ = logits_of(model, batch, hints, cache)
         for r in range(3):
             torch.testing.assert_close(logits[r, -1], single[r][1][step], atol=1e-5, rtol=0)
-        new = said[:, step : step + 1]
+        new = answers[:, step : step + 1]
         batch = batch._replace(ids=new, mask=torch.ones_like(new).bool(), images=batch.images[:0])
         hints = hints._replace(prompt=None)
     n_kv_heads = model.config.decoder.n_kv_heads or 4
-    assert cache.keys[2].shape == cache.values[0].shape == (3, n_kv_heads, 9 + 5, 8)
+    first, *_, last = cache.layers
+    assert last.keys.shape == first.values.shape == (3, n_kv_heads, 9 + 5, 8)
     assert cache.mask.sum(dim=1).tolist() == [len(p) + 5 for p in PROMPTS]
 
 
@@ -144,7 +156,7 @@ def test_padding_on_either_side_leaves_real_positions_as_they_are(
 
 @FAMILIES
 @MODELS
-def test_what_padding_holds_does_not_matter(build, collate, family, moe):
+def test_the_tokens_of_padding_do_not_matter(build, collate, family, moe):
     model, batch = build(family, moe), prompts(collate, side="right")
     other = batch._replace(ids=torch.where(batch.mask, batch.ids, 17))
     assert torch.equal(
@@ -168,36 +180,36 @@ def test_a_token_changes_nothing_before_it(build, collate, family, moe):
         assert ((after - before)[0, t:].abs().amax(dim=-1) > 1e-3).all()
 
 
-def test_visible_positions_are_real_ones_up_to_the_querys_own_and_always_itself():
-    seen = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]]).bool()
+def test_the_causal_mask_allows_real_positions_up_to_the_querys_own_and_always_itself():
+    real = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]]).bool()
     expected = [
         [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]],
         [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]],
     ]
-    assert visible_positions(seen, 4)[:, 0].exp().tolist() == expected
-    assert torch.equal(visible_positions(seen, 2), visible_positions(seen, 4)[:, :, 2:])
+    assert causal_mask(real, 4)[:, 0].exp().tolist() == expected
+    assert torch.equal(causal_mask(real, 2), causal_mask(real, 4)[:, :, 2:])
 
 
-# Rotation
+# Rotary embedding
 
 
 def test_rotation_touches_the_first_channels_only_and_keeps_their_length():
     x = randn(2, 3, 5, 8)
-    turned = rotate(x, *rotary_angles(torch.arange(5).expand(2, 5), 4, 10000.0))
-    assert torch.equal(turned[..., 4:], x[..., 4:])
-    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
-    torch.testing.assert_close(turned[:, :, 0], x[:, :, 0])  # position 0 is not turned
-    assert (turned - x)[:, :, 1:, :4].abs().amin() > 0
+    rotated = apply_rope(x, *rope(torch.arange(5).expand(2, 5), 4, 10000.0))
+    assert torch.equal(rotated[..., 4:], x[..., 4:])
+    torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(rotated[:, :, 0], x[:, :, 0])  # position 0: an angle of 0
+    assert (rotated - x)[:, :, 1:, :4].abs().amin() > 0
 
 
-def test_rotation_turns_channel_i_with_its_partner_in_the_other_half():
+def test_channel_i_is_rotated_with_its_partner_in_the_other_half():
     x, theta, dim = randn(1, 1, 7, 6), 100.0, 6
-    turned = rotate(x, *rotary_angles(torch.arange(7)[None], dim, theta))
+    rotated = apply_rope(x, *rope(torch.arange(7)[None], dim, theta))
     for t in range(7):
         for i in range(dim // 2):
             angle = t * theta ** (-2 * i / dim)
             a, b = x[0, 0, t, i].item(), x[0, 0, t, i + 3].item()
-            now = turned[0, 0, t, [i, i + 3]].tolist()
+            now = rotated[0, 0, t, [i, i + 3]].tolist()
             expected = [
                 a * math.cos(angle) - b * math.sin(angle),
                 b * math.cos(angle) + a * math.sin(angle),
@@ -209,18 +221,18 @@ def test_scores_of_rotated_vectors_depend_on_their_distance_only():
     q, k = randn(1, 1, 1, 8, seed=1), randn(1, 1, 1, 8, seed=2)
 
     def score(a, b):
-        places = [rotary_angles(torch.tensor([[p]]), 4, 10000.0) for p in (a, b)]
-        return float((rotate(q, *places[0]) * rotate(k, *places[1])).sum())
+        places = [rope(torch.tensor([[p]]), 4, 10000.0) for p in (a, b)]
+        return float((apply_rope(q, *places[0]) * apply_rope(k, *places[1])).sum())
 
     assert score(12, 5) == pytest.approx(score(107, 100), abs=1e-4)
     assert abs(score(12, 5) - score(12, 6)) > 1e-3
 
 
-def test_rotation_keeps_bf16_and_turns_in_fp32():
+def test_rotation_keeps_bf16_and_is_computed_in_fp32():
     x = randn(1, 2, 5, 8).bfloat16()
-    turn = rotary_angles(torch.tensor([[500, 501, 502, 503, 504]]), 4, 10000.0)
-    assert turn[0].dtype == torch.float32
-    assert torch.equal(rotate(x, *turn), rotate(x.float(), *turn).bfloat16())
+    cos, sin = rope(torch.tensor([[500, 501, 502, 503, 504]]), 4, 10000.0)
+    assert cos.dtype == sin.dtype == torch.float32
+    assert torch.equal(apply_rope(x, cos, sin), apply_rope(x.float(), cos, sin).bfloat16())
 
 
 @FAMILIES
@@ -237,7 +249,7 @@ def test_positions_count_real_tokens_so_padding_between_them_is_nothing(build, c
     )
 
 
-# The two families
+# The families
 
 
 def test_a_phi_block_runs_both_branches_on_one_norm_and_a_stablelm_block_one_after_the_other(
@@ -245,18 +257,16 @@ def test_a_phi_block_runs_both_branches_on_one_norm_and_a_stablelm_block_one_aft
 ):
     x = randn(1, 4, 32)
     mask = torch.ones(1, 4).bool()
-    turn = rotary_angles(torch.arange(4)[None], 4, 10000.0)
-    where = visible_positions(mask, 4), turn, None, 0
+    rest = causal_mask(mask, 4), *rope(torch.arange(4)[None], 4, 10000.0), None
     phi = build("phi").decoder.blocks[0]
-    y, routing = phi(x, mask, *where, Hints())
+    y, routing = phi(x, mask, *rest, Hints())
     h = phi.ln(x)
-    torch.testing.assert_close(y, x + phi.attn(h, *where) + phi.mlp(h), atol=1e-5, rtol=0)
+    torch.testing.assert_close(y, x + phi.attn(h, *rest) + phi.mlp(h), atol=1e-5, rtol=0)
     assert routing is None
-    turn = rotary_angles(torch.arange(4)[None], 2, 10000.0)
-    where = visible_positions(mask, 4), turn, None, 0
+    rest = causal_mask(mask, 4), *rope(torch.arange(4)[None], 2, 10000.0), None
     stable = build("stablelm").decoder.blocks[0]
-    y, _ = stable(x, mask, *where, Hints())
-    middle = x + stable.attn(stable.ln_1(x), *where)
+    y, _ = stable(x, mask, *rest, Hints())
+    middle = x + stable.attn(stable.ln_1(x), *rest)
     torch.testing.assert_close(y, middle + stable.mlp(stable.ln_2(middle)), atol=1e-5, rtol=0)
 
 
@@ -276,26 +286,26 @@ def test_dropout_works_in_training_only(build, family):
     block = build(family).decoder.blocks[0]
     block.drop.p = 0.5
     x, mask = randn(1, 4, 32), torch.ones(1, 4).bool()
-    turn = rotary_angles(torch.arange(4)[None], 4, 10000.0)
-    where = mask, visible_positions(mask, 4), turn, None, 0, Hints()
-    assert torch.equal(block(x, *where)[0], block(x, *where)[0])
+    cos, sin = rope(torch.arange(4)[None], 4, 10000.0)
+    rest = mask, causal_mask(mask, 4), cos, sin, None, Hints()
+    assert torch.equal(block(x, *rest)[0], block(x, *rest)[0])
     block.train()
     torch.manual_seed(0)
-    assert not torch.equal(block(x, *where)[0], block(x, *where)[0])
+    assert not torch.equal(block(x, *rest)[0], block(x, *rest)[0])
 
 
 # Generation
 
 
 @FAMILIES
-def test_each_step_tells_the_routes_of_the_positions_it_computed(build, collate, family):
+def test_each_step_has_the_routings_of_the_positions_it_computed(build, collate, family):
     steps = list(generate(build(family, SPARSE[0]), prompts(collate), NO_EOS, max_new=3))
     shapes = [[tuple(r.gates.shape) for r in step.routings] for step in steps]
     assert shapes == [[(3, 9, 4)] * 2, [(3, 1, 4)] * 2, [(3, 1, 4)] * 2]
 
 
 @FAMILIES
-def test_a_sequence_level_decision_holds_for_the_whole_answer(build, collate, family):
+def test_a_sequence_level_decision_is_kept_for_all_of_the_answer(build, collate, family):
     batch = prompts(collate)
     steps = list(generate(build(family, SPARSE[2]), batch, NO_EOS, max_new=6))
     for layer in range(2):
@@ -306,19 +316,19 @@ def test_a_sequence_level_decision_holds_for_the_whole_answer(build, collate, fa
 
 def test_generation_pads_what_has_ended_with_eos_and_stops_when_all_have(build, collate):
     model, batch = build("phi", SPARSE[0]), prompts(collate)
-    said = greedy(model, batch, 12)
-    eos_id = said[0][2]
-    ends = [row.index(eos_id) if eos_id in row else 12 for row in said]
+    answers = greedy(model, batch, 12)
+    eos_id = answers[0][2]
+    ends = [row.index(eos_id) if eos_id in row else 12 for row in answers]
     assert ends[0] <= 2 and max(ends) > ends[0]
     stopped = greedy(model, batch, 12, eos_id)
     n_steps = min(12, max(ends) + 1)
-    for row, whole, end in zip(stopped, said, ends, strict=True):
-        assert row == (whole[:end] + [eos_id] * 12)[:n_steps]
+    for row, answer, end in zip(stopped, answers, ends, strict=True):
+        assert row == (answer[:end] + [eos_id] * 12)[:n_steps]
     alone = greedy(model, prompts(collate, [0]), 12, eos_id)
-    assert alone == [said[0][: ends[0] + 1]]
+    assert alone == [answers[0][: ends[0] + 1]]
 
 
-def test_generation_makes_max_new_tokens_if_nobody_ends(build, collate):
+def test_generation_makes_max_new_tokens_if_no_answer_ends(build, collate):
     assert [len(row) for row in greedy(build(), prompts(collate), 4)] == [4, 4, 4]
 
 
@@ -348,8 +358,8 @@ def test_temperature_zero_is_greedy_whatever_top_p_is():
         assert torch.equal(pick(logits, 0.0, top_p), logits.argmax(dim=-1))
 
 
-def draws(probs, temperature=1.0, top_p=1.0, n=4000, seed=0):
-    """Shares of the tokens in n draws."""
+def sampled_shares(probs, temperature=1.0, top_p=1.0, n=4000, seed=0):
+    """Shares of the tokens in n samples."""
     logits = torch.tensor(probs).log().expand(n, -1)
     picks = pick(logits, temperature, top_p, torch.Generator().manual_seed(seed))
     return torch.bincount(picks, minlength=len(probs)) / n
@@ -368,30 +378,30 @@ def draws(probs, temperature=1.0, top_p=1.0, n=4000, seed=0):
 )
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
     probs = [0.2, 0.3, 0.4, 0.1]
-    shares = draws(probs, top_p=top_p)
+    shares = sampled_shares(probs, top_p=top_p)
     assert (shares > 0).int().tolist() == kept
     expected = torch.tensor(probs) * torch.tensor(kept)
     torch.testing.assert_close(shares, expected / expected.sum(), atol=0.03, rtol=0)
 
 
-def test_temperature_sharpens_or_flattens_what_is_drawn():
+def test_temperature_sharpens_or_flattens_the_distribution():
     probs = [0.6, 0.3, 0.1]
     for temperature in (0.5, 2.0):
         expected = torch.tensor(probs) ** (1 / temperature)
-        shares = draws(probs, temperature)
+        shares = sampled_shares(probs, temperature)
         torch.testing.assert_close(shares, expected / expected.sum(), atol=0.03, rtol=0)
 
 
-def test_draws_are_reproduced_by_the_generators_seed(build, collate):
+def test_sampling_is_reproduced_by_the_generators_seed(build, collate):
     model, batch = build("phi", SPARSE[0]), prompts(collate)
 
-    def draw(seed):
-        dice = torch.Generator().manual_seed(seed)
-        return greedy(model, batch, 8, temperature=1.0, top_p=0.9, generator=dice)
+    def sample(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return greedy(model, batch, 8, temperature=1.0, top_p=0.9, generator=generator)
 
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
-    assert draw(1) != greedy(model, batch, 8)
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+    assert sample(1) != greedy(model, batch, 8)
 
 
 def test_each_family_has_a_block_and_no_other():
@@ -399,20 +409,20 @@ def test_each_family_has_a_block_and_no_other():
 
 
 @FAMILIES
-def test_weights_are_narrowed_once_instead_of_for_every_token(build, collate, family):
+def test_weights_are_cast_once_instead_of_for_every_token(build, collate, family):
     """What autocast would do each time: every logit and route stays as it is, to the last bit."""
     batch = collate([([5, *[IMAGE_ID] * 4, 9, 8], [IGNORE] * 7)] * 2, side="left")
     found = []
-    for narrow in (False, True):
+    for is_cast in (False, True):
         model = build(family, {})
-        if narrow:
-            narrow_matmuls(model, torch.bfloat16)
+        if is_cast:
+            cast_matmuls(model, torch.bfloat16)
             kinds = {name: p.dtype for name, p in model.named_parameters()}
             assert kinds["decoder.embed.weight"] == torch.float32
             assert kinds["decoder.blocks.0.mlp.router.proj.weight"] == torch.float32
             experts = [kind for name, kind in kinds.items() if ".experts." in name]
             assert {*experts, kinds["decoder.lm_head.weight"]} == {torch.bfloat16}
-        with torch.no_grad(), precision(torch.device("cpu"), torch.bfloat16):
+        with torch.no_grad(), autocast(torch.device("cpu"), torch.bfloat16):
             hidden, routings = model(batch.ids, batch.mask, batch.images)
             found.append([model.decoder.lm_head(hidden), *(r.gates for r in routings)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -427,14 +437,14 @@ def test_answers_from_fused_projections_are_the_same(build, collate, family):
     for _ in range(2):
         with torch.no_grad():
             hidden, routings = model(batch.ids, batch.mask, batch.images)
-        said = [step.tokens for step in generate(model, batch, eos_id=-1, max_new=5)]
-        found.append((hidden, routings[0].gates, torch.stack(said)))
+        tokens = [step.tokens for step in generate(model, batch, eos_id=-1, max_new=5)]
+        found.append((hidden, routings[0].gates, torch.stack(tokens)))
         for block in model.decoder.blocks:
-            block.attn.fuse()
+            fuse_qkv(block.attn)
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
     after = dict(model.named_parameters())
     assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in after)
-    attn = model.decoder.blocks[0].attn  # the parts are the whole's: nothing is there twice
+    attn = model.decoder.blocks[0].attn  # its parts are views of the fused weight, not copies
     attn.k.weight.data.zero_()
     assert (attn.fused["weight"] == 0).all(dim=1).sum() == len(attn.k.weight)
     model(batch.ids, batch.mask, batch.images)[0].sum().backward()

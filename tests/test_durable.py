@@ -35,7 +35,7 @@ FILES = ("a.bin", "b.json")
 
 @pytest.fixture(autouse=True)
 def synced(monkeypatch):
-    """What os.fsync was given; it takes its time, and here Disk stands for the disk."""
+    """The inodes that os.fsync was called with; it is slow, and here Disk stands for the disk."""
     found = []
     monkeypatch.setattr(os, "fsync", lambda handle: found.append(os.fstat(handle).st_ino))
     return found
@@ -222,7 +222,7 @@ def test_a_power_cut_takes_only_what_was_not_synced(tmp_path, monkeypatch, befor
                     is_over = False
             disk.cut(names_are_lost)
             letter = check(folder, before)
-            assert letter == "n" or not is_over  # who has been told that it is saved can rely on it
+            assert letter == "n" or not is_over  # once save has returned, it is on the disk
 
 
 def test_sync_syncs_files_and_folders(tmp_path, synced):
@@ -313,7 +313,7 @@ def test_only_what_is_named_is_mended(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("harm", "message"),
     [
         (lambda d: (d / "a.bin").unlink(), r"a\.bin: no such file, though checksums.json lists it"),
         (lambda d: (d / "a.bin").write_text("o"), r"a\.bin: damaged.*1 bytes, then it had 100"),
@@ -322,10 +322,10 @@ def test_only_what_is_named_is_mended(tmp_path):
         (lambda d: (d / CHECKSUMS).write_text("{}"), r"checksums\.json: damaged or edited"),
     ],
 )
-def test_what_changed_is_refused_by_name(tmp_path, harm, told):
+def test_what_changed_is_refused_by_name(tmp_path, harm, message):
     save(tmp_path, "o")
     harm(tmp_path / "x")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         verify(tmp_path / "x")
 
 
@@ -375,7 +375,7 @@ class Threads(Processes):
         return total
 
 
-def together(work, world=2):
+def in_threads(work, world=2):
     """work(processes) in each -> its result or its error, by rank."""
     values, barrier, found = [()] * world, threading.Barrier(world), [None] * world
 
@@ -403,9 +403,9 @@ def test_an_error_in_one_process_is_an_error_in_all(rank):
 
         agree(processes, action)
 
-    found = together(fail)
+    found = in_threads(fail)
     assert [type(e) for e in found] == [OSError if r == rank else UserError for r in (0, 1)]
-    assert together(lambda p: agree(p, lambda: p.rank)) == [0, 1]
+    assert in_threads(lambda p: agree(p, lambda: p.rank)) == [0, 1]
 
 
 def test_the_first_process_fails_for_all(tmp_path):
@@ -415,10 +415,10 @@ def test_the_first_process_fails_for_all(tmp_path):
         in_first(processes, lambda: done.append(processes.rank))
         in_first(processes, lambda: 1 / 0)
 
-    assert [type(e) for e in together(fail)] == [ZeroDivisionError, UserError] and done == [0]
+    assert [type(e) for e in in_threads(fail)] == [ZeroDivisionError, UserError] and done == [0]
 
 
-def save_together(folder, text, broken=()):
+def save_in_threads(folder, text, broken=()):
     def work(processes):
         def write(path):
             if processes.rank in broken:
@@ -430,11 +430,11 @@ def save_together(folder, text, broken=()):
         write_directory(folder / "x", {"a.bin": write, **own}, {"b.json": partial(put, text)},
                         processes)  # fmt: skip
 
-    return together(work)
+    return in_threads(work)
 
 
 def test_several_processes_write_one_directory(tmp_path):
-    assert save_together(tmp_path, "n") == [None, None]
+    assert save_in_threads(tmp_path, "n") == [None, None]
     names = {"a.bin", "b.json", "own0", "own1"}
     assert {p.name for p in (tmp_path / "x").iterdir()} == names | {CHECKSUMS}
     assert json.loads((tmp_path / "x" / CHECKSUMS).read_text())["files"].keys() == names
@@ -443,7 +443,7 @@ def test_several_processes_write_one_directory(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_cannot_write_stops_all_and_the_old_one_stays(tmp_path, rank):
     save(tmp_path, "o")
-    found = save_together(tmp_path, "n", broken=(rank,))
+    found = save_in_threads(tmp_path, "n", broken=(rank,))
     assert [type(e) for e in found] == [OSError if r == rank else UserError for r in (0, 1)]
     assert check(tmp_path, True) == "o"
 
@@ -452,8 +452,8 @@ def test_a_folder_is_for_one_run_until_that_ends(tmp_path):
     with locked(tmp_path):
         with pytest.raises(UserError, match="another run is writing here"), locked(tmp_path):
             pass
-        found = together(lambda p: claim(tmp_path, p).__enter__())
-        assert [type(e) for e in found] == [UserError] * 2  # nobody goes on alone
+        found = in_threads(lambda p: claim(tmp_path, p).__enter__())
+        assert [type(e) for e in found] == [UserError] * 2  # no process goes on alone
     with locked(tmp_path):
         pass
 

@@ -21,12 +21,11 @@ from mini import losses, mini, same, weights
 
 import train
 from checkpoint import load_checkpoint, load_model, read_meta, read_seen
-from config import PRESETS, UserError
+from config import PRESETS, TrainConfig, UserError
 from engine import durable
-from engine.processes import ALONE, Processes
-from engine.run import Run, claim, unfinished
-from engine.signals import Signals
-from flags import TrainConfig, user_errors
+from engine.cli import user_errors
+from engine.processes import Processes
+from engine.run import Run, Signals, claim, unfinished
 from model import MedMoE
 
 ROOT = Path(__file__).parent.parent
@@ -90,12 +89,14 @@ class Saving:
         folder.mkdir()
         flags = TrainConfig(preset="mini", out=str(folder), keep=keep, resume=True)
         self.folder, self.place = folder, Run(1, flags, preset.llm / "tokenizer.json")
-        self.place.settle([], steps=9)
         self.model = MedMoE(preset.model)
         named = self.model.named_parameters()
         self.named = {n: p for n, p in named if n.startswith("projector.")}
         self.optimizer = torch.optim.AdamW(self.named.values())
-        self.place.begin_log(0, 9, 9, self.named)
+        self.place.model, self.place.optimizer = self.model, self.optimizer
+        self.place.params, self.place.n_steps = self.named, 9
+        self.place.resolved |= {"data": "none", "steps": 9}
+        self.place.begin_log(0, 9)
         self.begin()
 
     def begin(self):
@@ -115,13 +116,13 @@ class Saving:
         self.optimizer.zero_grad()
 
     def save(self, step=2):
-        self.place.save_step(self.model, self.optimizer, self.named, step)
+        self.place.save_step(step)
 
     def resume(self):
         """The next start -> the step it goes on from; everything must be of that step."""
         with claim(self.folder):
             assert [p.name for p in self.folder.glob(".*")] == [".lock"]  # the rest is mended
-        step = self.place.resume(self.model, self.optimizer, self.named)
+        step = self.place.resume()
         for param in self.named.values():
             assert (param - step).abs().max() < 0.01
             assert self.optimizer.state[param]["step"] == step
@@ -175,7 +176,7 @@ def test_a_kill_at_any_operation_of_a_save_costs_no_checkpoint(saving, monkeypat
 
 
 def one_line(err):
-    """The error that is told; nothing else but the bar of progress may be on stderr."""
+    """The message of the error; nothing else but the progress bar may be on stderr."""
     lines = [x.split("\r")[-1] for x in err.splitlines()]
     (line,) = [x for x in lines if x and not x.startswith("phase 1: ")]
     assert line.startswith("error: ")
@@ -200,7 +201,7 @@ def test_an_error_in_a_run_ends_it_with_one_line(tmp_path, monkeypatch, capsys):
         assert same(whole, weights(out / "phase1")) and not unfinished(out, 1)
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(capsys, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_an_error_before_any_training(capsys, monkeypatch):
     """/sys is read-only, even to root."""
     monkeypatch.setattr(train, "run_phase", None)
     with pytest.raises(SystemExit) as stop:
@@ -282,7 +283,7 @@ def test_whatever_is_damaged_a_run_goes_on_from_the_checkpoint_before(preset, tm
         path.write_bytes(harmed(sound, rng))
         capsys.readouterr()
         assert saving.resume() == 1
-        assert f"{path}: " in capsys.readouterr().err or i >= len(files)  # each is told once
+        assert f"{path}: " in capsys.readouterr().err or i >= len(files)  # each is named once
         path.write_bytes(sound)
     assert saving.resume() == 2
     for path in (one, two):
@@ -294,12 +295,12 @@ def test_whatever_is_damaged_a_run_goes_on_from_the_checkpoint_before(preset, tm
 # Signals and kills, sent to processes of their own
 
 
-def said_of(out):
-    return out.with_name(f"{out.name}.said")
+def output_of(out):
+    return out.with_name(f"{out.name}.output")
 
 
 def begin(preset, out, *more, **limits):
-    return children.begin(preset, argv(out, *more), said_of(out), **limits)
+    return children.begin(preset, argv(out, *more), output_of(out), **limits)
 
 
 def begin_and_hold(preset, out, step, *more):
@@ -326,7 +327,7 @@ def ends_like(out, whole):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(preset, tmp_path, whole, name):
+def test_a_signal_saves_a_checkpoint_and_prints_how_to_go_on(preset, tmp_path, whole, name):
     out, number = tmp_path / "out", getattr(signal, name)
     child, go = begin_and_hold(preset, out, 0, *LONG)
     os.kill(child.pid, number)
@@ -335,9 +336,9 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(preset, tmp_path, who
     (path,) = unfinished(out, 1)
     step = read_meta(path)[1]["step"]
     load_model(path, torch.device("cpu"))
-    said = said_of(out).read_text()
-    assert "Traceback" not in said and not (out / "phase1").exists()
-    assert said.splitlines()[-1] == (
+    printed = output_of(out).read_text()
+    assert "Traceback" not in printed and not (out / "phase1").exists()
+    assert printed.splitlines()[-1] == (
         f"phase 1: stopped by {name} after {step} steps, saved in {out}; "
         "the same command with --resume goes on"
     )
@@ -351,7 +352,7 @@ def test_a_second_signal_ends_it_at_once(preset, tmp_path):
     os.kill(child.pid, signal.SIGINT)
     os.kill(child.pid, signal.SIGTERM)
     assert children.end(child) == 128 + signal.SIGTERM
-    assert "saved in" not in said_of(out).read_text() and not unfinished(out, 1)
+    assert "saved in" not in output_of(out).read_text() and not unfinished(out, 1)
 
 
 def test_a_signal_in_the_last_step_is_not_lost(tmp_path, monkeypatch):
@@ -374,12 +375,12 @@ def test_a_signal_in_the_last_step_is_not_lost(tmp_path, monkeypatch):
 
 def test_signals_are_noted_given_back_and_never_lost():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), Signals(ALONE) as signals:
-        assert signals.asked() == 0
+    with pytest.raises(KeyboardInterrupt), Signals() as signals:
+        assert signals.noted == 0
         os.kill(os.getpid(), signal.SIGINT)
-        assert signals.asked() == signal.SIGINT  # and nobody acts on it, so:
+        assert signals.noted == signal.SIGINT  # and nothing acts on it, so:
     assert signal.getsignal(signal.SIGINT) is before
-    with pytest.raises(ValueError, match=r"^$"), Signals(ALONE):
+    with pytest.raises(ValueError, match=r"^$"), Signals():
         os.kill(os.getpid(), signal.SIGINT)
         raise ValueError  # an error that is on its way goes first
 
@@ -387,30 +388,32 @@ def test_signals_are_noted_given_back_and_never_lost():
 def test_an_ignored_signal_stays_ignored(monkeypatch):
     """So nohup can keep a run alive when its terminal goes."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with Signals(ALONE) as signals:
+    with Signals() as signals:
         os.kill(os.getpid(), signal.SIGHUP)
-        assert signals.asked() == 0
+        assert signals.noted == 0
     assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
-def test_all_processes_stop_where_one_was_asked_to(capfd):
+def test_all_processes_stop_at_the_step_of_a_signal_to_one(capfd):
     class Second(Processes):
         others = 0
 
         def sum(self, *values):
             return [v + self.others for v in values]
 
-    with Signals(Second(1, 2)) as signals:
-        assert signals.asked() == 0
-        signals.processes.others = 1
-        assert signals.asked() == signal.SIGTERM
-        signals.processes.others = -1  # asked after the others were: they know at the next step
+    run = object.__new__(Run)
+    run.processes, run.world = Second(1, 2), 2
+    with Signals(is_first=False) as run.signals:
+        assert run.signal() == 0
+        run.processes.others = 1
+        assert run.signal() == signal.SIGTERM
+        run.processes.others = -1  # sent after the others summed: they know at the next step
         os.kill(os.getpid(), signal.SIGINT)
-        assert signals.asked() == 0
-        signals.processes.others = 0
-        assert signals.asked() == signal.SIGINT
-        signals.noted = 0
-    assert capfd.readouterr().err == ""  # the first process alone speaks
+        assert run.signal() == 0
+        run.processes.others = 0
+        assert run.signal() == signal.SIGINT
+        run.signals.noted = 0
+    assert capfd.readouterr().err == ""  # the first process alone prints
 
 
 def test_ctrl_c_outside_the_loop_is_one_line(capsys):
@@ -462,7 +465,7 @@ def test_a_file_that_may_not_grow_ends_the_run_and_leaves_what_was_saved(preset,
     before = unfinished(out, 1)
     child = begin(preset, out, *LONG, "--resume", largest=60_000)
     assert children.end(child) == 2
-    line = said_of(out).read_text().splitlines()[-1]
+    line = output_of(out).read_text().splitlines()[-1]
     assert line.startswith(f"error: {out / 'phase1'}") and "could not be written" in line
     assert "File too large" in line and unfinished(out, 1) == before
     train.main(argv(out, *LONG, "--resume"))

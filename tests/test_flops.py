@@ -6,9 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ops
 import train
-from config import IGNORE, IMAGE_ID
+from config import IGNORE, IMAGE_ID, TrainConfig
 from engine.flops import matmul_rate, model_flops
-from flags import TrainConfig
+from engine.run import Run
 from model import freeze_all_but
 
 IMAGE = [IMAGE_ID] * 4
@@ -38,12 +38,24 @@ def attention(q, k, *_, **__):
 
 
 def both(model, batch):
-    """(what torch counts, what we say) of one micro-batch, forward and backward."""
+    """(what torch counts, what we count) of one micro-batch, forward and backward."""
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # it does not know this
     with FlopCounterMode(display=False, custom_mapping={fused: attention}) as counter:
         out = model.loss(batch)
         out.total.backward()
-    return counter.get_total_flops(), model_flops(model).of(batch, out)
+    return counter.get_total_flops(), total(model, batch, out)
+
+
+def total(model, batch, out):
+    """The costs times what Run.count counts of one micro-batch."""
+    layers = [block for block in model.decoder.blocks if block.is_sparse]
+    run = object.__new__(Run)
+    run.load_shape = len(layers), model.config.moe.n_experts if layers else 0
+    run.begin_step()
+    run.count(batch, out)
+    *costs, routed = model_flops(model)
+    numbers = *run.counts.tolist(), *run.routed.sum(dim=1).tolist()
+    return sum(n * c for n, c in zip(numbers, (*costs, *routed), strict=True))
 
 
 @pytest.mark.parametrize("family", ["phi", "stablelm", "llama"])
@@ -58,7 +70,7 @@ def both(model, batch):
         (3, PAPER, {"trains": "released"}),
         (3, {"router": "topk"}, {}),
         (3, {"router": "topk", "level": "sequence", "top_k": 1}, {}),
-        (3, {"every": 1, "top_k": 4, "n_experts": 5}, {}),
+        (3, {"layers": (0, 1, 2), "top_k": 4, "n_experts": 5}, {}),
         (3, {"layers": (1,), "residual": True}, {}),
     ],
 )
@@ -85,23 +97,23 @@ def test_they_are_what_torch_counts_whatever_of_the_decoder_is_trained(
 @pytest.mark.parametrize("phase", [1, 2, 3])
 def test_padding_is_not_useful_work(build, collate, phase):
     model = prepared(build, "stablelm", phase, PAPER if phase == 3 else DENSE)
-    samples = SAMPLES[: 3 if phase > 1 else 2]  # phase 1 has nothing to learn without a picture
+    samples = SAMPLES[: 3 if phase > 1 else 2]  # phase 1 has nothing to learn without an image
     alone = [both(model, collate([s])) for s in samples]
     torchs, ours = both(model, collate(samples))
     assert ours == sum(n for n, _ in alone) < torchs
 
 
-def test_visits_are_counted_one_by_one(build, collate):
+def test_routed_tokens_are_counted_one_by_one(build, collate):
     model = prepared(build, "phi", 3, PAPER)
     batch = collate(SAMPLES)
     costs, out = model_flops(model), model.loss(batch)
     fewer = [r._replace(gates=r.gates.clone()) for r in out.routings]
     b, t, e = fewer[1].gates.nonzero()[0]
     fewer[1].gates[b, t, e] = 0
-    saved = costs.of(batch, out) - costs.of(batch, out._replace(routings=fewer))
+    saved = total(model, batch, out) - total(model, batch, out._replace(routings=fewer))
     config = model.config.decoder
-    assert saved == costs.visits[1] == 3 * 2 * 2 * config.d_model * config.d_ff
-    assert costs.visits[0] == costs.visits[1] * 5 // 6  # nothing trained lies before block 0's
+    assert saved == costs.routed[1] == 3 * 2 * 2 * config.d_model * config.d_ff
+    assert costs.routed[0] == costs.routed[1] * 5 // 6  # nothing trained lies before block 0's
 
 
 def test_low_rank_additions_are_trained_and_what_they_add_to_is_not(build):

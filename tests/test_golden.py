@@ -1,4 +1,4 @@
-"""Tower and decoders say what transformers' said when tests/golden was made, to 1e-5 in fp32.
+"""Tower and decoders equal those of transformers, stored in tests/golden, to 1e-5 in fp32.
 
 python -m pytest tests/test_golden.py
 """
@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from config import ModelConfig
 from data import Batch
 from decoder import Cache
+from engine.published import load_published, published_decoder, published_vision
 from model import MedMoE, generate
 from routers import Hints
-from weights import load_published, published_decoder, published_vision
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = pytest.mark.parametrize("family", ["phi", "stablelm", "llama"])
@@ -37,19 +37,19 @@ def logits_of(model, ids, mask, cache=None):
 
 def test_the_tower_gives_their_last_hidden_state_but_one():
     model, _ = load("phi")
-    said = load_file(GOLDEN / "clip" / "said.safetensors")
+    golden = load_file(GOLDEN / "clip" / "said.safetensors")
     with torch.no_grad():
-        torch.testing.assert_close(
-            model.vision.hidden(said["images"]), said["hidden"], atol=1e-5, rtol=0
-        )
+        hidden, patches = model.vision.hidden(golden["images"]), model.vision(golden["images"])
+    torch.testing.assert_close(hidden, golden["hidden"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(patches, golden["hidden"][:, 1:], atol=1e-5, rtol=0)  # without CLS
 
 
 @FAMILIES
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_logits_are_theirs_beside_padding(family, side):
-    model, said = load(family)
-    ids, mask = said[f"{side}.ids"], said[f"{side}.mask"]
-    expected = said[f"{side}.logits"]
+    model, golden = load(family)
+    ids, mask = golden[f"{side}.ids"], golden[f"{side}.mask"]
+    expected = golden[f"{side}.logits"]
     assert expected[mask].std() > 0.3
     ours = logits_of(model, ids, mask)
     torch.testing.assert_close(ours[mask], expected[mask], atol=1e-5, rtol=0)
@@ -61,25 +61,25 @@ def test_logits_are_theirs_beside_padding(family, side):
 
 @FAMILIES
 def test_logits_with_a_cache_are_theirs(family):
-    model, said = load(family)
-    ids, mask = said["left.ids"], said["left.mask"]
+    model, golden = load(family)
+    ids, mask = golden["left.ids"], golden["left.mask"]
     cache = Cache(model.config.decoder.n_layers)
     ours = [logits_of(model, ids[:, :5], mask[:, :5], cache)]
     ours += [logits_of(model, ids[:, t : t + 1], mask[:, t : t + 1], cache) for t in range(5, 11)]
     ours = torch.cat(ours, dim=1)
-    torch.testing.assert_close(ours[mask], said["left.logits"][mask], atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours[mask], golden["left.logits"][mask], atol=1e-5, rtol=0)
 
 
 @FAMILIES
 def test_32_greedy_tokens_are_theirs(family):
-    model, said = load(family)
-    ids, mask = said["left.ids"], said["left.mask"]
+    model, golden = load(family)
+    ids, mask = golden["left.ids"], golden["left.mask"]
     labels = torch.full_like(ids, -100)
     batch = Batch(ids, mask, labels, NO_IMAGES, torch.full((len(ids),), -1))
     steps = list(generate(model, batch, eos_id=-1, max_new=32))
     tokens = torch.stack([step.tokens for step in steps], dim=1)
-    assert len(said["greedy"].unique()) > 4
-    assert torch.equal(tokens, said["greedy"])
+    assert len(golden["greedy"].unique()) > 4
+    assert torch.equal(tokens, golden["greedy"])
 
 
 def test_the_golden_files_are_small():

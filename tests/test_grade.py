@@ -35,7 +35,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(name="folder")
 def _folder(tmp_path, monkeypatch):
-    """Five submissions, and a contract that takes no time to load."""
+    """Six submissions, and a contract of two tests that need no model."""
     (tmp_path / "conftest.py").write_text(OPTIONS)
     (tmp_path / "test_stub.py").write_text(CONTRACT)
     monkeypatch.setattr(judge, "CONTRACT", tmp_path / "test_stub.py")
@@ -69,7 +69,7 @@ def test_no_submission_stops_the_others(folder, tmp_path, capsys):
     assert re.search(r"^d_hangs.py +Mine +stopped", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_an_assignments_own_tests_and_the_score_stand_beside(folder, monkeypatch):
+def test_the_tests_of_an_assignment_and_the_score_are_columns(folder, monkeypatch):
     for file in folder.glob("[a-df]_*.py"):
         file.unlink()
     monkeypatch.setattr(score, "score", lambda *a, **k: {"val_loss": 0.5, "hash": "abc"})
@@ -79,7 +79,7 @@ def test_an_assignments_own_tests_and_the_score_stand_beside(folder, monkeypatch
     assert (done.contract, done.assignment, done.verdict) == ("2/2", "1/2", "failed")
 
 
-def test_tests_that_are_not_there_are_skipped(folder, monkeypatch, tmp_path):
+def test_a_missing_file_of_tests_is_skipped(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(judge, "CONTRACT", tmp_path / "absent.py")
     done = grade.grade_file(folder / "e_good.py", grade.GradeConfig(folder=str(folder)))
     assert (done.contract, done.verdict) == ("-", "passed")

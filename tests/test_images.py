@@ -14,7 +14,8 @@ from PIL import Image
 
 import vision
 from config import UserError
-from vision import normalise, open_image, square, to_rgb
+from sources.images import open_image, to_rgb
+from vision import normalise, square
 
 RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (120, 120, 120)
 
@@ -25,8 +26,8 @@ def read(path):
     return np.asarray(image).astype(int)
 
 
-def picture(width=32, height=16):
-    """Left half red, right half blue, the top left eighth green: no turn or mirror leaves it."""
+def pattern(width=32, height=16):
+    """Left half red, right half blue, the top left eighth green: it has no symmetry."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[:, : width // 2], pixels[:, width // 2 :] = RED, BLUE
     pixels[: height // 2, : width // 4] = GREEN
@@ -55,16 +56,16 @@ def header(width, height):
 def test_lossless_formats_give_back_the_pixels(tmp_path, ending):
     path = tmp_path / f"a.{ending}"
     extra = {"lossless": True} if ending == "webp" else {}
-    Image.fromarray(picture()).save(path, **extra)
-    np.testing.assert_array_equal(read(path), picture())
+    Image.fromarray(pattern()).save(path, **extra)
+    np.testing.assert_array_equal(read(path), pattern())
 
 
 def test_the_name_of_a_file_does_not_decide_its_format(tmp_path):
-    Image.fromarray(picture()).save(tmp_path / "a.jpg", format="PNG")
-    np.testing.assert_array_equal(read(tmp_path / "a.jpg"), picture())
+    Image.fromarray(pattern()).save(tmp_path / "a.jpg", format="PNG")
+    np.testing.assert_array_equal(read(tmp_path / "a.jpg"), pattern())
 
 
-def test_a_palette_is_looked_up(tmp_path):
+def test_a_palette_is_applied(tmp_path):
     palette(tmp_path / "a.png")
     assert read(tmp_path / "a.png").tolist() == [[list(RED), list(GREEN)]]
 
@@ -146,27 +147,27 @@ def test_the_first_of_several_frames_is_shown(tmp_path, ending):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("ending", ["jpg", "png", "tiff"])
 def test_exif_orientation_is_undone(tmp_path, orientation, ending):
-    turn = Image.Transpose
+    change = Image.Transpose
     stored_as = [  # the reverse of what a viewer does to orientations 2 .. 8
-        *(None, turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM),
-        *(turn.TRANSPOSE, turn.ROTATE_90, turn.TRANSVERSE, turn.ROTATE_270),
+        *(None, change.FLIP_LEFT_RIGHT, change.ROTATE_180, change.FLIP_TOP_BOTTOM),
+        *(change.TRANSPOSE, change.ROTATE_90, change.TRANSVERSE, change.ROTATE_270),
     ][orientation - 1]
-    image = Image.fromarray(picture())
+    image = Image.fromarray(pattern())
     image = image if stored_as is None else image.transpose(stored_as)
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"a.{ending}"
     extra = {"quality": 100, "subsampling": 0} if ending == "jpg" else {}
     image.save(path, exif=exif, **extra)
-    np.testing.assert_allclose(read(path), picture(), atol=4)
+    np.testing.assert_allclose(read(path), pattern(), atol=4)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_broken_exif_data_turns_nothing(tmp_path):
-    Image.fromarray(picture()).save(
+def test_broken_exif_data_is_ignored(tmp_path):
+    Image.fromarray(pattern()).save(
         tmp_path / "a.png", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xffxx"
     )
-    np.testing.assert_array_equal(read(tmp_path / "a.png"), picture())
+    np.testing.assert_array_equal(read(tmp_path / "a.png"), pattern())
 
 
 def bad_files(folder):
@@ -197,7 +198,7 @@ def bad_files(folder):
     return reasons
 
 
-def test_what_is_not_a_whole_image_is_refused_with_file_and_reason(tmp_path):
+def test_what_is_not_a_complete_image_is_refused_with_file_and_reason(tmp_path):
     for name, reason in bad_files(tmp_path).items():
         with pytest.raises(UserError) as refused:
             open_image(tmp_path / name)
@@ -209,7 +210,7 @@ def test_what_is_not_a_whole_image_is_refused_with_file_and_reason(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("side", [7072, 10_000, 20_000])  # silence, a warning, an error in Pillow
-def test_a_claim_of_too_many_pixels_is_refused_before_memory_is_given(tmp_path, side):
+def test_a_claim_of_too_many_pixels_is_refused_before_memory_is_allocated(tmp_path, side):
     (tmp_path / "bomb.png").write_bytes(header(side, side))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=r"bomb\.png: .*(pixels; at most|pixels\) exceeds)"):
@@ -218,16 +219,16 @@ def test_a_claim_of_too_many_pixels_is_refused_before_memory_is_given(tmp_path, 
 
 
 @pytest.mark.parametrize("width,height", [(30, 20), (20, 30), (31, 20), (25, 25)])
-def test_padding_centres_the_picture_on_the_mean_colour(width, height):
+def test_padding_centres_the_image_on_the_mean_colour(width, height):
     side = max(width, height)
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     expected = np.empty((side, side, 3), np.uint8)
     expected[:] = 122, 116, 104
     left, top = (side - width) // 2, (side - height) // 2
     expected[top : top + height, left : left + width] = pixels
-    whole = square(Image.fromarray(pixels), side, pad=True)  # nothing to resize
-    assert whole.shape == (3, side, side) and whole.dtype == torch.uint8
-    np.testing.assert_array_equal(whole.permute(1, 2, 0), expected)
+    padded = square(Image.fromarray(pixels), side, pad=True)  # nothing to resize
+    assert padded.shape == (3, side, side) and padded.dtype == torch.uint8
+    np.testing.assert_array_equal(padded.permute(1, 2, 0), expected)
     small = Image.fromarray(expected).resize((16, 16), Image.Resampling.BICUBIC)
     got = square(Image.fromarray(pixels), 16, pad=True)
     np.testing.assert_array_equal(got.permute(1, 2, 0), np.asarray(small))
@@ -256,7 +257,7 @@ def test_cropping_follows_clip_image_processor(width, height):
 
 
 @pytest.mark.parametrize("pad", [True, False])
-def test_a_very_long_picture_is_shrunk_before_it_makes_a_huge_square(monkeypatch, pad):
+def test_a_very_long_image_is_shrunk_before_it_is_padded_to_a_square(monkeypatch, pad):
     pixels = np.random.default_rng(0).integers(0, 256, (150, 1200, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     shrunk = image.resize((400, 50), Image.Resampling.BICUBIC)

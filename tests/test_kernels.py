@@ -1,4 +1,4 @@
-"""The extension as torch sees it, and how it is chosen: python -m pytest tests/test_kernels.py
+"""The extension as an op of torch, and how it is chosen: python -m pytest tests/test_kernels.py
 
 opcheck, torch.compile, autograd, the sparse layer on top of it, --kernels, the build, and nvcc.
 """
@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-import kernels
 import ops
 from config import UserError
-from moe import MLP, Experts, GatedMLP
+from moe import MLP, GatedMLP
+from ops import SortedExperts
 
-CUDA = Path(kernels.SOURCES)
+CUDA = Path(ops.SOURCES)
 needs_stand_in = pytest.mark.skipif(
     cuda_on_cpu.missing() is not None, reason=f"kernels on a CPU: {cuda_on_cpu.missing()}"
 )
@@ -27,11 +27,11 @@ FFNS = pytest.mark.parametrize("ffn", [MLP, GatedMLP])
 OFFS = torch.tensor([3, 3, 20], dtype=torch.int32)
 
 
-@pytest.fixture(name="served")
-def _served(monkeypatch):
+@pytest.fixture(name="enabled")
+def _enabled(monkeypatch):
     """The extension computes CPU tensors, as if --kernels had been applied to a GPU."""
     cuda_on_cpu.Machine(cuda_on_cpu.compiled())
-    monkeypatch.setattr(kernels, "_serving", {"cpu"})
+    monkeypatch.setattr(ops, "_enabled", {"cpu"})
 
 
 def randn(*shape, seed=0, dtype=torch.bfloat16):
@@ -42,40 +42,40 @@ def leaves(*tensors):
     return [t.detach().clone().requires_grad_() for t in tensors]
 
 
-# torch's view of the ops
+# The ops in torch
 
 
 @needs_stand_in
-def test_schemas_fakes_and_gradients_pass_opcheck(served):
+def test_schemas_fakes_and_gradients_pass_opcheck(enabled):
     gates = torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.0, 1.0]])
-    slot, _ = kernels.CALL.route(gates)
+    slot, _ = ops.CALL.route(gates)
     x, y = randn(2, 8).requires_grad_(), randn(3, 8).requires_grad_()
     a, b, w = randn(20, 16), randn(20, 24), randn(3, 24, 16)
-    call, none = kernels.CALL, [None] * 4
-    whole = (
+    call, none = ops.CALL, [None] * 4
+    differentiable = (
         (call.route, (gates,)),
         (call.permute, (x, slot, 3)),
         (call.unpermute, (y, slot, gates.clone().requires_grad_())),
-        (call.gmm, (kernels.FORWARD, kernels.SILU, a, w, w, None, None, None, OFFS)),
+        (call.gmm, (ops.FORWARD, ops.SILU, a, w, w, None, None, None, OFFS)),
     )
-    for op, args in whole:
+    for op, args in differentiable:
         torch.library.opcheck(op.default, args)
     for op, args in (
         (call.unpermute, (y, slot, None)),
         (call.unpermute_grad, (x.detach(), y.detach(), slot, gates)),
-        (call.gmm, (kernels.FORWARD, kernels.PLAIN, a, w, *none, OFFS)),
-        (call.gmm, (kernels.INPUT_GRAD, kernels.GELU, b, w, None, None, a, None, OFFS)),
-        (call.gmm, (kernels.WEIGHT_GRAD, kernels.PLAIN, b, a, *none, OFFS)),
+        (call.gmm, (ops.FORWARD, ops.PLAIN, a, w, *none, OFFS)),
+        (call.gmm, (ops.INPUT_GRAD, ops.GELU, b, w, None, None, a, None, OFFS)),
+        (call.gmm, (ops.WEIGHT_GRAD, ops.PLAIN, b, a, *none, OFFS)),
     ):
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def layer_and_plan(ffn, gates):
     torch.manual_seed(0)
-    layer = Experts(ffn(16, 24), 3)
+    layer = SortedExperts(ffn(16, 24), 3)
     for param in layer.parameters():
         torch.nn.init.normal_(param, std=0.3)
-    return layer.bfloat16(), ops.plan_visits(gates)
+    return layer.bfloat16(), ops.dispatch_plan(gates)
 
 
 GATES = torch.rand(40, 3, generator=torch.Generator().manual_seed(5))
@@ -83,7 +83,7 @@ GATES = GATES * (GATES > 0.4)
 
 
 def through(layer, x, gates):
-    """What the experts say, and the gradients of all that has one."""
+    """The output of the experts, and the gradients of everything that has one."""
     x, gates = leaves(x, gates)
     y = layer(x, gates)
     (y.float() * randn(*y.shape, seed=9).float()).sum().backward()
@@ -93,12 +93,12 @@ def through(layer, x, gates):
 
 @needs_stand_in
 @FFNS
-def test_the_layer_and_all_its_gradients_are_those_of_torch(ffn, served, monkeypatch):
+def test_the_layer_and_all_its_gradients_are_those_of_torch(ffn, enabled, monkeypatch):
     layer, plan = layer_and_plan(ffn, GATES)
     assert plan.slot is not None  # or nothing was tested
     twin, exact = copy.deepcopy(layer), copy.deepcopy(layer).float()
     ours = through(layer, randn(40, 16), GATES)
-    monkeypatch.setattr(kernels, "_serving", set())
+    monkeypatch.setattr(ops, "_enabled", set())
     theirs = through(twin, randn(40, 16), GATES)
     exact = through(exact, randn(40, 16).float(), GATES)
     for name, expected in exact.items():
@@ -112,7 +112,7 @@ def test_the_layer_and_all_its_gradients_are_those_of_torch(ffn, served, monkeyp
 @needs_stand_in
 @FFNS
 @pytest.mark.parametrize("rank", [8, 4])  # 4: not what the kernels multiply, and torch does it
-def test_a_layer_with_low_rank_additions_works_too(ffn, rank, served, monkeypatch):
+def test_a_layer_with_lora_works_too(ffn, rank, enabled, monkeypatch):
     layer, _ = layer_and_plan(ffn, GATES)
     for i, part in enumerate(layer.children()):
         n_experts, n_out, n_in = part.weight.shape
@@ -121,13 +121,13 @@ def test_a_layer_with_low_rank_additions_works_too(ffn, rank, served, monkeypatc
         part.lora_scale = 0.1
     x = randn(40, 16)
     ours = layer(x, GATES)
-    monkeypatch.setattr(kernels, "_serving", set())
+    monkeypatch.setattr(ops, "_enabled", set())
     theirs = layer(x, GATES)
     assert (ours - theirs).norm() / theirs.norm() < 0.02
 
 
 @needs_stand_in
-def test_under_autocast_the_gradients_come_back_in_fp32(served):
+def test_under_autocast_the_gradients_come_back_in_fp32(enabled):
     layer, _ = layer_and_plan(MLP, GATES)
     layer.float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -138,25 +138,27 @@ def test_under_autocast_the_gradients_come_back_in_fp32(served):
 
 @needs_stand_in
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_other_dtypes_go_through_torch_although_the_plan_was_the_kernels(served, dtype):
+def test_other_dtypes_go_through_torch_although_the_plan_was_the_kernels(enabled, dtype):
     layer, plan = layer_and_plan(MLP, GATES)
     layer, x = layer.to(dtype), randn(40, 16).to(dtype)
     rows = ops.permute(x, plan)
-    y = ops.unpermute(layer.ffn(rows, plan), GATES, plan)
-    by_hand = ops.Plan(*ops._as_list(plan)[:3])
-    assert torch.equal(y, ops.unpermute(layer.ffn(x[by_hand.row], by_hand), GATES, by_hand))
+    y = ops.unpermute(layer.grouped_ffn(rows, plan), GATES, plan)
+    by_hand = ops.DispatchPlan(*ops._as_list(plan)[:3])
+    assert torch.equal(
+        y, ops.unpermute(layer.grouped_ffn(x[by_hand.token], by_hand), GATES, by_hand)
+    )
 
 
 @needs_stand_in
 @FFNS
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_the_layer_compiles_whole(ffn, backend, served):
+def test_the_layer_compiles_without_graph_breaks(ffn, backend, enabled):
     layer, plan = layer_and_plan(ffn, GATES)
-    n_visits = int(plan.offs[-1])
+    n_routed = int(plan.offsets[-1])
 
     def run(x, gates):
-        rows = kernels.CALL.permute(x, plan.slot, n_visits)
-        return ops.unpermute(layer.ffn(rows, plan), gates, plan).float().square().sum()
+        rows = ops.CALL.permute(x, plan.slot, n_routed)
+        return ops.unpermute(layer.grouped_ffn(rows, plan), gates, plan).float().square().sum()
 
     results = []
     for f in (run, torch.compile(run, fullgraph=True, backend=backend)):
@@ -177,21 +179,21 @@ def test_where_it_was_not_chosen_nothing_is_cast_for_it(ffn, monkeypatch):
     assert len(casts) == len(list(layer.children()))
 
 
-def test_nothing_is_compiled_where_it_was_not_asked_for(capsys):
-    kernels.choose("auto", torch.device("cpu"))
-    kernels.choose("torch", torch.device("cuda"))
-    assert not kernels.serve(randn(8, 8)) and capsys.readouterr() == ("", "")
+def test_nothing_is_compiled_where_it_was_not_chosen(capsys):
+    ops.choose("auto", torch.device("cpu"))
+    ops.choose("torch", torch.device("cuda"))
+    assert not ops.supports(randn(8, 8)) and capsys.readouterr() == ("", "")
 
 
 def test_on_a_cpu_cuda_is_refused():
     with pytest.raises(UserError, match="--kernels cuda: cuda/ needs a GPU, not cpu"):
-        kernels.choose("cuda", torch.device("cpu"))
+        ops.choose("cuda", torch.device("cpu"))
 
 
 @pytest.fixture(name="gpu")
 def _gpu(monkeypatch, tmp_path):
-    """A GPU of a given capability, as far as the choice can see, and an empty build folder."""
-    monkeypatch.setattr(kernels, "_serving", set())
+    """A GPU of some capability, as far as ops.choose can find out, and an empty build folder."""
+    monkeypatch.setattr(ops, "_enabled", set())
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
 
     def make(*capability, load=None):
@@ -202,14 +204,14 @@ def _gpu(monkeypatch, tmp_path):
     return make
 
 
-def test_on_another_gpu_auto_says_in_one_line_why_it_is_torchs(gpu, capsys):
+def test_on_another_gpu_auto_prints_in_one_line_why_it_uses_torch(gpu, capsys):
     device = gpu(8, 0)
-    kernels.choose("auto", device)
-    told = capsys.readouterr().err.splitlines()
-    assert told == ["kernels: torch's own, cuda/ is made for compute capability 9.0 (Hopper), "
+    ops.choose("auto", device)
+    printed = capsys.readouterr().err.splitlines()
+    assert printed == ["kernels: torch's own, cuda/ is made for compute capability 9.0 (Hopper), "
                     "this GPU has 8.0"]  # fmt: skip
     with pytest.raises(UserError, match="this GPU has"):
-        kernels.choose("cuda", device)
+        ops.choose("cuda", device)
 
 
 LOG = """Error building extension 'medmoe': [1/4] nvcc -c gmm.cu
@@ -220,29 +222,29 @@ ninja: build stopped: subcommand failed.
 """
 
 
-def test_a_compilers_error_is_told_in_one_line_with_the_place_of_its_log(gpu, capsys, tmp_path):
+def test_a_compilers_error_is_printed_in_one_line_with_the_path_of_its_log(gpu, capsys, tmp_path):
     def load(*args, **kwargs):
         raise RuntimeError(LOG)
 
-    kernels.choose("auto", gpu(9, 0, load=load))
-    progress, told = capsys.readouterr().err.splitlines()
+    ops.choose("auto", gpu(9, 0, load=load))
+    progress, message = capsys.readouterr().err.splitlines()
     assert "compiling cuda/" in progress
-    assert 'gmm.cu(31): error: identifier "offset" is undefined' in told
+    assert 'gmm.cu(31): error: identifier "offset" is undefined' in message
     (log,) = tmp_path.rglob("build.log")
-    assert str(log) in told and log.read_text() == LOG
-    assert not kernels._serving
+    assert str(log) in message and log.read_text() == LOG
+    assert not ops._enabled
 
 
-def test_what_is_built_serves_the_gpu_until_torch_is_chosen(gpu):
-    asked = []
-    device = gpu(9, 0, load=lambda *args, **kwargs: asked.append((args, kwargs)))
-    kernels.choose("auto", device)
-    assert kernels._serving == {"cuda"}
-    ((name, sources), options) = asked[0]
-    assert kernels.digest() in name and all(Path(source).is_file() for source in sources)
+def test_what_is_built_is_used_on_the_gpu_until_torch_is_chosen(gpu):
+    calls = []
+    device = gpu(9, 0, load=lambda *args, **kwargs: calls.append((args, kwargs)))
+    ops.choose("auto", device)
+    assert ops._enabled == {"cuda"}
+    ((name, sources), options) = calls[0]
+    assert ops.digest() in name and all(Path(source).is_file() for source in sources)
     assert "-gencode=arch=compute_90a,code=sm_90a" in options["extra_cuda_cflags"]
-    kernels.choose("torch", device)
-    assert not kernels._serving
+    ops.choose("torch", device)
+    assert not ops._enabled
 
 
 # The compiler
@@ -256,7 +258,7 @@ def test_cuda_has_at_most_600_lines_none_too_long():
 
 
 def nvcc(source, target, folder):
-    """Compiles for sm_{target} and says what ptxas said."""
+    """Compiles for sm_{target}; returns the output of ptxas."""
     command = ["nvcc", "-c", "-std=c++20", "-Xptxas", "-v", str(CUDA / source)]
     command += ["-gencode", f"arch=compute_{target},code=sm_{target}"]
     command += ["-o", str(folder / "out.o")]
@@ -274,10 +276,11 @@ slow = pytest.mark.slow
     pytest.param("gmm.cu", "90a", 7, marks=slow), pytest.param("gmm.cu", "80", 7, marks=slow),
 ])  # fmt: skip
 def test_nvcc_compiles_it_without_spills_or_warnings(tmp_path, source, target, n_kernels):
-    said = nvcc(source, target, tmp_path)
-    assert said.count("Compiling entry function") == n_kernels
-    assert said.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == n_kernels
-    assert not re.search(r"warning|C75\d\d|serializ", said)
+    printed = nvcc(source, target, tmp_path)
+    assert printed.count("Compiling entry function") == n_kernels
+    no_spills = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+    assert printed.count(no_spills) == n_kernels
+    assert not re.search(r"warning|C75\d\d|serializ", printed)
 
 
 @slow

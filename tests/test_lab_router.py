@@ -1,4 +1,4 @@
-"""lab.router: slow definitions, hand-made routes, and a broken router that every figure shows.
+"""lab.router: slow definitions, hand-made gates, and a broken router that every figure shows.
 
 pytest tests/test_lab_router.py
 """
@@ -13,34 +13,34 @@ import pytest
 import torch
 from mini import mini
 
-import asking
 import config
-import sources
-from asking import Asker, Prediction
+import eval
 from checkpoint import save_checkpoint
 from config import MODALITIES, MoEConfig, preset
 from data import Text
+from engine.published import load_published
+from eval import Prediction, Predictor
 from lab import router
 from lab.forced_routers import Alone, ByModality, Without, forced
 from lab.router_measures import answered, informed, levels, naming
 from lab.router_probe import (
     KINDS,
     UNKNOWN,
-    Pictures,
+    ByImage,
     kinds,
     labelled,
     leave_out,
     probe,
-    put,
+    set_routers,
     shuffled,
 )
 from lab.router_show import draw_reliability, percent
 from lab.router_stats import detects, ece, information, macro_f1, mutual_information, reliability
-from model import MedMoE, generate, make_sparse, precision
+from model import MedMoE, autocast, generate, make_sparse
 from router_training import train_router
 from routers import Hints
-from sources import load_samples
-from weights import load_published
+from sources import load
+from sources.load import load_samples
 
 CPU = torch.device("cpu")
 
@@ -67,13 +67,13 @@ def test_ece_of_known_cases():
 
 
 def test_macro_f1_is_the_mean_over_classes_that_occur():
-    truth, said = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 0])
+    truth, predicted = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 0])
     f1 = []
     for c in range(3):
-        hits = sum(t == s == c for t, s in zip(truth, said, strict=True))
-        p, r = hits / max(1, (said == c).sum()), hits / (truth == c).sum()
+        hits = sum(t == p == c for t, p in zip(truth, predicted, strict=True))
+        p, r = hits / max(1, (predicted == c).sum()), hits / (truth == c).sum()
         f1.append(2 * p * r / (p + r) if p + r else 0.0)
-    assert macro_f1(truth, said, 4) == pytest.approx(sum(f1) / 3)  # nobody is or says the fourth
+    assert macro_f1(truth, predicted, 4) == pytest.approx(sum(f1) / 3)  # no fourth class occurs
 
 
 def test_mutual_information_is_that_of_its_definition():
@@ -90,14 +90,14 @@ def test_mutual_information_is_that_of_its_definition():
 
 def test_information_stands_out_from_permuted_labels_only_where_there_is_some():
     truth = np.arange(40) % 4
-    told = information(np.eye(4)[truth] * 10, truth)
-    assert told["bits"].value == pytest.approx(2) and told["normalised"] == pytest.approx(1)
-    assert told["p"] < 0.01 and told["null_q95"] < 0.6
-    mute = information(np.eye(4)[np.random.default_rng(1).integers(4, size=40)] * 10, truth)
-    assert mute["p"] > 0.05 and mute["null_mean"] > 0.05  # not 0: 40 pictures
+    full = information(np.eye(4)[truth] * 10, truth)
+    assert full["bits"].value == pytest.approx(2) and full["normalised"] == pytest.approx(1)
+    assert full["p"] < 0.01 and full["null_q95"] < 0.6
+    none = information(np.eye(4)[np.random.default_rng(1).integers(4, size=40)] * 10, truth)
+    assert none["p"] > 0.05 and none["null_mean"] > 0.05  # not 0: 40 images
 
 
-def test_detects_is_the_chance_to_be_surer():
+def test_detects_is_the_chance_of_a_larger_confidence():
     known, unknown = np.array([0.9, 0.8, 0.5]), np.array([0.7, 0.5])
     slow = np.mean([(k > u) + 0.5 * (k == u) for k in known for u in unknown])
     assert detects(known, unknown).value == pytest.approx(slow)
@@ -130,7 +130,7 @@ def test_forced_by_modality_moves_the_gates_and_keeps_their_values(build, n_expe
     assert torch.equal(ByModality(inner).change(gates, logits, None), gates)
 
 
-def test_a_forced_true_expert_leaves_right_routes_as_they_are(build):
+def test_a_forced_true_expert_leaves_right_routing_as_it_is(build):
     inner = build(moe={}).decoder.blocks[0].mlp.router
     gates, logits = random_gates()
     for b, t in ((0, 0), (3, 2)):
@@ -153,7 +153,7 @@ def test_without_rescales_where_gates_add_up_to_one(build):
 
 @pytest.mark.parametrize("family", ["phi", "stablelm"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_forced_routes_hold_while_the_answer_is_generated(build, collate, family, level):
+def test_forced_routing_holds_while_the_answer_is_generated(build, collate, family, level):
     model = build(family, {"level": level})
     row = [1, 2, config.IMAGE_ID, config.IMAGE_ID, config.IMAGE_ID, config.IMAGE_ID, 3, 4]
     batch = collate([(row, [-100] * 8)] * 2, side="left", modality=[2, 3])
@@ -184,7 +184,7 @@ def test_every_real_position_is_of_one_kind(collate):
     assert found.sum(dim=-1).T.tolist() == [[2, 4, 2, 2], [1, 4, 1, 1]]
 
 
-class Namer(Asker):
+class Namer(Predictor):
     """Answers with the modality whose expert the last sparse block's gates favour."""
 
     @torch.no_grad()
@@ -192,19 +192,19 @@ class Namer(Asker):
         found = {}
         for rows, batch in self.batches(samples, "names"):
             hints = Hints(prompt=batch.mask, modality=batch.modality)
-            with precision(self.device, self.dtype):
+            with autocast(self.device, self.dtype):
                 _, routings = self.model(batch.ids, batch.mask, batch.images, hints)
             real = batch.mask[..., None]
-            said = (routings[-1].gates * real).sum(dim=1).argmax(dim=-1)
+            named = (routings[-1].gates * real).sum(dim=1).argmax(dim=-1)
             votes = sum((r.logits * real).sum(dim=1) for r in routings)
             for i, row in enumerate(rows):
-                name = MODALITIES[int(said[i])]
+                name = MODALITIES[int(named[i])]
                 found[row] = Prediction(name, votes[i], torch.zeros(2, 4))
         return [found[i] for i in range(len(samples))]
 
 
-def asked(split, n):
-    """One question a picture, whose answer is its modality."""
+def questions(split, n):
+    """One question per image, whose answer is its modality."""
     several = load_samples(["phantoms:200"], "vqa", split)
     one = list({s.image: s for s in several}.values())[:n]
     return [
@@ -222,17 +222,18 @@ def reports():
     model = MedMoE(tiny.model)
     load_published(model, tiny.model, tiny.clip, tiny.llm)
     make_sparse(model.eval(), MoEConfig())
-    asker = Namer(model, Text(tiny.llm), CPU, torch.float32)
-    samples = asked("test", 96)
-    train, test = (labelled(asker, s, 200, seed=0) for s in (asked("train", 200), samples))
+    predictor = Namer(model, Text(tiny.llm), CPU, torch.float32)
+    samples = questions("test", 96)
+    parts = questions("train", 200), samples
+    train, test = (labelled(predictor, part, 200, seed=0) for part in parts)
     found = {"left out": leave_out(train, test, 4, seed=0)}
     for name, learnt in (("sound", train), ("broken", shuffled(train, seed=0))):
-        put(asker, train_router(learnt, test, 4, seed=0)[0])
-        pictures, seen = Pictures(samples), probe(asker, samples)
+        set_routers(predictor, train_router(learnt, test, 4, seed=0)[0])
+        images, seen = ByImage(samples), probe(predictor, samples)
         found[name] = {
-            "naming": naming(pictures, seen, 10), "levels": levels(pictures, seen, [0, 2]),
-            "information": informed(pictures, seen, [0, 2]),
-            "answers": answered(asker, samples, seed=0),
+            "naming": naming(images, seen, 10), "levels": levels(images, seen, [0, 2]),
+            "information": informed(images, seen, [0, 2]),
+            "answers": answered(predictor, samples, seed=0),
         }  # fmt: skip
     return found
 
@@ -255,7 +256,7 @@ def test_a_broken_router_shows_in_naming_calibration_and_confusion(reports):
 def test_a_broken_router_shows_at_every_level(reports):
     for sound, broken in zip(reports["sound"]["levels"], reports["broken"]["levels"], strict=True):
         assert sound["pooled"].low > broken["pooled"].high
-        assert sound["picture"].low > broken["picture"].high
+        assert sound["image"].low > broken["image"].high
         assert set(KINDS) < set(sound)
 
 
@@ -280,7 +281,7 @@ def test_a_broken_router_shows_in_the_answers(reports):
     assert sound["true"]["difference"] < 0.3 < broken["true"]["difference_ci95"][0]
     assert broken["by_route"]["wrong"]["n"] > sound["by_route"]["wrong"]["n"] + 20
     assert broken["by_route"]["difference"].value > 0.3
-    # Of the sound router's pictures only those of the missing expert's modality suffer.
+    # Of the sound router's images only those of the missing expert's modality suffer.
     for e, name in enumerate(MODALITIES):
         drops = [row[e]["difference"] for row in sound["without_by_modality"].values()]
         assert min(drops) == sound["without_by_modality"][name][e]["difference"] < -0.5
@@ -304,7 +305,7 @@ def test_a_modality_left_out_goes_to_the_others(reports):
         assert found[name]["confidence"] < found[name]["known_confidence"]
 
 
-def test_unknown_pictures_are_what_they_say():
+def test_unknown_images_are_as_described():
     images = torch.rand(2, 3, 32, 32)
     assert (UNKNOWN["blank"](images) == 0).all()
     assert torch.allclose(UNKNOWN["inverted"](UNKNOWN["inverted"](images)), images, atol=1e-5)
@@ -316,7 +317,7 @@ def test_unknown_pictures_are_what_they_say():
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
     """-> a function that saves an untrained checkpoint of 30 000 parameters."""
-    monkeypatch.setattr(sources, "N_TEST", 6)
+    monkeypatch.setattr(load, "N_TEST", 6)
     small = mini(tmp_path / "parts")
 
     def save(moe):
@@ -344,7 +345,7 @@ def test_the_report_is_written_and_has_no_paths(saved, tmp_path, capsys, moe):
     argv = [folder, "--limit", "2", "--device", "cpu", "--router-images", "40", "--break-router"]
     router.main([*argv, "--json", str(file), "--png", str(png)])
     found = json.loads(file.read_text())
-    assert found["broken"] and found["n_pictures"] == 6 and found["on_routes"]["n_pictures"] == 2
+    assert found["broken"] and found["n_images"] == 6 and found["forced_routing"]["n_images"] == 2
     assert len(found["naming"]["confusion"]) == moe.get("n_experts", 4)
     assert str(tmp_path) not in file.read_text() and "NaN" not in file.read_text()
     assert png.stat().st_size > 1000
@@ -353,18 +354,18 @@ def test_the_report_is_written_and_has_no_paths(saved, tmp_path, capsys, moe):
 
 def test_a_router_that_looks_ahead_gets_a_report_without_answers(saved, capsys):
     found = router.main([saved(LOOKS_AHEAD), "--device", "cpu", "--router-images", "40"])
-    assert found["on_routes"] is None and found["naming"]["n"] == 6
+    assert found["forced_routing"] is None and found["naming"]["n"] == 6
     assert "not done: a router that looks ahead" in capsys.readouterr().out
 
 
-def test_pictures_without_modalities_leave_out_what_needs_them(saved, monkeypatch, capsys):
+def test_images_without_modalities_leave_out_what_needs_them(saved, monkeypatch, capsys):
     plain = lambda *args, **kw: [replace(s, modality=None) for s in load_samples(*args, **kw)]  # noqa: E731
     monkeypatch.setattr(router, "load_samples", plain)
-    monkeypatch.setattr(asking, "load_samples", plain)
+    monkeypatch.setattr(eval, "load_samples", plain)
     found = router.main([saved({}), "--device", "cpu"])
-    parts = ("naming", "levels", "information", "left_out", "on_routes")
+    parts = ("naming", "levels", "information", "left_out", "forced_routing")
     assert all(found[part] is None for part in parts) and found["unknown"]["noise"]["n"] == 6
-    assert capsys.readouterr().out.count("no picture has a known modality") == 4
+    assert capsys.readouterr().out.count("no image has a known modality") == 4
     with pytest.raises(SystemExit, match="2"):
         router.main([saved({}), "--device", "cpu", "--break-router"])
 

@@ -12,15 +12,15 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from safetensors.torch import load_file, save_file
 
-from benchmarks import leaks
-from benchmarks.leaks import alike, check, fingerprint, merge, seen_by, show
 from config import UserError
-from records import Packed, Sample
+from data import Packed, Sample
+from scoring import leaks
+from scoring.leaks import MAX_DISTANCE, alike, check, fingerprint, merge, seen_by, show
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
-def picture(seed: int, size: tuple[int, int] = (180, 150)) -> Image.Image:
+def photo(seed: int, size: tuple[int, int] = (180, 150)) -> Image.Image:
     """Soft blobs, different for each seed."""
     noise = np.random.default_rng(seed).integers(20, 220, (9, 9), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert("RGB")
@@ -32,27 +32,27 @@ def saved(image: Image.Image, file: Path, **options) -> Path:
     return file
 
 
-def asked(image, question="What is shown?", answer="Lung", id="1", split="test") -> Sample:
+def qa(image, question="What is shown?", answer="Lung", id="1", split="test") -> Sample:
     return Sample(id, "source", split, image, ((question, answer),))
 
 
 def found(image, trained) -> tuple[int, int]:
     """How many of one image are seen and alike after training on another."""
-    report = check([asked(image)], seen_by([asked(trained)]))
+    report = check([qa(image)], seen_by([qa(trained)]))
     assert report["images"] == 1
     return report["images_seen"], report["images_alike"]
 
 
 def test_a_copied_re_encoded_rescaled_or_brighter_image_is_found(tmp_path):
-    original = saved(picture(0), tmp_path / "a.png")
+    original = saved(photo(0), tmp_path / "a.png")
     copy = Path(shutil.copy(original, tmp_path / "renamed.png"))
     assert found(copy, original) == (1, 1)
     changed = {
-        "jpeg": saved(picture(0), tmp_path / "b.jpg", quality=50),
-        "half": saved(picture(0).resize((90, 75)), tmp_path / "half.png"),
-        "stretched": saved(picture(0).resize((300, 200)), tmp_path / "long.png"),
-        "brighter": saved(ImageEnhance.Brightness(picture(0)).enhance(1.1), tmp_path / "c.png"),
-        "grey": saved(picture(0).convert("L"), tmp_path / "grey.png"),
+        "jpeg": saved(photo(0), tmp_path / "b.jpg", quality=50),
+        "half": saved(photo(0).resize((90, 75)), tmp_path / "half.png"),
+        "stretched": saved(photo(0).resize((300, 200)), tmp_path / "long.png"),
+        "brighter": saved(ImageEnhance.Brightness(photo(0)).enhance(1.1), tmp_path / "c.png"),
+        "grey": saved(photo(0).convert("L"), tmp_path / "grey.png"),
     }
     assert {name: found(file, original) for name, file in changed.items()} == dict.fromkeys(
         changed, (0, 1)
@@ -60,16 +60,16 @@ def test_a_copied_re_encoded_rescaled_or_brighter_image_is_found(tmp_path):
 
 
 def test_a_mirrored_or_another_image_is_not_found(tmp_path):
-    original = saved(picture(0), tmp_path / "a.png")
-    for n, other in enumerate((ImageOps.mirror(picture(0)), ImageOps.flip(picture(0)), picture(1))):
+    original = saved(photo(0), tmp_path / "a.png")
+    for n, other in enumerate((ImageOps.mirror(photo(0)), ImageOps.flip(photo(0)), photo(1))):
         assert found(saved(other, tmp_path / f"{n}.png"), original) == (0, 0)
 
 
-def test_flat_pictures_are_like_none_but_found_by_their_bytes(tmp_path):
+def test_flat_images_are_like_none_but_found_by_their_bytes(tmp_path):
     files = [saved(Image.new("RGB", (64, 64), (g,) * 3), tmp_path / f"{g}.png") for g in (0, 90)]
-    nearly = picture(0).point(lambda x: 100 + x // 100)  # three levels
+    nearly = photo(0).point(lambda x: 100 + x // 100)  # three levels
     files.append(saved(nearly, tmp_path / "nearly.png"))
-    assert seen_by([asked(file) for file in files])["looks"].unique().tolist() == [0]
+    assert seen_by([qa(file) for file in files])["looks"].unique().tolist() == [0]
     assert found(files[0], files[1]) == found(files[2], files[1]) == (0, 0)
     assert found(files[0], files[0]) == (1, 1)
     for n, box in enumerate([(40, 10, 60, 30), (100, 100, 120, 120)]):  # a few bits each
@@ -80,10 +80,10 @@ def test_flat_pictures_are_like_none_but_found_by_their_bytes(tmp_path):
 
 
 def test_a_planted_question_is_found_whatever_its_capitals_and_punctuation(tmp_path):
-    file = saved(picture(0), tmp_path / "xmlab7" / "source.jpg")
-    trained = seen_by([asked(file, "is this... the LUNG", "yes.", split="train")])
-    other = asked(saved(picture(1), tmp_path / "xmlab8" / "source.jpg"), "Where?", "Left", id="8")
-    report = check([other, asked(file, "Is this the lung?", "Yes", id="7")], trained)
+    file = saved(photo(0), tmp_path / "xmlab7" / "source.jpg")
+    trained = seen_by([qa(file, "is this... the LUNG", "yes.", split="train")])
+    other = qa(saved(photo(1), tmp_path / "xmlab8" / "source.jpg"), "Where?", "Left", id="8")
+    report = check([other, qa(file, "Is this the lung?", "Yes", id="7")], trained)
     assert report == {
         "fingerprint": report["fingerprint"],
         "images": 2,
@@ -99,12 +99,12 @@ def test_a_planted_question_is_found_whatever_its_capitals_and_punctuation(tmp_p
 
 
 def test_a_question_counts_as_seen_only_with_its_answer_and_its_image(tmp_path):
-    a, b = (saved(picture(n), tmp_path / f"{n}.png") for n in (0, 1))
-    like_a = saved(picture(0), tmp_path / "a.jpg", quality=50)
-    trained = seen_by([asked(a, "Where?", "left lung"), asked(b, "Which side?", "right")])
+    a, b = (saved(photo(n), tmp_path / f"{n}.png") for n in (0, 1))
+    like_a = saved(photo(0), tmp_path / "a.jpg", quality=50)
+    trained = seen_by([qa(a, "Where?", "left lung"), qa(b, "Which side?", "right")])
 
     def counts(*sample):
-        report = check([asked(*sample)], trained)
+        report = check([qa(*sample)], trained)
         return report["pairs_seen"], report["questions_seen"]
 
     same = counts(a, "Where?", "left lung"), counts(like_a, "Where?", "left lung")
@@ -116,7 +116,7 @@ def test_a_question_counts_as_seen_only_with_its_answer_and_its_image(tmp_path):
 
 
 def test_every_turn_and_caption_counts_for_itself(tmp_path):
-    file = saved(picture(0), tmp_path / "a.png")
+    file = saved(photo(0), tmp_path / "a.png")
     trained = seen_by([Sample("1", "x", "train", file, (("", "A chest CT."), ("Why?", "Cough")))])
     assert trained["pairs"].shape == (2, 2)
     twice = Sample("2", "x", "test", file, (("", "chest ct"), ("Why?", "Pain"), ("why", "cough")))
@@ -126,49 +126,49 @@ def test_every_turn_and_caption_counts_for_itself(tmp_path):
 
 
 def test_text_only_questions_are_compared_with_text_only_ones(tmp_path):
-    trained = seen_by([asked(None), asked(saved(picture(0), tmp_path / "a.png"), "Where?", "left")])
+    trained = seen_by([qa(None), qa(saved(photo(0), tmp_path / "a.png"), "Where?", "left")])
     assert sorted(trained["pairs"][:, 1].tolist()) == [-1, 0]
-    report = check([asked(None), asked(None, "Where?", "left", id="2")], trained)
+    report = check([qa(None), qa(None, "Where?", "left", id="2")], trained)
     assert (report["images"], report["pairs_seen"], report["questions_seen"]) == (0, 2, 1)
     assert report["first"][0]["id"] == "1"
     assert show(report).startswith("LEAK: 1 of 2 questions with their answers\n")
 
 
 def test_exact_hashes_are_the_first_bytes_of_sha_256(tmp_path):
-    file = saved(picture(0), tmp_path / "a.png")
+    file = saved(photo(0), tmp_path / "a.png")
     for image, data in ((file, file.read_bytes()), (7, b"phantom 7")):
         start = hashlib.sha256(data).digest()[:8]
-        assert seen_by([asked(image)])["images"].numpy().tobytes() == start
+        assert seen_by([qa(image)])["images"].numpy().tobytes() == start
 
 
 def test_phantoms_are_their_seeds():
-    trained = seen_by([asked(7), asked(8), asked(7)])
+    trained = seen_by([qa(7), qa(8), qa(7)])
     assert len(trained["images"]) == 2 and not trained["looks"].any()
-    report = check([asked(7), asked(9), asked(10, "else")], trained)
+    report = check([qa(7), qa(9), qa(10, "else")], trained)
     assert (report["images"], report["images_seen"], report["images_alike"]) == (3, 1, 1)
     assert (report["pairs_seen"], report["questions_seen"]) == (2, 1)
     assert report["named"] == ["phantom 7"]
 
 
-def test_pictures_in_an_npz_are_found_by_their_content(tmp_path):
-    small = [np.array(picture(n, (28, 28)).convert("L")) for n in (0, 1, 2)]
+def test_images_in_an_npz_are_found_by_their_content(tmp_path):
+    small = [np.array(photo(n, (28, 28)).convert("L")) for n in (0, 1, 2)]
     arrays = {}
     for split, rows in (("train", [0, 1]), ("val", [1]), ("test", [2, 0])):
         arrays[f"{split}_images"] = np.stack([small[n] for n in rows])
         arrays[f"{split}_labels"] = np.zeros((len(rows), 1), np.uint8)
     file = tmp_path / "pneumoniamnist.npz"
     np.savez_compressed(file, **arrays)
-    trained = seen_by([asked(Packed(file, "train", n)) for n in (0, 1)])
-    report = check([asked(Packed(file, "test", n)) for n in (0, 1)], trained)
+    trained = seen_by([qa(Packed(file, "train", n)) for n in (0, 1)])
+    report = check([qa(Packed(file, "test", n)) for n in (0, 1)], trained)
     assert (report["images"], report["images_seen"], report["images_alike"]) == (2, 1, 1)
     assert report["named"] == ["pneumoniamnist.npz test 1"]
     assert found(saved(Image.fromarray(small[1]), tmp_path / "a.png"), Packed(file, "val", 0))[1]
 
 
 def test_merge_is_the_union(tmp_path):
-    files = [saved(picture(n), tmp_path / f"{n}.png") for n in range(4)]
-    first = [asked(files[n], q, "yes") for n in (0, 1, 2) for q in ("a1", "b2")] + [asked(None)]
-    second = [asked(files[n], q, "yes") for n in (3, 1) for q in ("c3", "b2")] + [asked(None)]
+    files = [saved(photo(n), tmp_path / f"{n}.png") for n in range(4)]
+    first = [qa(files[n], q, "yes") for n in (0, 1, 2) for q in ("a1", "b2")] + [qa(None)]
+    second = [qa(files[n], q, "yes") for n in (3, 1) for q in ("c3", "b2")] + [qa(None)]
     one, two, both = seen_by(first), seen_by(second), seen_by(first + second)
     for seen in (merge(one, two), merge(two, one), merge(merge(one, two), one)):
         assert seen.keys() == both.keys() == {"images", "looks", "pairs"}
@@ -179,19 +179,19 @@ def test_merge_is_the_union(tmp_path):
 
 
 def test_each_row_of_what_was_seen_belongs_together(tmp_path):
-    files = [saved(picture(n), tmp_path / f"{n}.png") for n in range(5)]
-    seen = merge(seen_by([asked(f, "Which?", f.name) for f in files[:3]]),
-                 seen_by([asked(f, "Which?", f.name) for f in files[2:]]))  # fmt: skip
+    files = [saved(photo(n), tmp_path / f"{n}.png") for n in range(5)]
+    seen = merge(seen_by([qa(f, "Which?", f.name) for f in files[:3]]),
+                 seen_by([qa(f, "Which?", f.name) for f in files[2:]]))  # fmt: skip
     for file in files:
-        alone = seen_by([asked(file, "Which?", file.name)])
+        alone = seen_by([qa(file, "Which?", file.name)])
         row = seen["images"].tolist().index(alone["images"].item())
         assert torch.equal(seen["looks"][row], alone["looks"][0])
         assert [alone["pairs"][0, 0].item(), row] in seen["pairs"].tolist()
 
 
 def test_what_was_seen_is_stored_without_doubles_in_one_order(tmp_path):
-    samples = [asked(saved(picture(n), tmp_path / f"{n}.png"), str(n)) for n in range(3)]
-    samples.append(asked(Path(shutil.copy(samples[0].image, tmp_path / "copy.png")), "0"))
+    samples = [qa(saved(photo(n), tmp_path / f"{n}.png"), str(n)) for n in range(3)]
+    samples.append(qa(Path(shutil.copy(samples[0].image, tmp_path / "copy.png")), "0"))
     seen, back = seen_by(samples), seen_by(samples[::-1] + samples, workers=1)
     assert all(
         torch.equal(seen[name], back[name]) and seen[name].dtype == torch.int64 for name in seen
@@ -202,15 +202,15 @@ def test_what_was_seen_is_stored_without_doubles_in_one_order(tmp_path):
 
 
 def test_the_fingerprint_tells_versions_of_a_split_apart(tmp_path):
-    files = [saved(picture(n), tmp_path / "one" / f"{n}.png") for n in (0, 1)]
-    samples = [asked(files[0], id="1"), asked(files[1], id="2"), asked(None, id="3")]
+    files = [saved(photo(n), tmp_path / "one" / f"{n}.png") for n in (0, 1)]
+    samples = [qa(files[0], id="1"), qa(files[1], id="2"), qa(None, id="3")]
     first = fingerprint(samples)
     assert len(first) == 16 and int(first, 16) >= 0
     assert fingerprint(samples[::-1]) == first
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     moved = [s.image and tmp_path / "two" / s.image.name for s in samples]
     assert fingerprint([replace(s, image=m) for s, m in zip(samples, moved, strict=True)]) == first
-    saved(picture(0), tmp_path / "three" / "0.png", compress_level=1)  # other bytes, same picture
+    saved(photo(0), tmp_path / "three" / "0.png", compress_level=1)  # other bytes, same image
     changes = [
         {"turns": (("What is shown?", "Liver"),)},
         {"turns": (("What is shown here?", "Lung"),)},
@@ -226,73 +226,79 @@ def test_the_fingerprint_tells_versions_of_a_split_apart(tmp_path):
 
 
 def test_each_image_is_read_once(tmp_path, monkeypatch):
-    files = [saved(picture(n), tmp_path / f"{n}.png") for n in range(3)]
+    files = [saved(photo(n), tmp_path / f"{n}.png") for n in range(3)]
     opened = []
     monkeypatch.setattr(leaks, "open_image", lambda file: opened.append(file) or Image.open(file))
-    samples = [asked(file, q) for q in ("a1", "b2") for file in files]
+    samples = [qa(file, q) for q in ("a1", "b2") for file in files]
     trained = seen_by(samples)
     check(samples, trained)
     assert sorted(opened) == files
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"broken\.png"):
-        seen_by([asked(tmp_path / "broken.png")])
+        seen_by([qa(tmp_path / "broken.png")])
     with pytest.raises(UserError, match=r"missing\.png: no such file"):
-        check([asked(tmp_path / "missing.png")], {})
+        check([qa(tmp_path / "missing.png")], {})
 
 
 def test_the_search_equals_counting_bits_across_chunks(monkeypatch):
     monkeypatch.setattr(leaks, "CHUNK", 8)
     rng = np.random.default_rng(0)
     trained = rng.integers(-(2**63), 2**63 - 1, (30, 4))
-    asked = trained[rng.permutation(30)[:20]].copy()
-    for row, flips in enumerate(range(leaks.LOOK - 9, leaks.LOOK + 11)):  # 3 to 22 bits
-        bits = np.unpackbits(asked[row].view(np.uint8))
+    others = trained[rng.permutation(30)[:20]].copy()
+    for row, flips in enumerate(range(MAX_DISTANCE - 9, leaks.MAX_DISTANCE + 11)):
+        bits = np.unpackbits(others[row].view(np.uint8))
         bits[rng.permutation(256)[:flips]] ^= 1
-        asked[row] = np.packbits(bits).view(np.int64)
-    asked[4], trained[9] = 0, 0  # without a look: neither near each other nor near few bits
-    asked[5], trained[10] = (1, 0, 0, 0), (2, 0, 0, 0)
+        others[row] = np.packbits(bits).view(np.int64)
+    others[4], trained[9] = 0, 0  # without a dHash: neither near each other nor near few bits
+    others[5], trained[10] = (1, 0, 0, 0), (2, 0, 0, 0)
     slow = {
         (i, j)
-        for i, a in enumerate(asked.tolist())
+        for i, a in enumerate(others.tolist())
         for j, b in enumerate(trained.tolist())
         if any(a) and any(b)
-        and sum(((x ^ y) % 2**64).bit_count() for x, y in zip(a, b, strict=True)) <= leaks.LOOK
+        and sum(((x ^ y) % 2**64).bit_count() for x, y in zip(a, b, strict=True)) <= MAX_DISTANCE
     }  # fmt: skip
-    assert set(alike(asked, trained)) == slow and 5 < len(slow) < 11
+    assert set(alike(others, trained)) == slow and 5 < len(slow) < 11
 
 
 def test_nothing_shared_is_said_plainly(tmp_path):
-    samples = [asked(saved(picture(0), tmp_path / "a.png")), asked(None, "Where?")]
+    samples = [qa(saved(photo(0), tmp_path / "a.png")), qa(None, "Where?")]
     clean = "no image and no question of this split was in training"
-    for seen in ({}, seen_by([]), seen_by([asked(saved(picture(1), tmp_path / "b.png"), "Why?")])):
+    for seen in (
+        {},
+        seen_by([]),
+        seen_by([qa(saved(photo(1), tmp_path / "b.png"), "Why?")]),
+    ):
         report = check(samples, seen)
         assert show(report) == clean
         assert not any(report[x] for x in ("images_alike", "pairs_seen", "questions_seen", "named"))
-    elsewhere = check(samples[:1], seen_by([asked(tmp_path / "b.png")]))
+    elsewhere = check(samples[:1], seen_by([qa(tmp_path / "b.png")]))
     assert "LEAK" not in show(elsewhere) and clean not in show(elsewhere)
     assert "1 of 1 questions were, with their answers, about other images" in show(elsewhere)
 
 
 def test_a_leak_is_said_loudly_and_in_few_lines(tmp_path):
-    files = [saved(picture(n), tmp_path / "all" / f"{n}.png") for n in range(8)]
-    trained = seen_by([asked(f) for f in files[:6]] + [asked(None, "Why?")])
-    like = saved(picture(0), tmp_path / "all" / "like.jpg", quality=60)
+    files = [saved(photo(n), tmp_path / "all" / f"{n}.png") for n in range(8)]
+    trained = seen_by([qa(f) for f in files[:6]] + [qa(None, "Why?")])
+    like = saved(photo(0), tmp_path / "all" / "like.jpg", quality=60)
     images = [like, *files[1:]]
-    report = check([asked(f, "What\nis\x1b shown?", "lung", id=f.stem) for f in images], trained)
+    report = check([qa(f, "What\nis\x1b shown?", "lung", id=f.stem) for f in images], trained)
     assert len(report["first"]) == len(report["named"]) == 5
     assert report["named"][0] == "all/1.png"  # the same file before one that is alike
-    told = show(report)
-    assert told.startswith(
+    message = show(report)
+    assert message.startswith(
         "LEAK: 5 of 8 images were in training, 1 of 8 look like a training image, "
         "6 of 8 questions with their answers too: all/1.png, all/2.png,"
     )
-    assert "2 of 8 questions were, with their answers, about other images" in told
-    other = check([asked(files[1], "Why?")], trained)
+    assert "2 of 8 questions were, with their answers, about other images" in message
+    other = check([qa(files[1], "Why?")], trained)
     assert show(other).startswith("LEAK: 1 of 1 images were in training, 0 of 1 questions")
-    assert len(told.splitlines()) == 3 and all(c.isprintable() for c in told.replace("\n", ""))
+    assert len(message.splitlines()) == 3 and all(
+        c.isprintable() for c in message.replace("\n", "")
+    )
 
 
 def vqa_rad() -> dict[str, list[Sample]]:
@@ -324,12 +330,12 @@ def test_slake_shares_neighbouring_slices_between_its_splits(tmp_path):
         rows = json.loads((REAL / "slake" / f"{split}.json").read_text())
         names = sorted({row["img_name"] for row in rows if row["q_lang"] == "en"})
         images[split] = [REAL / "slake" / "imgs" / name for name in names]
-    seen = seen_by([asked(file) for file in images["train"]])
-    report = check([asked(file) for file in images["test"]], seen)
+    seen = seen_by([qa(file) for file in images["train"]])
+    report = check([qa(file) for file in images["test"]], seen)
     assert [report[x] for x in ("images", "images_seen", "images_alike")] == [96, 0, 16]
     worst = []
     for n, file in enumerate(images["train"][::10]):
         half = ImageOps.scale(Image.open(file).convert("RGB"), 0.5)
-        worst.append(asked(saved(half, tmp_path / f"{n}.jpg", quality=50)))
+        worst.append(qa(saved(half, tmp_path / f"{n}.jpg", quality=50)))
     report = check(worst, seen)
     assert report["images_seen"] == 0 and report["images_alike"] == len(worst) == 45

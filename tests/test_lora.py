@@ -4,18 +4,17 @@ import copy
 
 import pytest
 import torch
+from one_step import stopped_after_a_checkpoint
 from torch.func import functional_call
 
 import train
 from checkpoint import read_meta
-from config import IGNORE, IMAGE_ID, UserError
-from engine import step
+from config import IGNORE, IMAGE_ID, TrainConfig, UserError
 from engine.lora import add_lora, merge_lora
 from engine.optim import cast_weights
-from flags import TrainConfig
+from engine.tensorfiles import header_names, open_tensors
 from model import freeze_all_but
 from routers import Hints
-from tensorfiles import header_names, open_tensors
 
 FAMILIES = ("phi", "stablelm", "llama")
 KINDS = [(family, number) for family in FAMILIES for number in (2, 3)]
@@ -26,16 +25,16 @@ ROW = [1, *IMAGE, 7, 8, 9, 10]
 
 @pytest.fixture
 def adapted(build, shake):
-    """A model as phase `number` trains it, with additions of this rank, drawn or as they begin."""
+    """A model as phase `number` trains it, with LoRA of this rank; lora_b random, or 0."""
 
-    def make(family, number, rank=4, drawn=True, router="topk"):
+    def make(family, number, rank=4, random=True, router="topk"):
         model = build(family, None if number == 2 else {"router": router, "n_experts": 3})
         add_lora(model, rank, number)
         trains = train.trained_patterns(
             TrainConfig(lora_rank=rank, router=router), number, model.config
         )
         freeze_all_but(model, trains)
-        if drawn:
+        if random:
             for module in model.decoder.modules():
                 if hasattr(module, "lora_b"):
                     torch.nn.init.normal_(module.lora_b, std=0.1)
@@ -79,7 +78,7 @@ def materialised(params, names):
 @pytest.mark.parametrize(("family", "number"), KINDS)
 def test_at_first_the_model_computes_what_it_computed_before(build, adapted, batch, family, number):
     before = build(family, None if number == 2 else {"router": "topk", "n_experts": 3})
-    assert torch.equal(hidden(before, batch), hidden(adapted(family, number, drawn=False), batch))
+    assert torch.equal(hidden(before, batch), hidden(adapted(family, number, random=False), batch))
     assert not torch.allclose(hidden(before, batch), hidden(adapted(family, number), batch))
 
 
@@ -164,7 +163,7 @@ def test_phase_1_gets_none_and_phase_3_leaves_dense_blocks_alone(build):
         "decoder.blocks.0.experts", "decoder.blocks.2.experts"}  # fmt: skip
 
 
-def test_every_expert_draws_its_own_a_as_wide_as_a_linear_layers_weights(build):
+def test_every_expert_has_its_own_lora_a_initialised_like_a_linear_layer(build):
     torch.manual_seed(0)
     model = build("phi", {"router": "topk", "n_experts": 3})
     add_lora(model, 32, 3)
@@ -183,7 +182,7 @@ def test_a_bf16_base_is_rounded_once_when_merged(adapted):
     cast = copy.deepcopy(model)
     cast_weights(cast, torch.bfloat16)
     for name, param in cast.named_parameters():
-        if "lora" in name:  # additions are drawn in fp32 beside weights in bf16
+        if "lora" in name:  # additions are initialised in fp32 beside weights in bf16
             param.data = model.get_parameter(name).data.clone()
     params = {n: p.detach().float() for n, p in cast.named_parameters()}
     merge_lora(cast)
@@ -271,24 +270,15 @@ def rank_of(matrix):
     return int((values > 1e-3 * values[0]).sum()) if values[0] > 0 else 0
 
 
-def test_an_interrupted_run_keeps_its_additions_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
+def test_an_interrupted_run_keeps_its_additions_and_goes_on_bit_for_bit(tmp_path):
     phase_2 = ("--phase", "2", "--steps", "3", "--save-every", "2")
     run(tmp_path / "whole", *phase_2)
     source = ("--init", str(tmp_path / "whole" / "phase1"))
-    forward = step.forward_backward
-
-    def stop(model, data, rows, flags, run):
-        if list(run.folder.glob("*step*")):
-            raise KeyboardInterrupt
-        return forward(model, data, rows, flags, run)
-
-    monkeypatch.setattr(step, "forward_backward", stop)
-    with pytest.raises(SystemExit):
+    with stopped_after_a_checkpoint(), pytest.raises(SystemExit):
         run(tmp_path / "halves", *phase_2, *source)
     (unfinished,) = (tmp_path / "halves").glob("phase2-step*")
     names = header_names(unfinished / "model.safetensors")
     assert sum("lora" in n for n in names) == 2 * 2 * 4
-    monkeypatch.setattr(step, "forward_backward", forward)
     run(tmp_path / "halves", *phase_2, *source, "--resume")
     whole, halves = (weights_of(tmp_path / name / "phase2") for name in ("whole", "halves"))
     assert whole.keys() == halves.keys()

@@ -26,15 +26,16 @@ from config import (
     DecoderConfig,
     ModelConfig,
     MoEConfig,
+    TrainConfig,
     UserError,
     VisionConfig,
     preset,
 )
 from data import Batch
-from flags import TrainConfig
 from lab import memory
 from lab.memory import MemoryConfig, phase_plan, plan
 from model import MedMoE, freeze_all_but, make_sparse
+from ops import use_sorted_experts
 
 TINY = VisionConfig(image_size=56, patch_size=14, width=32, n_layers=3, n_heads=2, d_ff=64)
 DECODERS = {
@@ -49,6 +50,7 @@ def at_phase(config, phase):
     model = MedMoE(config)
     if phase == 3:
         make_sparse(model, MoEConfig())
+        use_sorted_experts(model)  # as on a GPU, which the plan is for
     freeze_all_but(model, train.trained_patterns(TrainConfig(), phase, model.config))
     return model
 
@@ -72,7 +74,7 @@ def learnt(model):
 def test_parameters_gradients_and_optimizer_are_those_of_the_model_at_full_size(name):
     wide = plan(MemoryConfig(preset=name))["phases"]
     narrow = plan(MemoryConfig(preset=name, weights="bf16"))["phases"]
-    by_chance = plan(MemoryConfig(preset=name, weights="bf16-stochastic"))["phases"]
+    stochastic = plan(MemoryConfig(preset=name, weights="bf16-stochastic"))["phases"]
     for phase in PHASES:
         model = on_paper(name, phase)
         trained = learnt(model)
@@ -84,7 +86,7 @@ def test_parameters_gradients_and_optimizer_are_those_of_the_model_at_full_size(
                   for key in ("exp_avg", "exp_avg_sq")]  # fmt: skip
         assert wide[phase]["parameters"] == nbytes(model.parameters())
         assert wide[phase]["gradients"] == nbytes(p.grad for p in trained)
-        assert wide[phase]["optimizer"] == by_chance[phase]["optimizer"] == nbytes(states)
+        assert wide[phase]["optimizer"] == stochastic[phase]["optimizer"] == nbytes(states)
         copies = nbytes(p.float() for p in trained)
         assert narrow[phase]["optimizer"] == nbytes(states) + copies
         model.bfloat16()
@@ -93,7 +95,7 @@ def test_parameters_gradients_and_optimizer_are_those_of_the_model_at_full_size(
                 block.mlp.router.float()
         assert narrow[phase]["parameters"] == nbytes(model.parameters())
         assert narrow[phase]["gradients"] == nbytes(learnt(model))
-        assert by_chance[phase]["gradients"] == narrow[phase]["gradients"]
+        assert stochastic[phase]["gradients"] == narrow[phase]["gradients"]
 
 
 @pytest.mark.parametrize("name", ["phi2", "stablelm2"])
@@ -125,7 +127,7 @@ class Kept:
     def pack(self, tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.parameters:
-            self.storages[storage.data_ptr()] = storage  # held, so that no address comes twice
+            self.storages[storage.data_ptr()] = storage  # kept, so that no address comes twice
         return tensor
 
     def __call__(self):
@@ -133,7 +135,7 @@ class Kept:
 
 
 def a_batch(n_samples, answer):
-    """Samples with a picture, of LENGTH positions; the last `answer` ones are supervised."""
+    """Samples with an image, of LENGTH positions; the last `answer` ones are supervised."""
     ids = torch.randint(0, 512, (n_samples, LENGTH))
     ids[:, : TINY.n_patches] = IMAGE_ID
     labels = ids.clone()
@@ -154,8 +156,8 @@ def kept(model, n_samples):
 def fused(monkeypatch):
     """Attention as on a GPU, which keeps no scores."""
     for module in (decoder, vision):
-        monkeypatch.setattr(module, "attend", lambda q, k, v, visible=None: (
-            F.scaled_dot_product_attention(q, k, v, attn_mask=visible)))  # fmt: skip
+        monkeypatch.setattr(module, "attention", lambda q, k, v, attn_mask=None: (
+            F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)))  # fmt: skip
 
 
 def planned(config, phase, **flags):
@@ -403,7 +405,7 @@ def test_what_is_printed_is_the_plan(capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ({"preset": "phi3"}, "--preset phi3"),
         ({"gpus": 0}, "--gpus 0: must be at least 1"),
@@ -414,6 +416,6 @@ def test_what_is_printed_is_the_plan(capsys):
         ({"gpus": 8, "expert_parallel": 8}, "--expert-parallel 8: must divide .* 4 experts"),
     ],
 )
-def test_what_cannot_be_is_told_in_one_line(flags, said):
-    with pytest.raises(UserError, match=said):
+def test_impossible_flags_are_refused_in_one_line(flags, message):
+    with pytest.raises(UserError, match=message):
         plan(MemoryConfig(**flags))

@@ -1,7 +1,9 @@
-"""Patches stand where their places are, the loss is the shifted cross-entropy, sizes are published.
+"""Patches take their places, the loss is the shifted cross-entropy, sizes are the published ones.
 
 python -m pytest tests/test_model.py
 """
+
+import copy
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ import torch.nn.functional as F
 import config
 from config import IGNORE, IMAGE_ID, ModelConfig, MoEConfig, UserError
 from model import MedMoE, count_parameters, make_sparse, splice
+from ops import use_sorted_experts
 from routers import Hints
 
 PATCHES, HIDDEN = [IMAGE_ID] * 4, [IGNORE] * 4
-# (ids, labels): a picture first, one in the middle, none, one with two answers.
+# (ids, labels): an image first, one in the middle, none, one with two answers.
 ROWS = [
     ([*PATCHES, 9, 11, 12, 2], [*HIDDEN, IGNORE, IGNORE, 12, 2]),
     ([5, *PATCHES, 21, 2], [IGNORE, *HIDDEN, 21, 2]),
@@ -64,7 +67,7 @@ def test_a_wrong_number_of_places_is_refused(n_places):
 
 
 @FAMILIES
-def test_the_model_refuses_pictures_that_do_not_fit_their_places(build, collate, family):
+def test_the_model_refuses_images_that_do_not_fit_their_places(build, collate, family):
     model, batch = build(family), collate(ROWS)
     with pytest.raises(ValueError, match=r"places for 2 images of 4 patches"):
         model(batch.ids, batch.mask, batch.images[:2])
@@ -91,7 +94,7 @@ def test_a_mixed_batch_equals_its_samples_one_by_one(build, collate, family, moe
     model, batch = build(family, moe), collate(ROWS)
     which = iter(batch.images.split(1))
     total = 0.0
-    together = model.loss(batch)
+    loss = model.loss(batch)
     hints = Hints(prompt=batch.prompt(), modality=batch.modality)
     hidden, _ = model(batch.ids, batch.mask, batch.images, hints)
     for row in range(4):
@@ -101,12 +104,12 @@ def test_a_mixed_batch_equals_its_samples_one_by_one(build, collate, family, moe
         its_hidden, _ = model(alone.ids, alone.mask, alone.images, its_hints)
         torch.testing.assert_close(hidden[row][batch.mask[row]], its_hidden[0], atol=1e-5, rtol=0)
         total += model.loss(alone).total
-    torch.testing.assert_close(together.total, total, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss.total, total, atol=1e-5, rtol=1e-5)
 
 
 @FAMILIES
 @MOE
-def test_a_batch_of_text_alone_needs_no_picture_and_leaves_the_tower_alone(
+def test_a_batch_of_text_alone_needs_no_image_and_does_not_run_the_tower(
     build, collate, family, moe
 ):
     model = build(family, moe).train()
@@ -123,7 +126,7 @@ def test_a_batch_of_text_alone_needs_no_picture_and_leaves_the_tower_alone(
 
 @FAMILIES
 @MOE
-def test_the_loss_is_the_cross_entropy_of_each_said_token_from_the_position_before(
+def test_the_loss_is_the_cross_entropy_of_each_supervised_token_from_the_position_before(
     build, collate, family, moe
 ):
     model, batch = build(family, moe), collate(ROWS)
@@ -157,25 +160,40 @@ def test_positions_after_the_last_supervised_one_get_no_gradient(build, collate,
 
 def test_image_positions_and_padding_carry_no_loss(build, collate):
     model, batch = build(), collate(ROWS)
-    silent = (batch.ids == IMAGE_ID) | ~batch.mask
-    assert (batch.labels[silent] == IGNORE).all()
+    unsupervised = (batch.ids == IMAGE_ID) | ~batch.mask
+    assert (batch.labels[unsupervised] == IGNORE).all()
     logits = torch.zeros(4, batch.ids.shape[1], 64).requires_grad_()
     target, scored = batch.labels[:, 1:], logits[:, :-1]
     F.cross_entropy(scored.flatten(0, 1), target.flatten(), ignore_index=IGNORE).backward()
-    predicts = (logits.grad != 0).any(dim=-1)  # what a plain loss says: who is scored
+    predicts = (logits.grad != 0).any(dim=-1)  # the positions that a plain loss scores
     assert int(predicts.sum()) == model.loss(batch).n_tokens
-    assert not predicts[:, :-1][silent[:, 1:]].any()
+    assert not predicts[:, :-1][unsupervised[:, 1:]].any()
 
 
 def test_gradients_reach_every_part_through_the_loss(build, collate):
     for family in ("phi", "stablelm"):
         model = build(family, {"router": "topk"})
         model.loss(collate(ROWS)).total.backward()
-        # A key's bias moves all scores of a query alike: softmax does not see it.
+        # A key's bias adds the same to all scores of a query, which softmax ignores.
         idle = [
             n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-7
         ]
         assert all(name.endswith("k.bias") for name in idle), idle
+
+
+@FAMILIES
+@pytest.mark.parametrize("moe", [{}, {"level": "sequence"}])
+def test_sorted_experts_have_the_loss_and_the_gradients_of_the_loop(build, collate, family, moe):
+    loops, batch = build(family, moe), collate(ROWS)
+    fast = copy.deepcopy(loops)
+    use_sorted_experts(fast)
+    for model in (loops, fast):
+        model.loss(batch).total.backward()
+    torch.testing.assert_close(fast.loss(batch).total, loops.loss(batch).total)
+    for (name, p), q in zip(loops.named_parameters(), fast.parameters(), strict=True):
+        assert (q.grad is None) == (p.grad is None), name
+        if p.grad is not None:
+            assert (q.grad - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-6, name
 
 
 def test_the_prompt_is_what_is_real_before_the_first_answer(collate):
@@ -188,15 +206,17 @@ def test_the_prompt_is_what_is_real_before_the_first_answer(collate):
 # Sparse models and their sizes
 
 
-@pytest.mark.parametrize(("every", "sparse"), [(1, [0, 1, 2]), (2, [0, 2]), (3, [0])])
-def test_every_so_many_blocks_become_sparse_from_the_first_on(build, every, sparse):
-    model = build(moe={"every": every})
+@pytest.mark.parametrize(
+    ("layers", "sparse"), [(None, [0, 2]), ((0, 1, 2), [0, 1, 2]), ((1,), [1])]
+)
+def test_every_second_block_becomes_sparse_or_those_that_are_listed(build, layers, sparse):
+    model = build(moe={"layers": layers})
     assert [i for i, block in enumerate(model.decoder.blocks) if block.is_sparse] == sparse
-    assert model.config.moe == MoEConfig(every=every)
+    assert model.config.moe == MoEConfig(layers=layers)
 
 
 @pytest.mark.parametrize("top_k", [0, 5, -1])
-def test_more_experts_than_there_are_cannot_be_visited(build, top_k):
+def test_top_k_must_be_from_one_to_the_number_of_experts(build, top_k):
     with pytest.raises(UserError, match=f"--top-k {top_k}: must be from 1 to --experts, 4"):
         make_sparse(build(), MoEConfig(top_k=top_k))
 

@@ -1,4 +1,4 @@
-"""The sparse layer is its equation; routers choose as they say; a sparse start changes nothing.
+"""The sparse layer equals its equation, routers their definition, and upcycling changes nothing.
 
 python -m pytest tests/test_moe.py
 """
@@ -11,8 +11,11 @@ import torch
 
 import routers
 from config import IMAGE_ID, MoEConfig
+from engine.lora import add_to_ffn
+from engine.tinymed import ResidualMoE, add_residual, has_residual
 from model import make_sparse
-from moe import MLP, GatedMLP, upcycle
+from moe import MLP, Experts, GatedMLP, upcycle
+from ops import SortedExperts, use_sorted_experts
 from routers import (
     Hints,
     ModalityRouter,
@@ -24,14 +27,16 @@ from routers import (
     get_router,
     load_balancing_loss,
     router_z_loss,
+    top_k_gates,
 )
 
 FAMILIES = {"phi": MLP, "stablelm": GatedMLP}
 BOTH = pytest.mark.parametrize("family", FAMILIES)
 LEVELS = pytest.mark.parametrize("level", ["token", "sequence"])
+PATHS = pytest.mark.parametrize("experts", [Experts, SortedExperts])
 CHOICES = pytest.mark.parametrize(("n_experts", "k"), [(4, 1), (4, 2), (4, 4), (1, 1)])
 
-# Three samples, as the released code cannot: whole, padded on the left, padded on the right.
+# Three samples, as the released code cannot: no padding, padded on the left, on the right.
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
 PROMPT = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 0], [1, 0, 0, 0, 0]]).bool()
 
@@ -44,7 +49,7 @@ def randn(*shape, seed=0):
 
 
 def naive_ffn(family, weights, x):
-    """x (D,) through one FFN given as {"fc1.weight": ...}."""
+    """x (D,) through one FFN, weights {"fc1.weight": ...}."""
     if family == "phi":
         h = weights["fc1.weight"] @ x + weights["fc1.bias"]
         h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
@@ -82,23 +87,29 @@ def naive_layer(family, layer, x, gates):
     return torch.stack(rows).view_as(x)
 
 
-def make_layer(shake, family, router_class=TopKRouter, d_model=16, n_experts=4, k=2, level="token"):
+def make_layer(
+    shake, family, experts=Experts, router_class=TopKRouter, d_model=16, n_experts=4, k=2,
+    level="token",
+):  # fmt: skip
     """A sparse layer with different experts and nonzero biases everywhere."""
     mlp = FAMILIES[family](d_model, 24)
     router = router_class(d_model, n_experts, top_k=k, level=level)
-    return shake(upcycle(mlp, router, n_experts, "released"))
+    layer = shake(upcycle(mlp, router, n_experts, "released"))
+    use_sorted_experts(layer, experts)
+    return layer
 
 
 @BOTH
+@PATHS
 @LEVELS
 @CHOICES
 @pytest.mark.parametrize(
     ("d_model", "dtype"), [(16, torch.float32), (10, torch.float32), (16, torch.float64)]
 )
 def test_the_layer_and_all_its_gradients_equal_the_triple_loop(
-    shake, family, level, n_experts, k, d_model, dtype
+    shake, family, experts, level, n_experts, k, d_model, dtype
 ):
-    layer = make_layer(shake, family, TopKRouter, d_model, n_experts, k, level).to(dtype)
+    layer = make_layer(shake, family, experts, TopKRouter, d_model, n_experts, k, level).to(dtype)
     x = randn(*MASK.shape, d_model, seed=1).to(dtype).requires_grad_()
     y, routing = layer(x, MASK, Hints(prompt=PROMPT))
     gates = naive_gates(layer.router, x, MASK, PROMPT)
@@ -120,8 +131,9 @@ def test_the_layer_and_all_its_gradients_equal_the_triple_loop(
 
 
 @BOTH
-def test_given_the_gates_the_experts_are_exact_in_fp64(shake, family):
-    layer = make_layer(shake, family).double()
+@PATHS
+def test_for_any_gates_the_experts_are_exact_in_fp64(shake, family, experts):
+    layer = make_layer(shake, family, experts).double()
     x = randn(3, 5, 16, seed=1).double().requires_grad_()
     gates = torch.where(randn(3, 5, 4, seed=2) > 0, randn(3, 5, 4, seed=3), 0.0).double()
     y = layer.meta(x) + layer.experts(x.flatten(0, 1), gates.flatten(0, 1)).view_as(x)
@@ -134,9 +146,10 @@ def test_given_the_gates_the_experts_are_exact_in_fp64(shake, family):
 
 
 @BOTH
+@PATHS
 @pytest.mark.parametrize("d_model", [16, 10])
-def test_idle_experts_get_zero_gradients_not_none(shake, family, d_model):
-    layer = make_layer(shake, family, OracleRouter, d_model)
+def test_idle_experts_get_zero_gradients_not_none(shake, family, experts, d_model):
+    layer = make_layer(shake, family, experts, OracleRouter, d_model)
     x = randn(*MASK.shape, d_model, seed=1)
     layer(x, MASK, Hints(modality=torch.tensor([1, 1, 1])))[0].sum().backward()
     for name, param in layer.experts.named_parameters():
@@ -145,8 +158,9 @@ def test_idle_experts_get_zero_gradients_not_none(shake, family, d_model):
 
 
 @BOTH
-def test_padding_alone_visits_no_expert_and_still_gives_gradients(shake, family):
-    layer = make_layer(shake, family)
+@PATHS
+def test_padding_is_routed_to_no_expert_and_still_gives_gradients(shake, family, experts):
+    layer = make_layer(shake, family, experts)
     x = randn(2, 3, 16)
     y, routing = layer(x, torch.zeros(2, 3).bool(), Hints())
     assert torch.equal(routing.gates, torch.zeros(2, 3, 4))
@@ -157,19 +171,21 @@ def test_padding_alone_visits_no_expert_and_still_gives_gradients(shake, family)
 
 
 @BOTH
+@PATHS
 @LEVELS
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
-def test_an_empty_batch_gives_an_empty_result(shake, family, level, shape):
-    layer = make_layer(shake, family, level=level)
+def test_an_empty_batch_gives_an_empty_result(shake, family, experts, level, shape):
+    layer = make_layer(shake, family, experts, level=level)
     y, routing = layer(torch.zeros(*shape, 16), torch.zeros(shape).bool(), Hints())
     assert y.shape == (*shape, 16)
     assert routing.gates.shape == routing.logits.shape == (*shape, 4)
 
 
 @BOTH
+@PATHS
 @LEVELS
-def test_samples_do_not_change_each_other_in_a_batch_of_three(shake, family, level):
-    layer = make_layer(shake, family, level=level)
+def test_samples_do_not_change_each_other_in_a_batch_of_three(shake, family, experts, level):
+    layer = make_layer(shake, family, experts, level=level)
     x = randn(*MASK.shape, 16)
     y, routing = layer(x, MASK, Hints(prompt=PROMPT))
     for b in range(3):
@@ -180,12 +196,14 @@ def test_samples_do_not_change_each_other_in_a_batch_of_three(shake, family, lev
 
 
 @BOTH
-def test_the_layer_under_bf16_autocast_is_near_and_takes_the_same_routes(shake, family):
-    layer, x = make_layer(shake, family), randn(*MASK.shape, 16)
+@PATHS
+def test_the_layer_under_bf16_autocast_is_near_and_takes_the_same_routes(shake, family, experts):
+    layer, x = make_layer(shake, family, experts), randn(*MASK.shape, 16)
     y, routing = layer(x, MASK, Hints())
     with torch.autocast("cpu", torch.bfloat16):
         rough, same = layer(x, MASK, Hints())
-    assert rough.dtype == torch.bfloat16
+    # The loop adds the experts' outputs up in the dtype of x, the sorted layer in theirs.
+    assert rough.dtype == (x.dtype if experts is Experts else torch.bfloat16)
     assert torch.equal(same.gates, routing.gates)
     torch.testing.assert_close(rough.float(), y, atol=0.05, rtol=0.05)
     assert not torch.equal(rough.float(), y)
@@ -247,7 +265,7 @@ def test_a_router_decides_the_same_each_time_in_training_and_in_evaluation(shake
 
 @pytest.mark.parametrize("name", routers.ROUTERS)
 @pytest.mark.parametrize("k", [1, 2])
-def test_a_router_that_says_its_gates_sum_to_one_keeps_its_word(shake, name, k):
+def test_sums_to_one_is_declared_by_the_routers_whose_gates_do(shake, name, k):
     router = shake(routers.ROUTERS[name](16, 4, top_k=k))
     routing = router(randn(*MASK.shape, 16), MASK, Hints(modality=torch.tensor([2, -1, 0])))
     is_one = bool((routing.gates[MASK].sum(dim=-1) - 1).abs().max() < 1e-5)
@@ -259,9 +277,10 @@ def test_all_but_the_learned_router_are_frozen():
     assert frozen == {"modality": True, "topk": False, "random": True, "oracle": True}
 
 
+@PATHS
 @pytest.mark.parametrize("k", [1, 2])
-def test_the_learned_router_gets_a_gradient_through_its_gates(shake, k):
-    layer = make_layer(shake, "phi", k=k)
+def test_the_learned_router_gets_a_gradient_through_its_gates(shake, experts, k):
+    layer = make_layer(shake, "phi", experts, k=k)
     layer(randn(*MASK.shape, 16), MASK, Hints())[0].sum().backward()
     assert layer.router.proj.weight.grad.abs().max() > 1e-3
     assert layer.router.proj.bias.grad.abs().max() > 1e-3
@@ -305,14 +324,14 @@ def test_a_sequence_level_decision_does_not_see(shake, what):
     assert torch.equal(before.logits, after.logits)
 
 
-def test_a_held_decision_is_reproduced_at_sequence_level_and_ignored_at_token_level(shake):
+def test_a_previous_decision_is_kept_at_sequence_level_and_ignored_at_token_level(shake):
     x, new, real = randn(3, 5, 16), randn(3, 2, 16, seed=9), torch.ones(3, 2).bool()
     mask = torch.ones(3, 5).bool()
     for level in ("sequence", "token"):
         router = shake(TopKRouter(16, 4, level=level))
         before = router(x, mask)
-        held = Routing(before.gates[:, -1:], before.logits[:, -1:])
-        after = router(new, real, Hints(held=held))
+        previous = Routing(before.gates[:, -1:], before.logits[:, -1:])
+        after = router(new, real, Hints(previous=previous))
         if level == "sequence":
             assert torch.equal(after.gates, before.gates[:, :2])
             assert torch.equal(after.logits, before.logits[:, :2])
@@ -326,8 +345,8 @@ def test_the_oracle_sends_a_sample_to_its_modality_and_an_unknown_one_everywhere
     gates = router(x, MASK, Hints(modality=torch.tensor([2, -1, 0]))).gates
     expected = torch.tensor([[0, 0, 1, 0], [0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0]])
     assert torch.equal(gates, expected[:, None] * MASK[..., None])
-    nobody_knows = router(x, MASK, Hints()).gates
-    assert torch.equal(nobody_knows, torch.full((3, 5, 4), 0.25) * MASK[..., None])
+    unknown = router(x, MASK, Hints()).gates
+    assert torch.equal(unknown, torch.full((3, 5, 4), 0.25) * MASK[..., None])
 
 
 def test_the_oracle_of_fewer_experts_shares_them_among_the_modalities(shake):
@@ -398,7 +417,7 @@ def test_a_router_that_is_none_is_refused_by_name(tmp_path, spec, message):
     assert message in str(error.value) and repr(spec) in str(error.value)
 
 
-def test_a_router_without_a_gate_says_so():
+def test_a_router_without_a_gate_is_not_implemented():
     with pytest.raises(NotImplementedError):
         Router(16, 4)(randn(1, 2, 16), torch.ones(1, 2).bool())
 
@@ -411,16 +430,16 @@ def routing_of(logits, k=1):
 
 
 def test_the_balancing_loss_is_one_when_balanced_and_e_at_collapse():
-    everyone = torch.ones(1, 4).bool()
+    mask = torch.ones(1, 4).bool()
     balanced = routing_of(50.0 * torch.eye(4)[None])
     collapsed = routing_of(50.0 * torch.eye(4)[[0, 0, 0, 0]][None])
-    torch.testing.assert_close(load_balancing_loss(balanced, everyone), torch.tensor(1.0))
-    torch.testing.assert_close(load_balancing_loss(collapsed, everyone), torch.tensor(4.0))
+    torch.testing.assert_close(load_balancing_loss(balanced, mask), torch.tensor(1.0))
+    torch.testing.assert_close(load_balancing_loss(collapsed, mask), torch.tensor(4.0))
 
 
 def test_the_balancing_loss_of_a_worked_example():
     probs = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]])
-    # Visits: experts 0, 1 and 1, 2: shares 1/4, 2/4, 1/4. Mean probabilities: 0.3, 0.45, 0.25.
+    # Routed to experts 0, 1 and 1, 2: shares 1/4, 2/4, 1/4. Mean probabilities: 0.3, 0.45, 0.25.
     loss = load_balancing_loss(routing_of(probs.log(), k=2), torch.ones(1, 2).bool())
     torch.testing.assert_close(loss, torch.tensor(3 * (0.3 / 4 + 0.45 / 2 + 0.25 / 4)))
 
@@ -456,10 +475,12 @@ def attributes(module):
 
 
 @BOTH
-def test_layer_and_losses_return_values_and_leave_nothing_on_modules(shake, family):
-    layer = make_layer(shake, family)
+@PATHS
+def test_layer_and_losses_return_values_and_leave_nothing_on_modules(shake, family, experts):
+    layer = make_layer(shake, family, experts)
     before = attributes(layer)
-    assert before[1] == []
+    assert before[1] == ["ffn"]  # what one expert computes, without weights
+    assert all(param.is_meta for param in layer.experts.ffn[0].parameters())
     _, routing = layer(randn(*MASK.shape, 16), MASK, Hints())
     for loss in (load_balancing_loss, router_z_loss):
         assert loss(routing, MASK).shape == ()
@@ -493,27 +514,90 @@ def test_the_preserving_start_halves_both_parts_or_begins_experts_at_zero(shake,
     for k, share in ((2, 0.5), (1, 0.0)):
         dense, sparse = dense_and_sparse(shake, family, k, "preserving")
         for name, trained in dense.named_parameters():
-            kept = 1 - share if name.startswith(last) else 1
-            given = share if name.startswith(last) else 1
-            assert torch.equal(sparse.meta.get_parameter(name), trained * kept)
+            of_meta = 1 - share if name.startswith(last) else 1
+            of_experts = share if name.startswith(last) else 1
+            assert torch.equal(sparse.meta.get_parameter(name), trained * of_meta)
             for expert in sparse.experts.get_parameter(name):
-                assert torch.equal(expert, trained * given)
+                assert torch.equal(expert, trained * of_experts)
 
 
 @BOTH
-@pytest.mark.parametrize(
-    ("k", "meta", "residual"),
-    [(2, False, False), (2, False, True), (2, True, True), (1, True, True)],
-)
-def test_the_preserving_start_holds_with_a_residual_ffn_and_without_meta(
-    shake, family, k, meta, residual
-):
+def test_the_preserving_start_holds_without_meta_where_gates_add_up_to_one(shake, family):
     dense = shake(FAMILIES[family](16, 24))
     x, before = randn(*MASK.shape, 16), copy.deepcopy(dense)
-    router = shake(TopKRouter(16, 4, top_k=k))
-    sparse = upcycle(dense, router, 4, "preserving", meta, residual)
+    router = shake(TopKRouter(16, 4, top_k=2))
+    sparse = upcycle(dense, router, 4, "preserving", meta=False)
     y, _ = sparse(x, MASK, Hints())
     torch.testing.assert_close(y[MASK], before(x)[MASK], atol=1e-5, rtol=0)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["top-1", "top-2", "soft"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_sorted_layer_equals_the_loop_in_output_and_gradients(shake, family, kind, rank):
+    loop = Experts(FAMILIES[family](16, 24), 4)
+    if rank:
+        add_to_ffn(loop, rank)
+    shake(loop)
+    assert all(param.any() for param in loop.parameters())  # lora_b too
+    fast = copy.deepcopy(loop)
+    use_sorted_experts(fast)
+    assert type(fast) is SortedExperts and type(loop) is Experts
+    gates = torch.rand(30, 4, generator=torch.Generator().manual_seed(1))
+    if kind != "soft":
+        gates = top_k_gates(gates[None], int(kind[-1]))[0]
+    gates[:, 2] = 0  # an expert without tokens
+    gates[5] = 0  # a token without experts
+    found = []
+    for experts in (loop, fast):
+        x, g = randn(30, 16).requires_grad_(), gates.clone().requires_grad_()
+        y = experts(x, g)
+        assert torch.equal(y[5], torch.zeros(16))
+        y.square().sum().backward()
+        grads = {name: param.grad for name, param in experts.named_parameters()}
+        assert any("lora_b" in name for name in grads) == (rank > 0)
+        for name, grad in grads.items():
+            assert torch.equal(grad[2], torch.zeros_like(grad[2])), name  # zero, not None
+            assert all(grad[e].any() for e in (0, 1, 3)), name
+        assert torch.equal(x.grad[5], torch.zeros(16)) and not g.grad[gates == 0].any()
+        found.append({"y": y, "x": x.grad, "gates": g.grad} | grads)
+    for name, expected in found[0].items():
+        assert expected.any(), name
+        assert (found[1][name] - expected).norm() <= 1e-6 * expected.norm(), name
+
+
+def test_use_sorted_experts_changes_every_sparse_layer_and_copies_still_work(build):
+    model = build(moe={"layers": (0, 1, 2)})
+    ids = torch.arange(6)[None]
+    inputs = ids, torch.ones(1, 6).bool(), torch.zeros(0, 3, 32, 32)
+    before, _ = model(*inputs)
+    names = [name for name, _ in model.named_parameters()]
+    use_sorted_experts(model)
+    twin = copy.deepcopy(model)
+    for changed in (model, twin):
+        layers = [block.mlp.experts for block in changed.decoder.blocks]
+        assert [type(layer) for layer in layers] == [SortedExperts] * 3
+        assert [name for name, _ in changed.named_parameters()] == names
+        torch.testing.assert_close(changed(*inputs)[0], before, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        for param in twin.decoder.blocks[1].mlp.experts.parameters():
+            param.zero_()
+    assert (twin(*inputs)[0] - before).abs().max() > 1e-3  # its experts are its own
+    torch.testing.assert_close(model(*inputs)[0], before, atol=1e-5, rtol=0)
+    use_sorted_experts(twin, Experts)  # and back
+    assert all(type(block.mlp.experts) is Experts for block in twin.decoder.blocks)
+
+
+def test_the_layer_of_early_tinymed_mixes_experts_with_a_dense_ffn(build, shake):
+    model = build(moe={"meta": False})
+    add_residual(model)
+    moe, x = shake(model).decoder.blocks[0].mlp, randn(2, 5, 32)
+    assert type(moe) is ResidualMoE and has_residual(n for n, _ in model.named_parameters())
+    y, routing = moe(x, torch.ones(2, 5).bool(), Hints())
+    share = moe.coefficient(x).softmax(dim=-1)
+    experts = moe.experts(x.flatten(0, 1), routing.gates.flatten(0, 1)).view_as(x)
+    expected = share[..., :1] * experts + share[..., 1:] * moe.dense(x)
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
 
 
 @BOTH
@@ -558,9 +642,7 @@ def test_experts_are_copies_in_storage_of_their_own(shake, family):
     for family in FAMILIES for k in (1, 2)
     for router, level in (("topk", "token"), ("modality", "sequence"), ("oracle", "token"))
 ])  # fmt: skip
-def test_the_whole_model_of_phase_3_begins_with_the_logits_of_phase_2(
-    build, collate, family, moe_fields
-):
+def test_the_model_of_phase_3_begins_with_the_logits_of_phase_2(build, collate, family, moe_fields):
     dense = build(family)
     sparse = copy.deepcopy(dense)
     weights = {"weight": randn(4, 32, seed=5), "bias": randn(4, seed=6)}
@@ -584,7 +666,7 @@ def test_the_whole_model_of_phase_3_begins_with_the_logits_of_phase_2(
 
 
 class Priced(TopKRouter):
-    """Its penalty is its load on expert 0, a visit of a real token counting 1."""
+    """Its penalty is the mean gate of expert 0 over the real tokens."""
 
     def penalty(self, gates, logits, mask, x):
         assert gates.shape == logits.shape == (*mask.shape, 4) and x.shape[:2] == mask.shape
@@ -592,7 +674,7 @@ class Priced(TopKRouter):
 
 
 @LEVELS
-def test_a_penalty_is_asked_for_in_training_only(shake, level):
+def test_a_penalty_is_computed_in_training_only(shake, level):
     router, x = shake(Priced(16, 4, level=level)), randn(*MASK.shape, 16)
     assert router.eval()(x, MASK, Hints(prompt=PROMPT)).penalty == 0.0
     routing = router.train()(x, MASK, Hints(prompt=PROMPT))

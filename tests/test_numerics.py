@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 import torch.nn.functional as F
+from one_step import gradients, losses_of_steps, place
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -25,18 +26,20 @@ from config import (
     ModelConfig,
     MoEConfig,
     Recipe,
+    TrainConfig,
     UserError,
     VisionConfig,
 )
 from data import Dataset, Text
-from engine import step
-from engine.run import Run
-from flags import TrainConfig
-from model import MedMoE, compile_blocks, freeze_all_but, make_sparse, precision
+from engine.inference import compile_blocks
+from engine.run import checkpoint_blocks
+from model import MedMoE, autocast, freeze_all_but, make_sparse
 from moe import MLP, GatedMLP, upcycle
+from ops import use_sorted_experts
 from router_training import ffn_inputs
 from routers import Hints, TopKRouter, load_balancing_loss
-from sources import load_samples
+from sources.images import Images
+from sources.load import load_samples
 
 VISION = VisionConfig(image_size=32, patch_size=16, width=32, n_layers=3, n_heads=4, d_ff=64)
 DECODER = DecoderConfig("phi", 1024, 32, 3, 4, 64, rotary_dim=4, max_len=128, dropout=0.1)
@@ -46,11 +49,11 @@ ALL = PHASES[2].trains  # projector and decoder
 
 def questions(config, kind="vqa"):
     samples = load_samples(("phantoms:64",), kind, "train")
-    return Dataset(samples, Text(ASSETS / "phi"), config, plain=False)
+    return Dataset(samples, Text(ASSETS / "phi"), config, False, Images(config.vision.image_size))
 
 
 def prepared(phase=3, trains=ALL, dropout=0.1, **flags):
-    """A small model of phase 2 or 3 as it is drawn, questions that it can read, and its flags."""
+    """A small model of phase 2 or 3 as initialised, questions that it can read, and its flags."""
     torch.manual_seed(0)
     config = ModelConfig(VISION, DecoderConfig(**(vars(DECODER) | {"dropout": dropout})))
     model = MedMoE(config)
@@ -63,29 +66,6 @@ def prepared(phase=3, trains=ALL, dropout=0.1, **flags):
     freeze_all_but(model, trains)
     flags = TrainConfig(phase=phase, device="cpu", **{"dtype": "float32", **flags})
     return model.train(), questions(config), flags
-
-
-def place(folder, flags):
-    flags = TrainConfig(**(vars(flags) | {"out": str(folder)}))
-    folder.mkdir(exist_ok=True)
-    return Run(flags.phase, flags, ASSETS / "phi" / "tokenizer.json")
-
-
-@contextmanager
-def losses_of_steps():
-    """The loss of every step while this is open: the log has each tenth."""
-    forward_backward, losses = step.forward_backward, []
-
-    def noting(*args, **kwargs):
-        found = forward_backward(*args, **kwargs)
-        losses.append(found[0])
-        return found
-
-    step.forward_backward = noting
-    try:
-        yield losses
-    finally:
-        step.forward_backward = forward_backward
 
 
 # Accumulation
@@ -106,21 +86,21 @@ def test_accumulation_is_exact_in_the_number_of_supervised_tokens(phase, tmp_pat
     data, rows = short, [0, 1, 2, 3, 4, -1, -2, -3]
     data.samples, data.encoded = short.samples + long.samples, short.encoded + long.encoded
     lengths = [len(data.encoded[row][0]) for row in rows]
-    n_said = [sum(label != IGNORE for label in data.encoded[row][1]) for row in rows]
-    assert len(set(lengths)) > 3 and sum(n_said[4:]) > 2 * sum(n_said[:4])
+    n_supervised = [sum(label != IGNORE for label in data.encoded[row][1]) for row in rows]
+    assert len(set(lengths)) > 3 and sum(n_supervised[4:]) > 2 * sum(n_supervised[:4])
     for accumulate in (1, 2, 8, 3):
         model, _, flags = prepared(phase, dropout=0.0, accumulate=accumulate)
         model.double()
-        done = step.forward_backward(model, data, rows, flags, place(tmp_path, flags))
-        loss, n, _, visits = done
-        assert n == sum(lengths) and len(parts) == accumulate
+        run = place(tmp_path, flags)
+        loss, load = gradients(model, data, rows, flags, run)
+        assert run.counts[3] == sum(lengths) and len(parts) == accumulate
         parts.clear()
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-        found.append((loss, grads, visits))
+        found.append((loss, grads, load))
     assert all(grad.abs().max() > 1e-6 for grad in found[0][1].values())
-    for loss, grads, visits in found[1:]:
+    for loss, grads, load in found[1:]:
         assert loss == pytest.approx(found[0][0], abs=5e-6)  # cross-entropies are fp32
-        torch.testing.assert_close(visits, found[0][2], rtol=0, atol=1e-6)
+        torch.testing.assert_close(load, found[0][2], rtol=0, atol=1e-6)
         torch.testing.assert_close(grads, found[0][1], rtol=0, atol=1e-6)
 
 
@@ -133,7 +113,7 @@ def test_training_in_bf16_stays_near_fp32(tmp_path):
         model, data, flags = prepared(steps=30, dtype=dtype)
         torch.manual_seed(1)
         with losses_of_steps() as losses:
-            step.train(model, data, flags, Recipe(2e-3, 1, 4), place(tmp_path, flags))
+            train.train(model, data, flags, Recipe(2e-3, 1, 4), place(tmp_path, flags))
         curves.append(torch.tensor(losses))
     drift = (curves[0] - curves[1]).abs()
     assert curves[0][-1] < 0.7 * curves[0][0]
@@ -146,7 +126,7 @@ def test_routers_compute_in_fp32_whatever_the_matmuls_are_in():
     routers = [model.decoder.blocks[layer].mlp.router for layer in (0, 2)]
     for router in routers:
         router.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with precision(torch.device("cpu"), torch.bfloat16):
+    with autocast(torch.device("cpu"), torch.bfloat16):
         routings = model.loss(batch).routings
     for router, x, routing in zip(routers, seen, routings, strict=True):
         logits = F.linear(x.float(), router.proj.weight, router.proj.bias)
@@ -221,10 +201,10 @@ def poisoned(at, where, value):
 def test_a_number_that_is_none_stops_the_step_and_changes_nothing(where, value, tmp_path):
     model, data, flags = prepared(steps=5)
     with poisoned(3, where, value) as noted, pytest.raises(UserError) as stop:
-        step.train(model, data, flags, Recipe(1e-3, 1, 8), place(tmp_path, flags))
-    told = str(stop.value)
-    assert "phase 3, step 2: " in told and "nothing was updated" in told
-    assert told.endswith(noted["ids"])
+        train.train(model, data, flags, Recipe(1e-3, 1, 8), place(tmp_path, flags))
+    message = str(stop.value)
+    assert "phase 3, step 2: " in message and "nothing was updated" in message
+    assert message.endswith(noted["ids"])
 
 
 def test_the_command_then_ends_in_one_line_and_exit_code_2(tmp_path, capsys):
@@ -232,8 +212,8 @@ def test_the_command_then_ends_in_one_line_and_exit_code_2(tmp_path, capsys):
         train.main(["--data", "phantoms:16", "--out", str(tmp_path), "--batch-size", "4",
                     "--phase", "1", "--steps", "3", "--no-eval", "--dtype", "float32"])  # fmt: skip
     assert stop.value.code == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert "phase 1, step 1: loss nan" in told and told.endswith(noted["ids"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "phase 1, step 1: loss nan" in line and line.endswith(noted["ids"])
     assert not (tmp_path / "phase1").exists()
 
 
@@ -243,9 +223,7 @@ def test_the_command_then_ends_in_one_line_and_exit_code_2(tmp_path, capsys):
      (torch.float64, 16, False)],
 )  # fmt: skip
 @pytest.mark.parametrize("family", [MLP, GatedMLP])
-def test_a_broken_expert_that_nobody_visits_breaks_nothing(
-    family, dtype, width, library, monkeypatch
-):
+def test_a_broken_expert_without_tokens_breaks_nothing(family, dtype, width, library, monkeypatch):
     calls, found = [], []
     fast = F.grouped_mm
     monkeypatch.setattr(F, "grouped_mm", lambda *a, **k: (calls.append(1), fast(*a, **k))[1])
@@ -255,6 +233,7 @@ def test_a_broken_expert_that_nobody_visits_breaks_nothing(
         nn.init.normal_(router.proj.weight)
         router.proj.bias.data[1] = -1e4
         layer = upcycle(family(16, width), router, 4, "released").to(dtype)
+        use_sorted_experts(layer)
         if broken:
             for param in layer.experts.parameters():
                 param.data[1] = math.nan
@@ -289,7 +268,7 @@ def measured(model, batch):
     total.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return {"loss": total, "draws": torch.get_rng_state(), "grads": grads,
+    return {"loss": total, "generator": torch.get_rng_state(), "grads": grads,
             "routings": [tuple(r) for r in out.routings]}, n_kept  # fmt: skip
 
 
@@ -304,8 +283,10 @@ def test_recomputing_changes_no_bit_and_keeps_less(phase, trains, dtype):
         router.weight.data[1:] = router.weight.data[1]
         router.bias.data[1:] = router.bias.data[1]
     batch, found = data.batch(range(8)), []
-    for model.decoder.recompute in (False, True):
-        with precision(torch.device("cpu"), dtype):
+    for recomputes in (False, True):
+        if recomputes:
+            checkpoint_blocks(model)
+        with autocast(torch.device("cpu"), dtype):
             found.append(measured(model, batch))
     (plain, kept), (again, kept_again) = found
     assert plain["grads"] and kept_again < 0.5 * kept
@@ -315,14 +296,14 @@ def test_recomputing_changes_no_bit_and_keeps_less(phase, trains, dtype):
 
 def test_only_blocks_that_gradients_pass_are_computed_twice_and_only_in_training(tmp_path):
     model, data, flags = prepared(3, ("decoder.blocks.2.mlp.experts.*",))
-    model.decoder.recompute = True
+    checkpoint_blocks(model)
     calls = [0, 0, 0]
     for i, block in enumerate(model.decoder.blocks):
         block.ln.register_forward_pre_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
-    step.forward_backward(model, data, [0, 1], flags, place(tmp_path, flags))
+    gradients(model, data, [0, 1], flags, place(tmp_path, flags))
     assert calls == [1, 1, 2]
     model.eval()
-    step.forward_backward(model, data, [0, 1], flags, place(tmp_path, flags))
+    gradients(model, data, [0, 1], flags, place(tmp_path, flags))
     assert calls == [2, 2, 3]
 
 
@@ -332,17 +313,18 @@ def test_only_blocks_that_gradients_pass_are_computed_twice_and_only_in_training
 def compiled_losses(folder, steps, compiles, recompute=False, resume=False):
     """Of `steps` steps in phase 3, saved in the middle, or of those after it.
 
-    Without dropout: compiled, it draws otherwise.
+    Without dropout: compiled, its masks differ.
     """
     model, data, flags = prepared(
         dropout=0.0, steps=steps, save_every=steps // 2, resume=resume, keep=1
     )
-    model.decoder.recompute = recompute
+    if recompute:
+        checkpoint_blocks(model)
     names = [name for name, _ in model.named_parameters()]
     if compiles:
         compile_blocks(model)
     with losses_of_steps() as losses:
-        step.train(model, data, flags, Recipe(2e-3, 1, 4), place(folder, flags))
+        train.train(model, data, flags, Recipe(2e-3, 1, 4), place(folder, flags))
     assert [name for name, _ in model.named_parameters()] == names
     return losses
 
@@ -412,8 +394,8 @@ def test_an_untrained_model_knows_nothing(family):
 
 
 @pytest.mark.parametrize(("phase", "lr", "end"), [(1, 1e-2, 0.5), (2, 1e-3, 1e-3), (3, 3e-3, 1e-3)])
-def test_what_a_phase_trains_can_learn_a_batch_by_heart(phase, lr, end, tmp_path):
-    """Phase 1 only in part: the decoder is as it was pretrained, and never saw a picture."""
+def test_what_a_phase_trains_can_memorise_a_batch(phase, lr, end, tmp_path):
+    """Phase 1 only in part: the decoder is as it was pretrained, and never saw an image."""
     flags = train.resolve(
         TrainConfig(phase=phase, router="topk", data=("phantoms:8",), dtype="float32", device="cpu")
     )
@@ -423,12 +405,13 @@ def test_what_a_phase_trains_can_learn_a_batch_by_heart(phase, lr, end, tmp_path
         train.go_sparse(model, flags, {})
     freeze_all_but(model, PHASES[phase].trains)
     samples = load_samples(flags.data, PHASES[phase].data, "train")
-    data = Dataset(samples, Text(tokenizer), model.config, plain=phase == 1)
+    images = Images(model.config.vision.image_size, pad=phase != 1)
+    data = Dataset(samples, Text(tokenizer), model.config, phase == 1, images)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
     while len(losses) < 40 and (not losses or losses[-1] > end):
         rows = [0] if phase == 1 else [0, 1]
-        losses.append(step.forward_backward(model, data, rows, flags, place(tmp_path, flags))[0])
+        losses.append(gradients(model, data, rows, flags, place(tmp_path, flags))[0])
         optimizer.step()
         optimizer.zero_grad()
     assert losses[0] > 1 and losses[-1] < end
@@ -439,7 +422,7 @@ def curve():
     model, data, flags = prepared(steps=200, balance=0.01, z_loss=1e-3)
     torch.manual_seed(1)
     with TemporaryDirectory() as folder, losses_of_steps() as losses:
-        step.train(model, data, flags, Recipe(2e-3, 1, 8), place(Path(folder), flags))
+        train.train(model, data, flags, Recipe(2e-3, 1, 8), place(Path(folder), flags))
     return losses
 
 

@@ -1,4 +1,4 @@
-"""Attention and the expert rows equal their definitions, forward and backward.
+"""Attention and the ops of the sorted experts equal their definitions, forward and backward.
 
 python -m pytest tests/test_ops.py
 """
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import ops
+import vision
 
 GATES = torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.25, 0.0, 0.75]])
 
@@ -27,53 +28,53 @@ def looped(x, weight, bias, offs):
 
 def test_attention_is_torchs_with_and_without_a_mask():
     q, k, v = randn(2, 3, 5, 8, seed=1), randn(2, 3, 7, 8, seed=2), randn(2, 3, 7, 8, seed=3)
-    visible = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(4)) < 0.5
-    visible[..., 0] = True
-    hidden = torch.zeros(2, 1, 5, 7).masked_fill(~visible, float("-inf"))
-    for mask in (None, hidden):
-        ours = ops.attend(q, k, v, mask)
-        theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    allowed = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(4)) < 0.5
+    allowed[..., 0] = True
+    mask = torch.zeros(2, 1, 5, 7).masked_fill(~allowed, float("-inf"))
+    for attn_mask in (None, mask):
+        ours = vision.attention(q, k, v, attn_mask)
+        theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
         ours = torch.autograd.grad(ours.sin().sum(), (q, k, v))
         theirs = torch.autograd.grad(theirs.sin().sum(), (q, k, v))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_attention_looks_at_visible_keys_only():
+def test_attention_uses_only_the_keys_that_the_mask_allows():
     q, k, v = randn(1, 1, 2, 4, seed=1), randn(1, 1, 3, 4, seed=2), randn(1, 1, 3, 4, seed=3)
-    visible = torch.tensor([[1, 0, 0], [0, 1, 0]]).log()[None, None]
-    torch.testing.assert_close(ops.attend(q, k, v, visible), v[:, :, :2])
+    attn_mask = torch.tensor([[1, 0, 0], [0, 1, 0]]).log()[None, None]
+    torch.testing.assert_close(vision.attention(q, k, v, attn_mask), v[:, :, :2])
     with torch.no_grad():
-        torch.testing.assert_close(ops.attend(q, k, v, visible), v[:, :, :2])
+        torch.testing.assert_close(vision.attention(q, k, v, attn_mask), v[:, :, :2])
 
 
 def test_attention_in_bf16_stays_bf16_and_near():
     q, k, v = (randn(1, 2, 4, 64, seed=s).detach() for s in (1, 2, 3))
-    rough = ops.attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    rough = vision.attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert rough.dtype == torch.bfloat16
-    torch.testing.assert_close(rough.float(), ops.attend(q, k, v), atol=0.03, rtol=0)
+    torch.testing.assert_close(rough.float(), vision.attention(q, k, v), atol=0.03, rtol=0)
 
 
-def test_visits_are_the_gates_that_are_not_zero_sorted_by_expert_then_row():
-    plan = ops.plan_visits(GATES)
-    assert plan.row.tolist() == [0, 3, 0, 2, 3]
+def test_the_plan_lists_the_gates_that_are_not_zero_by_expert_then_token():
+    plan = ops.dispatch_plan(GATES)
+    assert plan.token.tolist() == [0, 3, 0, 2, 3]
     assert plan.expert.tolist() == [0, 0, 2, 2, 2]
-    assert plan.offs.tolist() == [2, 2, 5]  # expert 1 is idle: its stretch is empty
-    assert plan.offs.dtype == torch.int32
+    assert plan.offsets.tolist() == [2, 2, 5]  # expert 1 is idle: its stretch is empty
+    assert plan.offsets.dtype == torch.int32
 
 
-def test_a_negative_gate_is_a_visit_too():
-    assert ops.plan_visits(torch.tensor([[-0.5, 0.0]])).row.tolist() == [0]
+def test_a_negative_gate_is_routed_too():
+    assert ops.dispatch_plan(torch.tensor([[-0.5, 0.0]])).token.tolist() == [0]
 
 
-def test_permute_copies_a_row_for_each_of_its_visits():
+def test_permute_copies_a_token_for_each_of_its_experts():
     x = randn(4, 6).detach()
-    assert torch.equal(ops.permute(x, ops.plan_visits(GATES)), x[[0, 3, 0, 2, 3]])
+    assert torch.equal(ops.permute(x, ops.dispatch_plan(GATES)), x[[0, 3, 0, 2, 3]])
 
 
-def test_unpermute_is_the_gated_sum_of_each_rows_visits():
+def test_unpermute_is_the_gated_sum_of_each_tokens_rows():
     y = randn(5, 6).detach()
-    out = ops.unpermute(y, GATES, ops.plan_visits(GATES))
+    out = ops.unpermute(y, GATES, ops.dispatch_plan(GATES))
     expected = [
         0.5 * y[0] + 0.5 * y[2],
         torch.zeros(6),
@@ -83,31 +84,31 @@ def test_unpermute_is_the_gated_sum_of_each_rows_visits():
     torch.testing.assert_close(out, torch.stack(expected))
 
 
-def test_unpermute_after_permute_multiplies_each_row_by_the_sum_of_its_gates():
-    x, plan = randn(4, 6).detach(), ops.plan_visits(GATES)
+def test_unpermute_after_permute_multiplies_each_token_by_the_sum_of_its_gates():
+    x, plan = randn(4, 6).detach(), ops.dispatch_plan(GATES)
     back = ops.unpermute(ops.permute(x, plan), GATES, plan)
     torch.testing.assert_close(back, x * GATES.sum(dim=1, keepdim=True))
 
 
 def test_gradients_of_permute_and_unpermute_are_right_in_fp64():
-    x, plan = randn(4, 3, dtype=torch.float64), ops.plan_visits(GATES)
+    x, plan = randn(4, 3, dtype=torch.float64), ops.dispatch_plan(GATES)
     y = randn(5, 3, seed=1, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: ops.permute(x, plan), x)
-    # Gates that are 0 are not visits: their gradient is 0 by design, so they are held fixed.
-    visited = GATES[GATES != 0].double().requires_grad_()
+    # A gate of 0 routes nothing: its gradient is 0 by design, so it is not among the inputs.
+    weights = GATES[GATES != 0].double().requires_grad_()
 
-    def unpermute(y, visited):
+    def unpermute(y, weights):
         return ops.unpermute(
-            y, torch.zeros(4, 3).double().masked_scatter(GATES != 0, visited), plan
+            y, torch.zeros(4, 3).double().masked_scatter(GATES != 0, weights), plan
         )
 
-    assert torch.autograd.gradcheck(unpermute, (y, visited))
+    assert torch.autograd.gradcheck(unpermute, (y, weights))
 
 
 def stretches(*offs):
-    """The plan of rows that are sorted by expert and visit one each."""
+    """The plan of tokens that are sorted by expert, one expert each."""
     expert = torch.tensor([sum(end <= r for end in offs) for r in range(offs[-1])]).long()
-    return ops.Plan(torch.arange(offs[-1]), expert, torch.tensor(offs, dtype=torch.int32))
+    return ops.DispatchPlan(torch.arange(offs[-1]), expert, torch.tensor(offs, dtype=torch.int32))
 
 
 def test_gradients_of_grouped_linear_are_right_in_fp64():

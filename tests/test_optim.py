@@ -1,4 +1,4 @@
-"""AdamW for weights kept in bf16, and rounding by chance: python -m pytest tests/test_optim.py"""
+"""AdamW for weights kept in bf16, and stochastic rounding: python -m pytest tests/test_optim.py"""
 
 import copy
 import json
@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from one_step import stopped_after_a_checkpoint
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -14,17 +15,15 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import eval as scoring_script
 import train
 from checkpoint import load_model
-from config import IGNORE, IMAGE_ID, DecoderConfig, ModelConfig, UserError
-from engine import step
-from engine.optim import cast_weights, make_optimizer, round_by_chance
-from flags import TrainConfig
+from config import IGNORE, IMAGE_ID, DecoderConfig, ModelConfig, TrainConfig, UserError
+from engine.optim import cast_weights, make_optimizer, stochastic_round
+from engine.tensorfiles import open_tensors
 from model import MedMoE
-from tensorfiles import open_tensors
 
 MODES = ("float32", "bf16", "bf16-stochastic")
 
 
-def drawn(*shape, seed=0):
+def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -37,9 +36,9 @@ def neighbours(x):
 
 def test_copies_follow_torchs_adamw_and_the_weights_are_the_copies_rounded():
     shapes = {"matrix": (5, 7), "stacked": (2, 3, 4), "bias": (6,)}
-    start = {n: drawn(*s, seed=i).bfloat16() for i, (n, s) in enumerate(shapes.items())}
+    start = {n: normal(*s, seed=i).bfloat16() for i, (n, s) in enumerate(shapes.items())}
     ours = {n: nn.Parameter(t.clone()) for n, t in start.items()}
-    ours["wide"] = nn.Parameter(drawn(4, 4, seed=8))  # a router's weight, or an addition's
+    ours["wide"] = nn.Parameter(normal(4, 4, seed=8))  # a router's weight, or an addition's
     theirs = {n: nn.Parameter(p.detach().float()) for n, p in ours.items()}
     narrow = make_optimizer(ours, 1e-3, "bf16")
     exact = make_optimizer(theirs, 1e-3, "float32")
@@ -48,7 +47,7 @@ def test_copies_follow_torchs_adamw_and_the_weights_are_the_copies_rounded():
         for optimizer in (narrow, exact):
             optimizer.param_groups[0]["lr"] = 1e-2 * (1 - i / 50)
         for j, name in enumerate(ours):
-            grad = drawn(*ours[name].shape, seed=100 * i + j).to(ours[name].dtype)
+            grad = normal(*ours[name].shape, seed=100 * i + j).to(ours[name].dtype)
             ours[name].grad, theirs[name].grad = grad, grad.float()
         narrow.step()
         exact.step()
@@ -64,8 +63,8 @@ def test_copies_follow_torchs_adamw_and_the_weights_are_the_copies_rounded():
         assert ("master" in state) == (name != "wide")
 
 
-def test_by_chance_the_first_step_is_adams_rounded_to_a_neighbour_and_no_copy_is_kept():
-    start, grad = drawn(1000).bfloat16(), drawn(1000, seed=1).bfloat16()
+def test_stochastic_the_first_step_is_adams_rounded_to_a_neighbour_and_no_copy_is_kept():
+    start, grad = normal(1000).bfloat16(), normal(1000, seed=1).bfloat16()
     narrow, wide, theirs = (nn.Parameter(t) for t in (start.clone(), start.float(), start.float()))
     narrow.grad, wide.grad, theirs.grad = grad, grad.float(), grad.float()
     optimizer = make_optimizer({"narrow": narrow, "wide": wide}, 1e-2, "bf16-stochastic")
@@ -80,7 +79,7 @@ def test_by_chance_the_first_step_is_adams_rounded_to_a_neighbour_and_no_copy_is
     assert set(optimizer.state[narrow]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
-def test_copies_are_made_where_a_run_by_chance_goes_on_with_them():
+def test_copies_are_made_where_a_run_with_stochastic_rounding_goes_on_with_them():
     param = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     param.grad = torch.ones_like(param)
     first = make_optimizer({"w": param}, 1e-4, "bf16-stochastic")
@@ -91,12 +90,12 @@ def test_copies_are_made_where_a_run_by_chance_goes_on_with_them():
     assert (second.state[param]["master"] < param).all()  # the step that param cannot show
 
 
-def test_rounding_by_chance_is_right_on_average():
+def test_stochastic_rounding_is_right_on_average():
     x = torch.tensor([1.0001, -1.0001, 1.003, -0.0123456, 3.14159, 1e-30, -7e8, 65504.1])
     below, above = neighbours(x)
     torch.manual_seed(0)
     n = 40000
-    found = round_by_chance(x.expand(n, -1).contiguous()).double()
+    found = stochastic_round(x.expand(n, -1).contiguous()).double()
     assert ((found == below) | (found == above)).all()  # never further than one step
     share = (x.double() - below) / (above.double() - below)  # how likely it is rounded up
     deviation = (above.double() - below) * (share * (1 - share) / n).sqrt()
@@ -106,9 +105,9 @@ def test_rounding_by_chance_is_right_on_average():
 
 def test_what_bf16_can_hold_stays_as_it_is():
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
-    every = every.repeat(30)  # 2 million draws
+    every = every.repeat(30)  # 2 million roundings
     torch.manual_seed(0)
-    found = round_by_chance(every.float())  # zeros of both signs, infinities, NaNs, denormals
+    found = stochastic_round(every.float())  # zeros of both signs, infinities, NaNs, denormals
     assert torch.equal(found.isnan(), every.isnan()) and every.isnan().any()
     number = ~every.isnan()
     assert torch.equal(found.view(torch.int16)[number], every.view(torch.int16)[number])
@@ -117,23 +116,23 @@ def test_what_bf16_can_hold_stays_as_it_is():
 def test_nans_stay_nans_and_numbers_beyond_the_largest_round_to_it_or_to_infinity():
     nans = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, -0x7FFFFF], dtype=torch.int32)
     torch.manual_seed(0)
-    assert round_by_chance(nans.view(torch.float32).repeat(1000)).isnan().all()
+    assert stochastic_round(nans.view(torch.float32).repeat(1000)).isnan().all()
     largest = torch.finfo(torch.float32).max
-    found = round_by_chance(torch.full((5000,), -largest))
+    found = stochastic_round(torch.full((5000,), -largest))
     assert (
         set(found.tolist()) == {-math.inf, -torch.finfo(torch.bfloat16).max} or found.isinf().all()
     )
 
 
 def test_another_seed_rounds_otherwise_and_the_same_seed_alike():
-    x, found = drawn(1000), []
+    x, found = normal(1000), []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        found.append(round_by_chance(x))
+        found.append(stochastic_round(x))
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
-def test_steps_too_small_for_bf16_add_up_with_copies_and_by_chance_but_not_without():
+def test_steps_too_small_for_bf16_add_up_with_copies_or_stochastic_rounding_but_not_without():
     """Adam's steps are the rate where the gradient is constant: 1000 of 1e-4 from weights of 1."""
     ended = {}
     for mode in (*MODES, "plain"):
@@ -151,9 +150,9 @@ def test_steps_too_small_for_bf16_add_up_with_copies_and_by_chance_but_not_witho
     assert torch.equal(ended["plain"], torch.ones(500))  # nothing was learnt
     torch.testing.assert_close(ended["float32"], torch.full((500,), 0.9), atol=1e-4, rtol=0)
     torch.testing.assert_close(ended["bf16"], torch.full((500,), 0.9), atol=2e-3, rtol=0)
-    by_chance = ended["bf16-stochastic"]
-    assert by_chance.mean().item() == pytest.approx(0.9, abs=2e-3)
-    assert 0.005 < by_chance.std() < 0.03  # a walk: each weight by itself is less exact
+    stochastic = ended["bf16-stochastic"]
+    assert stochastic.mean().item() == pytest.approx(0.9, abs=2e-3)
+    assert 0.005 < stochastic.std() < 0.03  # a walk: each weight by itself is less exact
 
 
 def weights_and_routers(model):
@@ -187,7 +186,8 @@ def batch(collate):
 
 
 @pytest.mark.parametrize(
-    ("family", "moe"), [("phi", {"router": "topk"}), ("stablelm", None), ("llama", {"every": 1})]
+    ("family", "moe"),
+    [("phi", {"router": "topk"}), ("stablelm", None), ("llama", {"layers": (0, 1, 2)})],
 )
 def test_every_family_learns_alike_in_every_mode(build, batch, family, moe):
     """30 steps on one batch, matmuls in bf16: the loss falls as far, and almost as fast."""
@@ -224,11 +224,11 @@ def test_an_optimizer_goes_on_bit_for_bit_from_its_saved_tensors(mode):
 
     def run(param, optimizer, steps):
         for i in steps:
-            param.grad = drawn(40, seed=i).to(param.dtype)
+            param.grad = normal(40, seed=i).to(param.dtype)
             optimizer.step()
 
     dtype = torch.float32 if mode == "float32" else torch.bfloat16
-    param = nn.Parameter(drawn(40).to(dtype))
+    param = nn.Parameter(normal(40).to(dtype))
     optimizer = make_optimizer({"w": param}, 1e-2, mode)
     torch.manual_seed(0)
     run(param, optimizer, range(5))
@@ -251,7 +251,7 @@ def test_parameters_that_fsdp_has_split_are_updated_alike(mode):
     try:
         mesh, found = init_device_mesh("cpu", (1,)), []
         for split in (False, True):
-            tensors = [drawn(6, 4, seed=s).bfloat16() for s in (0, 1, 2)]
+            tensors = [normal(6, 4, seed=s).bfloat16() for s in (0, 1, 2)]
             if split:
                 tensors = [distribute_tensor(t, mesh, [Shard(0)]) for t in tensors]
             param = nn.Parameter(tensors[0])
@@ -263,7 +263,7 @@ def test_parameters_that_fsdp_has_split_are_updated_alike(mode):
             state = optimizer.state[param]
             assert all(isinstance(t, DTensor) == split for k, t in state.items() if k != "step")
             found.append(param.full_tensor() if split else param.detach())
-        assert torch.equal(*found) and not torch.equal(found[0], drawn(6, 4).bfloat16())
+        assert torch.equal(*found) and not torch.equal(found[0], normal(6, 4).bfloat16())
     finally:
         dist.destroy_process_group()
 
@@ -297,21 +297,14 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch, mode):
     argv = ("--init", str(tmp_path / "one" / "phase1"), "--phase", "2", "--steps", "3",
             "--save-every", "2", "--weights", mode)  # fmt: skip
     run(tmp_path / "whole", *argv)
-    forward = step.forward_backward
-
-    def stop(model, data, rows, flags, run):
-        if list(run.folder.glob("*step*")):
-            raise KeyboardInterrupt
-        return forward(model, data, rows, flags, run)
-
-    asked = []
-    monkeypatch.setattr(step, "make_optimizer", lambda *a: asked.append(a[2]) or make_optimizer(*a))
-    monkeypatch.setattr(step, "forward_backward", stop)
-    with pytest.raises(SystemExit):
+    modes = []
+    monkeypatch.setattr(
+        train, "make_optimizer", lambda *a: modes.append(a[2]) or make_optimizer(*a)
+    )
+    with stopped_after_a_checkpoint(), pytest.raises(SystemExit):
         run(tmp_path / "halves", *argv)
-    monkeypatch.setattr(step, "forward_backward", forward)
     run(tmp_path / "halves", *argv, "--resume")
-    assert asked == [mode, mode]
+    assert modes == [mode, mode]
     whole, halves = (
         dict(open_tensors(tmp_path / name / "phase2" / "model.safetensors"))
         for name in ("whole", "halves")

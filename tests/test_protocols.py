@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from benchmarks.protocols import CONTRACTIONS, LLAVA_MED, MED_MOE, normalise
+from scoring.protocols import CONTRACTIONS, LLAVA_MED, MED_MOE, normalise
 
 PAPERS = {"med-moe": MED_MOE, "llava-med": LLAVA_MED}
 
@@ -199,32 +199,32 @@ def slow_words(text: str) -> list[str]:
     return words
 
 
-def slow_overlap(said: list[str], wanted: list[str]) -> dict[str, float]:
-    """Lists only: a word of the answer is right if the truth has it, each time it is said."""
-    right = [word for word in said if word in wanted]
-    missed = [word for word in wanted if word not in said]
-    once = [word for i, word in enumerate(wanted) if word in said and word not in wanted[:i]]
-    precision = len(right) / len(said) if said else 0.0
+def slow_overlap(answer: list[str], wanted: list[str]) -> dict[str, float]:
+    """Lists only: a word of the answer is right if the truth has it, each time it occurs."""
+    right = [word for word in answer if word in wanted]
+    missed = [word for word in wanted if word not in answer]
+    once = [word for i, word in enumerate(wanted) if word in answer and word not in wanted[:i]]
+    precision = len(right) / len(answer) if answer else 0.0
     recall = len(right) / len(right + missed) if right else 0.0
     return {
         "recall": recall,
         "precision": precision,
         "f1": 2 / (1 / precision + 1 / recall) if right else 0.0,
-        "exact_match": len(once) / len(said) if said else 0.0,
+        "exact_match": len(once) / len(answer) if answer else 0.0,
     }
 
 
-def slow_bleu1(said: list[str], wanted: list[str]) -> float:
+def slow_bleu1(answer: list[str], wanted: list[str]) -> float:
     """Each word of the truth can be used up once."""
     left_over, used = list(wanted), 0
-    for word in said:
+    for word in answer:
         if word in left_over:
             left_over.remove(word)
             used += 1
     if used == 0:
         return 0.0
-    short = len(said) <= len(wanted)
-    return used / len(said) * (math.e ** (1 - len(wanted) / len(said)) if short else 1)
+    short = len(answer) <= len(wanted)
+    return used / len(answer) * (math.e ** (1 - len(wanted) / len(answer)) if short else 1)
 
 
 def slow_scores(paper: str, answer: str, truth: str) -> dict[str, float]:
@@ -269,6 +269,6 @@ def test_random_pairs_score_as_the_slow_rules_say(paper):
         assert scores == pytest.approx(slow, abs=1e-12, rel=0), (answer, truth)
         for name, value in scores.items():
             seen.setdefault(name, set()).add(round(value, 9))
-    # the pairs must say something: right, wrong, and for the open scores much between
+    # the pairs must differ: right, wrong, and for the open scores much between
     assert seen.pop("closed") == {0.0, 1.0}
     assert all(len(values) > 20 for values in seen.values()), {k: len(v) for k, v in seen.items()}

@@ -14,12 +14,11 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from config import LLAVA_SYSTEM, PRESETS, MoEConfig, UserError, preset
-from data import EOS, Text, encode_prompt, encode_sample
+from data import EOS, Sample, Text, encode_prompt, encode_sample
+from engine.published import CLIP, DECODERS, clip_table, decoder_table, published_decoder, rename
 from lab import describe_router
 from model import MedMoE, make_sparse
-from records import Sample
-from sources import load_samples
-from weights import CLIP, DECODERS, clip_table, decoder_table, published_decoder, rename
+from sources.load import load_samples
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PHI2 = DATA / "phi2"
@@ -46,7 +45,7 @@ def test_the_full_sizes_have_exactly_the_published_number_of_parameters(name, n)
     model = on_meta(name)
     assert count(model.decoder) == n
     layer = count(model.vision.blocks[0])
-    after = 2 * model.config.vision.width  # post_layernorm: published, read by nobody
+    after = 2 * model.config.vision.width  # post_layernorm: published, not used
     assert count(model.vision) + layer + after == 303_507_456
 
 
@@ -100,7 +99,7 @@ def rebuilt():
 
 
 def texts():
-    """What people ask and answer, and 10 000 strings of white space, emoji and specials."""
+    """Questions and answers of people, and 10 000 strings of white space, emoji and specials."""
     for source in (f"slake:{DATA / 'slake'}", f"vqa-rad:{DATA / 'vqa_rad'}"):
         for split in ("train", "test"):
             for sample in load_samples((source,), "vqa", split, "all"):
@@ -149,11 +148,11 @@ def test_the_chat_template_token_for_token(phi2_text):
     assert prompt == before + [-200] * 3 + after
     sample = Sample("1", "x", "train", 1, ((question, answer), ("Why?", "because")))
     ids, labels = encode_sample(sample, phi2_text, 3, LLAVA_SYSTEM)
-    said = [*tokens(" no"), 50256]
+    answer = [*tokens(" no"), 50256]
     rest = [*tokens("USER: Why? ASSISTANT:"), *tokens(" because"), 50256]
-    assert ids == prompt + said + rest
+    assert ids == prompt + answer + rest
     n = len(prompt)
-    assert labels[:n] == [-100] * n and labels[n : n + len(said)] == said
+    assert labels[:n] == [-100] * n and labels[n : n + len(answer)] == answer
     assert ids.count(50256) == 2 and ids.count(-200) == 3
 
 

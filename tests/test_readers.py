@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import records
-from benchmarks.vqa import RAD_FILE, read_pickle
+import config
 from config import UserError
-from records import Packed
-from sources import load_samples
+from data import Packed
+from sources.load import load_samples
+from sources.vqa import RAD_FILE, read_pickle
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 REAL = pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not beside the project")
@@ -23,10 +23,10 @@ REAL = pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not besid
 
 @pytest.fixture(autouse=True)
 def every_warning_again():
-    records.warn_once.cache_clear()
+    config.warn_once.cache_clear()
 
 
-def picture(path):
+def save_image(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8)).save(path)
     return path
@@ -49,7 +49,7 @@ CONVERTED = [
 
 def pathvqa(folder, values=QA, converted=None):
     for name in ("test_0001", "test_0002"):
-        picture(folder / "images" / "test" / f"{name}.jpg")
+        save_image(folder / "images" / "test" / f"{name}.jpg")
     if converted is None:
         (folder / "qas" / "test").mkdir(parents=True, exist_ok=True)
         (folder / "qas" / "test" / "test_qa.pkl").write_bytes(pickle.dumps(values))
@@ -85,13 +85,15 @@ def test_a_pickle_holds_plain_data_in_every_protocol_or_is_refused(tmp_path, pro
     file.write_bytes(pickle.dumps(values, protocol))
     assert len(read_pickle(file)) == 3
     file.write_bytes(pickle.dumps([Attack()], protocol))
-    with pytest.raises(UserError, match=f"{file}: a pickle that does more than hold data") as told:
+    with pytest.raises(
+        UserError, match=f"{file}: a pickle that does more than hold data"
+    ) as refused:
         read_pickle(file)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         (b"", "not a pickle"),
         (b"hello", "more than hold data: OBJ"),
@@ -106,13 +108,13 @@ def test_a_pickle_holds_plain_data_in_every_protocol_or_is_refused(tmp_path, pro
         (b"c" + b"A" * 5_000_000 + b"\nx\n.", "more than hold data: GLOBAL AAAA"),
     ],
 )
-def test_a_hostile_or_broken_pickle_is_told_in_one_line(tmp_path, data, told):
+def test_a_malicious_or_broken_pickle_is_refused_in_one_line(tmp_path, data, message):
     spec = pathvqa(tmp_path)
     file = tmp_path / "qas" / "test" / "test_qa.pkl"
     file.write_bytes(data)
     with pytest.raises(UserError) as refused:
         load_samples([spec], "vqa", "test")
-    assert str(refused.value).startswith(f"{file}: ") and told in str(refused.value)
+    assert str(refused.value).startswith(f"{file}: ") and message in str(refused.value)
 
 
 def doubling():
@@ -130,7 +132,7 @@ def within_itself():
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"a": 1}, 'must be a list of records, is {"a": 1}'),
         (["x"], 'record 0 (from 0) is not an object: "x"'),
@@ -146,13 +148,13 @@ def within_itself():
         ([{"image": "test_0001"}], '"question" is missing'),
     ],
 )
-def test_a_wrong_record_in_a_pickle_is_told_with_its_place(tmp_path, values, told):
+def test_a_wrong_record_in_a_pickle_is_refused_with_its_place(tmp_path, values, message):
     with pytest.raises(UserError) as refused:
         load_samples([pathvqa(tmp_path, values)], "vqa", "test")
-    assert told in str(refused.value) and "test_qa.pkl" in str(refused.value)
+    assert message in str(refused.value) and "test_qa.pkl" in str(refused.value)
 
 
-def test_a_conversion_whose_lists_differ_is_told(tmp_path):
+def test_a_conversion_whose_lists_differ_is_refused(tmp_path):
     for wrong in ({"pvqa": [{"x": 1}]}, {}, None, {"pvqa": [[], {}]}):
         spec = pathvqa(tmp_path, converted=[CONVERTED[1] | {"labelf": wrong}])
         with pytest.raises(UserError, match=r"pvqa_test\.json: record 0 .*(sentf|labelf)"):
@@ -163,7 +165,7 @@ def test_a_conversion_whose_lists_differ_is_told(tmp_path):
 
 def test_an_image_that_is_a_link_out_of_the_folder_is_refused(tmp_path):
     spec = pathvqa(tmp_path)
-    outside = picture(tmp_path / "outside.jpg")
+    outside = save_image(tmp_path / "outside.jpg")
     link = tmp_path / "images" / "test" / "test_0002.jpg"
     link.unlink()
     link.symlink_to(outside)
@@ -198,7 +200,7 @@ RAD = {"image_name": "x.jpg", "question_type": "PRES", "answer": "Yes", "answer_
        "image_organ": "HEAD", "question_frame": "NULL"}  # fmt: skip
 
 
-def test_framed_questions_join_training_and_those_of_test_questions_are_told(tmp_path, capsys):
+def test_framed_questions_join_training_and_those_of_test_questions_are_counted(tmp_path, capsys):
     rows = [
         RAD
         | {"qid": 1, "phrase_type": "freeform", "question": "A?", "question_frame": "Framed A?"},
@@ -206,18 +208,18 @@ def test_framed_questions_join_training_and_those_of_test_questions_are_told(tmp
         RAD
         | {"qid": 3, "phrase_type": "test_freeform", "question": "C?", "question_frame": "F C?"},
     ]
-    picture(tmp_path / "images" / "x.jpg")
+    save_image(tmp_path / "images" / "x.jpg")
     (tmp_path / RAD_FILE).write_text(json.dumps(rows))
-    asked = {
+    questions = {
         (kind, split): [(s.id, s.turns[0][0]) for s in load_samples([spec], "vqa", split)]
         for kind in ("vqa-rad", "vqa-rad-3515")
         for split in ("train", "test")
         for spec in [f"{kind}:{tmp_path}"]
     }
-    assert asked["vqa-rad", "train"] == [("1", "A?"), ("2", "B?")]
+    assert questions["vqa-rad", "train"] == [("1", "A?"), ("2", "B?")]
     framed = [("1", "A?"), ("1-frame", "Framed A?"), ("2", "B?"), ("3-frame", "F C?")]
-    assert asked["vqa-rad-3515", "train"] == framed
-    assert asked["vqa-rad", "test"] == asked["vqa-rad-3515", "test"] == [("3", "C?")]
+    assert questions["vqa-rad-3515", "train"] == framed
+    assert questions["vqa-rad", "test"] == questions["vqa-rad-3515", "test"] == [("3", "C?")]
     assert "1 of the framed questions in training restate" in capsys.readouterr().err
 
 
@@ -234,12 +236,12 @@ def test_vqa_rad_has_3515_pairs_of_which_284_in_training_restate_test_questions(
 
 
 def item(name="1", question="<image>\nWhat is it?", answer="A lung.", **more):
-    said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"id": name, "image": "x.jpg", "conversations": said} | more
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": name, "image": "x.jpg", "conversations": turns} | more
 
 
 def llava(folder, *items, file="test.json"):
-    picture(folder / "images" / "x.jpg")
+    save_image(folder / "images" / "x.jpg")
     (folder / file).write_text(json.dumps(list(items)))
     return f"llava:{folder / file}"
 
@@ -288,7 +290,7 @@ def test_a_llava_folder_has_splits_and_images_may_lie_elsewhere(tmp_path):
     for split in ("train", "test"):
         (sample,) = load_samples([f"llava:{tmp_path}"], "vqa", split)
         assert sample.turns[0][0] == split
-    other = picture(tmp_path / "other" / "x.jpg")
+    other = save_image(tmp_path / "other" / "x.jpg")
     folder = str(other.parent)
     (sample,) = load_samples([f"llava:{tmp_path}"], "vqa", "test", image_folder=folder)
     assert sample.image == other.resolve()
@@ -314,7 +316,7 @@ HUMAN, GPT = {"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"conversations": []}, "a list of turns"),
         ({"conversations": [HUMAN]}, "a list of turns"),
@@ -330,10 +332,10 @@ HUMAN, GPT = {"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}
         ({"modality": "PET"}, "must be one of CT, MRI"),
     ],
 )
-def test_what_is_wrong_with_a_llava_item_is_told(tmp_path, change, told):
+def test_what_is_wrong_with_a_llava_item_is_reported(tmp_path, change, message):
     with pytest.raises(UserError) as refused:
         load_samples([llava(tmp_path, item() | change)], "vqa", "test")
-    assert told in str(refused.value) and "\n" not in str(refused.value)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_question_with_an_image_mark_needs_an_image(tmp_path):
@@ -375,8 +377,8 @@ def test_several_labels_become_a_yes_or_no_each(tmp_path):
     spec, _ = npz(tmp_path, "chestmnist_64", labels, (64, 64))
     samples = load_samples([spec], "vqa", "val")
     assert len(samples) == 28 and {s.options for s in samples} == {("no", "yes")}
-    said = [s.turns[0][1] for s in samples]
-    assert said == ["no"] * 14 + ["yes"] + ["no"] * 12 + ["yes"]
+    answers = [s.turns[0][1] for s in samples]
+    assert answers == ["no"] * 14 + ["yes"] + ["no"] * 12 + ["yes"]
     assert samples[14].turns[0][0] == f"Does the image show {samples[14].kind}?"
     assert samples[14].id == f"val-1-{samples[14].kind}"
     dialogues = load_samples([spec], "instructions", "val")

@@ -16,12 +16,13 @@ import torch
 from mini import mini
 
 import train
-from asking import Asker, judge_router
 from checkpoint import load_model
 from config import IMAGE_ID, MODALITIES, PRESETS, UserError
+from eval import Predictor
 from lab import report, report_history, report_numbers, report_page, report_png, svg
 from model import generate
-from sources import load_samples
+from scoring.router import judge_router
+from sources.load import load_samples
 
 EVIL = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
 DROPS = """
@@ -35,7 +36,7 @@ class Drops(Router):
 
 
 class Page(HTMLParser):
-    """What is worth knowing of a page."""
+    """The tags, identifiers and text of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -92,7 +93,7 @@ def shown(run, tmp_path_factory):
 
 
 def check(text):
-    """Whatever holds for every page."""
+    """What must be true of every page."""
     page = Page(text)
     assert page.open == []
     assert len(page.ids) == len(set(page.ids)), "identifiers occur twice"
@@ -117,8 +118,8 @@ def check(text):
         assert attrs.get("aria-hidden") == "true" or (
             attrs["role"] == "img" and len(attrs["aria-labelledby"].split()) == 2
         )
-    pictures = [a for a in page.all("svg") if a.get("role") == "img"]
-    assert len(pictures) == len(page.all("desc")), "a picture without its text"
+    charts = [a for a in page.all("svg") if a.get("role") == "img"]
+    assert len(charts) == len(page.all("desc")), "a chart without its text"
     assert not re.search(r"<desc[^>]*></desc>|<title[^>]*></title>", text)
     assert len(page.all("table")) == len(page.all("caption"))
     assert all(attrs.get("scope") for attrs in page.all("th"))
@@ -132,23 +133,23 @@ def test_the_page_is_whole_and_everyone_can_read_it(shown):
     page = check(shown[1])
     words = " ".join(page.words)
     assert "not a medical device" in words
-    for name in ("load", "examples", "router", "training", "settling", "ablations"):
+    for name in ("load", "examples", "router", "training", "saturation", "ablations"):
         assert name in page.ids
-    # Two sparse layers of three blocks, and the picture itself, for each of eight examples.
+    # Two sparse layers of three blocks, and the image itself, for each of eight examples.
     views = [a for a in page.all("svg") if a.get("class") == "overlay"]
     assert len(views) == 8 * 3
-    assert len(page.all("image")) == 8, "each picture is embedded once"
+    assert len(page.all("image")) == 8, "each image is embedded once"
 
 
-def slow_visits(asker, samples):
+def slow_load(predictor, samples):
     """(modality, kind) -> counts [layer][expert], one sample, position and expert at a time."""
     counts = {}
     for s in samples:
-        ((_, batch),) = asker.batches([s], "slow")
+        ((_, batch),) = predictor.batches([s], "slow")
         with torch.inference_mode():
-            steps = list(generate(asker.model, batch, asker.text.eos_id, asker.max_new))
+            steps = list(generate(predictor.model, batch, predictor.text.eos_id, predictor.max_new))
         for i, step in enumerate(steps):
-            if i and int(steps[i - 1].tokens[0]) == asker.text.eos_id:
+            if i and int(steps[i - 1].tokens[0]) == predictor.text.eos_id:
                 break
             for layer, routing in enumerate(step.routings):
                 for t in range(routing.gates.shape[1]):
@@ -164,23 +165,23 @@ def slow_visits(asker, samples):
     return counts
 
 
-def open_asker(checkpoint):
+def open_predictor(checkpoint):
     model, text, _ = load_model(checkpoint, torch.device("cpu"), torch.float32)
-    return Asker(model, text, torch.device("cpu"), torch.float32, max_new=4)
+    return Predictor(model, text, torch.device("cpu"), torch.float32, max_new=4)
 
 
-def test_the_load_is_what_counting_visits_one_by_one_gives(run, shown):
+def test_the_load_is_what_counting_routed_tokens_one_by_one_gives(run, shown):
     numbers, text = shown
     samples = load_samples(["phantoms:16"], "vqa", "test")[:24]
-    counts = slow_visits(open_asker(run / "phase3"), samples)
+    counts = slow_load(open_predictor(run / "phase3"), samples)
     assert {(group, name) for group in numbers["load"] for name in numbers["load"][group]} == (
         counts.keys()
     )
     for (group, name), table in counts.items():
         found = numbers["load"][group][name]
-        assert found["visits"] == [sum(row) for row in table]
-        for row, said in zip(table, found["shares"], strict=True):
-            assert said == pytest.approx([n / sum(row) for n in row])
+        assert found["routed"] == [sum(row) for row in table]
+        for row, shares in zip(table, found["shares"], strict=True):
+            assert shares == pytest.approx([n / sum(row) for n in row])
             cells = "".join(rf"<td[^>]*>{100 * n / sum(row):.1f} %</td>" for n in row)
             assert re.search(rf">{name}</th>{cells}<td>{sum(row):,}</td>", text)
 
@@ -188,7 +189,7 @@ def test_the_load_is_what_counting_visits_one_by_one_gives(run, shown):
 def test_the_router_is_judged_as_eval_judges_it(run, shown):
     numbers, text = shown
     samples = load_samples(["phantoms:16"], "vqa", "test")[:24]
-    found = open_asker(run / "phase3").answer(samples)
+    found = open_predictor(run / "phase3").answer(samples)
     judged = judge_router(samples, found)
     assert numbers["router"]["confusion"] == judged["confusion"]
     confidences, right = report_numbers.router_confidence(samples, found, 2)
@@ -219,9 +220,9 @@ def test_balance_by_hand():
 
 
 def test_examples_show_what_was_generated(run, shown):
-    asker = open_asker(run / "phase3")
+    predictor = open_predictor(run / "phase3")
     samples = load_samples(["phantoms:16"], "vqa", "test")[:24]
-    e = report_numbers.explain(asker, samples[0])
+    e = report_numbers.explain(predictor, samples[0])
     assert e.patches.shape == (2, 4, 4)
     assert e.patches.sum(-1).flatten().tolist() == pytest.approx([1.0] * 8)
     assert "".join(e.tokens).strip() == e.answer
@@ -285,7 +286,7 @@ def test_ablations_are_shown_as_they_are(run, tmp_path):
         report_history.read_ablations(tmp_path / "none")
 
 
-def test_a_dense_checkpoint_says_so(run, tmp_path):
+def test_a_dense_checkpoint_has_notes_in_place_of_its_routing(run, tmp_path):
     numbers, text = show(run / "phase2", tmp_path)
     check(text)
     assert numbers["router"] is None and text.count("it has no router") == 4
@@ -294,12 +295,12 @@ def test_a_dense_checkpoint_says_so(run, tmp_path):
         show(run / "phase2", tmp_path, "--png", str(tmp_path))
 
 
-def test_a_sequence_router_sends_all_tokens_one_way(run, tmp_path):
+def test_a_sequence_router_has_the_same_experts_for_all_tokens(run, tmp_path):
     _, text = show(run / "phase3", tmp_path, "--router-level", "sequence")
     check(text)
-    assert "decides once a sample" in text
-    told = re.findall(r"Of 4 patches, by their first expert: ([^<]*)", text)
-    assert len(told) == 16 and all(t.startswith("4 to expert") for t in told)
+    assert "decides once per sample" in text
+    texts = re.findall(r"Of 4 patches, by their first expert: ([^<]*)", text)
+    assert len(texts) == 16 and all(t.startswith("4 to expert") for t in texts)
 
 
 def test_a_router_that_drops_tokens(run, tmp_path):
@@ -310,7 +311,7 @@ def test_a_router_that_drops_tokens(run, tmp_path):
     assert numbers["experts"] == [f"expert {e}" for e in range(4)]
 
 
-def test_data_without_modality_or_picture(run, tmp_path, monkeypatch):
+def test_data_without_modality_or_image(run, tmp_path, monkeypatch):
     plain = report.load_questions
 
     def unknown(*args):
@@ -322,22 +323,22 @@ def test_data_without_modality_or_picture(run, tmp_path, monkeypatch):
     numbers, text = show(run / "phase3", tmp_path, "--pictures", "24")
     check(text)
     assert list(numbers["load"]["modality"]) == ["unknown"]
-    assert "does not say which modality" in text and "This question has no picture" in text
+    assert "has no modality labels" in text and "This question has no image" in text
 
 
-def test_every_sparse_step_logs_its_visits(run, shown):
+def test_every_sparse_step_logs_the_load_of_its_experts(run, shown):
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     steps = [r for r in records if "loss" in r]
-    assert ["visits" in r for r in steps] == [False] * 4 + [True] * 2
+    assert ["load" in r for r in steps] == [False] * 4 + [True] * 2
     for r in steps[-2:]:
-        assert len(r["visits"]) == 2
-        for row in r["visits"]:
+        assert len(r["load"]) == 2
+        for row in r["load"]:
             assert sum(row) == pytest.approx(2, abs=3e-4) and row == [round(v, 4) for v in row]
-    assert [r["visits"] for r in shown[0]["steps"]] == [r["visits"] for r in steps[-2:]]
-    assert "Share of visits in training" in shown[1] and "Balance in training" in shown[1]
+    assert [r["load"] for r in shown[0]["steps"]] == [r["load"] for r in steps[-2:]]
+    assert "Load in training" in shown[1] and "Balance in training" in shown[1]
 
 
-def test_settling_compares_with_the_points_that_are_there(run, shown, tmp_path):
+def test_saturation_compares_with_the_points_that_are_there(run, shown, tmp_path):
     assert [p["step"] for p in shown[0]["saturation"]] == [0]
     assert "No step checkpoints" in shown[1]
     copy = tmp_path / "run"
@@ -355,12 +356,12 @@ def test_settling_compares_with_the_points_that_are_there(run, shown, tmp_path):
 
 
 def test_first_experts_differ_where_routers_do(run):
-    asker = open_asker(run / "phase3")
+    predictor = open_predictor(run / "phase3")
     samples = load_samples(["phantoms:16"], "vqa", "test")[:8]
-    before = report_history.first_experts(asker, samples)
+    before = report_history.first_experts(predictor, samples)
     with torch.no_grad():
-        asker.model.decoder.blocks[2].mlp.router.proj.bias += torch.tensor([0, 0, 0, 1e4])
-    after = report_history.first_experts(asker, samples)
+        predictor.model.decoder.blocks[2].mlp.router.proj.bias += torch.tensor([0, 0, 0, 1e4])
+    after = report_history.first_experts(predictor, samples)
     assert (after[0] == before[0]).all() and (after[1] == 3).all() and (before[1] != 3).any()
 
 

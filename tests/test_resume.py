@@ -16,15 +16,14 @@ from mini import losses, mini, same, weights
 
 import train
 from checkpoint import load_model
-from config import PRESETS, UserError, to_dict
-from engine import generators, run, step
+from config import PRESETS, TrainConfig, UserError, to_dict
+from data import Sample
+from engine import run
 from engine.durable import seal
 from engine.processes import Processes
 from engine.run import MAY_DIFFER, Run, claim, data_digest, refuse_changed_flags, unfinished
-from flags import TrainConfig
+from engine.tensorfiles import open_tensors
 from model import MedMoE
-from records import Sample
-from tensorfiles import open_tensors
 
 STEPS = ("--steps", "6", "--save-every", "2", "--batch-size", "4", "--accumulate", "2", "--jitter")
 
@@ -47,17 +46,16 @@ def presets(tmp_path_factory):
 def watched(monkeypatch):
     """Jitter that takes from all generators; `after` stops a run in its n-th micro-batch."""
     found = SimpleNamespace(optimizers=[], after=None, seen=[])
-    plain = step.jitter
+    plain = train.jitter
 
     def jitter(images):
         return plain(images) * (1 + 0.1 * random.random() + 0.1 * np.random.rand())  # noqa: NPY002
 
-    class Optimizer(torch.optim.AdamW):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            found.optimizers.append(self)
+    make, loss = train.make_optimizer, MedMoE.loss
 
-    loss = MedMoE.loss
+    def make_optimizer(*args):
+        found.optimizers.append(make(*args))
+        return found.optimizers[-1]
 
     def counted(self, batch):
         found.seen.append(batch)
@@ -65,8 +63,8 @@ def watched(monkeypatch):
             raise Killed
         return loss(self, batch)
 
-    monkeypatch.setattr(step, "jitter", jitter)
-    monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
+    monkeypatch.setattr(train, "jitter", jitter)
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
     monkeypatch.setattr(MedMoE, "loss", counted)
     return found
 
@@ -159,20 +157,20 @@ def test_a_generator_that_is_lost_is_noticed_by_these_tests(
 
 
 def test_generators_come_back_and_those_without_a_state_begin_anew_by_seed():
-    def draw():
+    def sample():
         return [random.gauss(0, 1), np.random.randn(), torch.rand(()).item()]  # noqa: NPY002
 
     cpu = torch.device("cpu")
-    draw()  # both keep a second number for the next call
-    states = generators.generators(cpu)
+    sample()  # gauss and randn keep a second number for the next call
+    states = run.generators(cpu)
     states = {name: tensor.clone() for name, tensor in states.items()}
-    first = [draw(), draw()]
-    generators.set_generators(states, cpu, "other")
-    assert [draw(), draw()] == first
+    first = [sample(), sample()]
+    run.set_generators(states, cpu, "other")
+    assert [sample(), sample()] == first
     found = []
     for seed in ("0 6 0", "0 6 1", "0 6 0"):
-        generators.set_generators({}, cpu, seed)
-        found.append(draw())
+        run.set_generators({}, cpu, seed)
+        found.append(sample())
     assert found[0] == found[2] and not set(found[0]) & set(found[1])
 
 
@@ -213,9 +211,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     out, _ = undisturbed(whole, watched, 1, base, tmp_path / "whole")
     harm(killed / "phase1-step0000004" / file)
     phase(1, base, killed, *STEPS, "--resume")
-    said = capsys.readouterr()
-    assert f"phase1-step0000004/{file}: damaged" in said.err
-    assert "goes on from step 2" in said.out
+    printed = capsys.readouterr()
+    assert f"phase1-step0000004/{file}: damaged" in printed.err
+    assert "goes on from step 2" in printed.out
     assert same(weights(out / "phase1"), weights(killed / "phase1"))
     assert losses(out) == losses(killed)
 
@@ -259,7 +257,7 @@ def test_every_flag_is_either_refused_by_name_or_harmless(tmp_path, field):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (("--steps", "7"), "with --steps 6, would go on with --steps 7"),
         (("--batch-size", "8"), "with --batch-size 4, would go on with --batch-size 8"),
@@ -270,9 +268,9 @@ def test_every_flag_is_either_refused_by_name_or_harmless(tmp_path, field):
         (("--no-jitter",), "with --jitter, would go on without --jitter"),
     ],
 )  # fmt: skip
-def test_a_run_does_not_go_on_as_another(watched, base, killed, capsys, change, told):
+def test_a_run_does_not_go_on_as_another(watched, base, killed, capsys, change, message):
     line = refused(capsys, 1, base, killed, *STEPS, "--resume", *change)
-    assert "phase1-step0000004" in line and told in line and not watched.seen
+    assert "phase1-step0000004" in line and message in line and not watched.seen
 
 
 def test_a_run_does_not_go_on_with_other_defaults_or_other_data(
@@ -320,7 +318,7 @@ def test_samples_that_differ_in_anything_or_their_order_are_others():
     assert len(found) == 8
 
 
-def test_another_number_of_processes_goes_on_and_says_what_is_lost(base, killed, capsys):
+def test_another_number_of_processes_goes_on_with_a_warning(base, killed, capsys):
     class Second(Processes):
         """The second of two that never differ."""
 
@@ -332,14 +330,15 @@ def test_another_number_of_processes_goes_on_and_says_what_is_lost(base, killed,
         model = load_model(killed / "phase1-step0000004", torch.device("cpu"))[0]
         place = Run(1, flags, killed / "phase1-step0000004" / "tokenizer.json", processes)
         meta = run.read_meta(killed / "phase1-step0000004")[1]
-        place.settled = meta["run"] | {"processes": processes.world}
+        place.resolved = meta["run"] | {"processes": processes.world}
         named = {n: p for n, p in model.named_parameters() if n.startswith("projector.")}
-        optimizer = torch.optim.AdamW(named.values())
-        assert place.resume(model, optimizer, named) == 4
+        place.model, place.params = model, named
+        place.optimizer = torch.optim.AdamW(named.values())
+        assert place.resume() == 4
         assert ("processes 1, now 2" in capsys.readouterr().err) == (processes.world == 2)
-        drawn = torch.rand(3)
-        generators.set_generators({}, place.device, "0 4 1")
-        assert torch.equal(drawn, torch.rand(3)) == (processes.world == 2)
+        numbers = torch.rand(3)
+        run.set_generators({}, place.device, "0 4 1")
+        assert torch.equal(numbers, torch.rand(3)) == (processes.world == 2)
 
 
 def read_flags(folder):

@@ -1,8 +1,8 @@
-"""One router against the contract of the seam, in sentences.
+"""Check a router against the contract that every router has to fulfil.
 
 python -m pytest tests/test_router.py --router my_router.py:Mine
 
-Without --router, all that routers.py has. `--router course/museum/...` finds what is wrong there.
+Without --router, all routers of routers.py. With `--router course/museum/...` it finds the bug.
 """
 
 import inspect
@@ -19,7 +19,7 @@ LEVELS = ("token", "sequence")
 
 
 def checks_of(module):
-    """Every function of the module that takes a case and nothing else: those are its checks."""
+    """The checks of a module: every function whose only argument is a case."""
     return [
         function
         for function in vars(module).values()
@@ -46,9 +46,9 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=[check.__name__ for check in CHECKS])
-def test_a_router_keeps_the_contract(check, case):
+def test_a_router_fulfils_the_contract(check, case):
     check(case)
 
 
-def test_no_check_is_lost():
+def test_all_checks_are_found():
     assert len(CHECKS) == 31

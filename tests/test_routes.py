@@ -1,4 +1,4 @@
-"""Routes on disk, recorded and taken again: python -m pytest tests/test_routes.py"""
+"""Routes on disk, recorded and replayed: python -m pytest tests/test_routes.py"""
 
 import json
 
@@ -8,14 +8,14 @@ from mini import mini
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
-import routes
 import train
-from asking import Asker
 from checkpoint import load_model
 from config import PRESETS, UserError
-from model import generate
+from engine import routes
+from eval import Predictor
+from model import Step, generate
 from routers import Hints, Routing, TopKRouter
-from sources import load_samples
+from sources.load import load_samples
 
 CPU = torch.device("cpu")
 
@@ -32,13 +32,13 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def asker(checkpoint):
+def predictor(checkpoint):
     model, text, _ = load_model(checkpoint, CPU)
-    return Asker(model, text, CPU, torch.float32, batch_size=4, max_new=5)
+    return Predictor(model, text, CPU, torch.float32, batch_size=4, max_new=5)
 
 
 def forget(model):
-    """Other routers: whoever still decides by these decides otherwise."""
+    """Other router weights: decisions by these would differ."""
     generator = torch.Generator().manual_seed(3)
     for block in model.decoder.blocks:
         if block.is_sparse:
@@ -46,40 +46,49 @@ def forget(model):
                 param.data = torch.randn(param.shape, generator=generator)
 
 
-def logits_of(model, batch, given=None):
-    """Of every round, while the routes are the model's own or `given` -> logits, routings."""
+def logits_of(model, batch):
+    """Of every step -> logits, routings."""
     heads, hook = [], model.decoder.lm_head.register_forward_hook(lambda m, x, y: heads.append(y))
-    rounds = list(generate(model, batch, 0, 5, routes=given))
+    rounds = list(generate(model, batch, 0, 5))
     hook.remove()
     return heads, [step.routings for step in rounds]
 
 
-def test_replayed_routes_give_the_same_logits_to_the_last_bit(asker):
+def test_replayed_routes_give_the_same_logits_to_the_last_bit(predictor):
     samples = load_samples(["phantoms:16"], "vqa", "test")[:4]
-    ((_, batch),) = asker.batches(samples, "")
+    ((_, batch),) = predictor.batches(samples, "")
     assert not batch.mask.all()  # there is padding
-    before, routings = logits_of(asker.model, batch)
+    before, routings = logits_of(predictor.model, batch)
     recorded = routes.record(routings, batch.mask)
-    forget(asker.model)
-    otherwise, _ = logits_of(asker.model, batch)
+    forget(predictor.model)
+    otherwise, _ = logits_of(predictor.model, batch)
     assert not all(torch.equal(a, b) for a, b in zip(before, otherwise, strict=True))
-    again, replayed = logits_of(asker.model, batch, routes.replay(recorded, batch.mask))
+    recorder = routes.RouteRecorder.__new__(routes.RouteRecorder)
+    recorder.routes = recorded
+    with recorder.replay(predictor.model, range(len(recorded)), batch):
+        again, replayed = logits_of(predictor.model, batch)
     assert len(again) == len(before) == 5
     assert all(torch.equal(a, b) for a, b in zip(before, again, strict=True))
     for mine, theirs in zip(routes.record(replayed, batch.mask), recorded, strict=True):
         assert torch.equal(mine.gates, theirs.gates) and torch.equal(mine.logits, theirs.logits)
 
 
-def test_a_route_holds_a_samples_real_positions_only(asker):
+def test_a_route_holds_a_samples_real_positions_only(predictor):
     samples = load_samples(["phantoms:16"], "vqa", "test")[:9]
-    found = asker.answer(samples, keep=True)
-    alone = [asker.answer([s], keep=True)[0].route for s in samples]
-    for p, own in zip(found, alone, strict=True):
-        assert p.route.n_prompt == own.n_prompt
-        n = min(len(own.gates), len(p.route.gates))
-        assert n >= own.n_prompt and p.route.gates.shape[1:] == (2, 4)
-        torch.testing.assert_close(p.route.gates[:n], own.gates[:n], atol=1e-5, rtol=0)
-        assert (p.route.gates != 0).sum(dim=-1).eq(2).all()  # padding would visit nobody
+
+    def recorded(some):
+        ids = [s.id for s in some]
+        recorder = routes.RouteRecorder(predictor.model, ids, None, "unused")
+        predictor.answer(some, recorder=recorder)
+        return [recorder.taken[i] for i in range(len(some))]
+
+    for route, alone in zip(recorded(samples), samples, strict=True):
+        (own,) = recorded([alone])
+        assert route.n_prompt == own.n_prompt
+        n = min(len(own.gates), len(route.gates))
+        assert n >= own.n_prompt and route.gates.shape[1:] == (2, 4)
+        torch.testing.assert_close(route.gates[:n], own.gates[:n], atol=1e-5, rtol=0)
+        assert (route.gates != 0).sum(dim=-1).eq(2).all()  # padding would be routed nowhere
 
 
 def test_eval_records_and_replays(checkpoint, tmp_path, capsys):
@@ -95,7 +104,7 @@ def test_eval_records_and_replays(checkpoint, tmp_path, capsys):
 
 
 def test_replayed_routes_win_over_the_router(checkpoint, tmp_path):
-    """Every gate in the file moved to the last expert: all visits go there."""
+    """Every gate in the file moved to the last expert: all tokens go there."""
     file, moved = tmp_path / "r.safetensors", tmp_path / "moved.safetensors"
     common = [str(checkpoint), "--limit", "6", "--max-new", "3", "--dtype", "float32"]
     evaluation.main([*common, "--record-routes", str(file)])
@@ -109,15 +118,15 @@ def test_replayed_routes_win_over_the_router(checkpoint, tmp_path):
     assert all(layer == [0, 0, 0, 1] for layers in found["load"].values() for layer in layers)
 
 
-def test_the_router_does_not_run_where_routes_are_given():
+def test_the_router_does_not_run_where_its_routings_are_replayed():
     class Never(TopKRouter):
         def gate(self, logits, mask, x):
             raise AssertionError
 
-    given = Routing(torch.rand(1, 3, 4), torch.rand(1, 3, 4))
-    router = Never(8, 4, level="sequence")
+    known = Routing(torch.rand(1, 3, 4), torch.rand(1, 3, 4))
+    router = routes.Replayed(Never(8, 4, level="sequence"), iter([known]))
     mask = torch.ones(1, 3, dtype=torch.bool)
-    assert router(torch.rand(1, 3, 8), mask, Hints(given=given, held=given)) is given
+    assert router(torch.rand(1, 3, 8), mask, Hints(previous=known)) is known
 
 
 def test_what_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path, capsys):
@@ -130,8 +139,8 @@ def test_what_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path, capsys):
     def refused(words, *more, limit="4"):
         with pytest.raises(SystemExit) as stopped:
             evaluation.main([*common, "--limit", limit, *map(str, more)])
-        told = capsys.readouterr().err.strip().splitlines()[-1]
-        assert stopped.value.code == 2 and words in told, told
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stopped.value.code == 2 and words in error, error
 
     def written(ids=ids, **changed):
         path = tmp_path / "bad.safetensors"
@@ -155,13 +164,19 @@ def test_what_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path, capsys):
     assert "dense model has no routes" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluation.main(["--predictions", "x.jsonl", "--replay-routes", str(file)])
-    assert "only a checkpoint gives new answers" in capsys.readouterr().err
+    assert "only for a checkpoint" in capsys.readouterr().err
 
 
 def test_an_answer_longer_than_its_route_is_refused():
-    route = routes.Route(torch.zeros(7, 2, 4), torch.zeros(7, 2, 4), 5)  # two tokens were said
-    said = torch.tensor([[4, 5, 0, 0]])
-    routes.long_enough([route], said, eos_id=0)
+    route = routes.Route(torch.zeros(7, 2, 4), torch.zeros(7, 2, 4), 5)  # an answer of two tokens
+    recorder = routes.RouteRecorder.__new__(routes.RouteRecorder)
+    recorder.routes, recorder.file = [route], None
+
+    def check(tokens):
+        steps = [Step(torch.tensor([token]), []) for token in tokens]
+        recorder.record(steps, [0], None, eos_id=0)
+
+    check([4, 5, 0, 0])
     with pytest.raises(UserError, match="longer"):
-        routes.long_enough([route], torch.tensor([[4, 5, 6, 0]]), eos_id=0)
-    routes.long_enough([route], torch.tensor([[4, 5, 6]]), eos_id=0)  # cut off, as it was before
+        check([4, 5, 6, 0])
+    check([4, 5, 6])  # cut off, as it was before

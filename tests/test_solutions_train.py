@@ -1,4 +1,4 @@
-"""Each reference solution trains, is read again and answers: pytest tests/test_solutions_train.py
+"""Each reference solution trains, is loaded and generates: pytest tests/test_solutions_train.py
 
 On the preset of 30 000 parameters, two steps of phase 3 from one shared phase 2,
 with the commands of the pages.
@@ -24,7 +24,7 @@ COMMON = ["--preset", "mini", "--data", "phantoms:16", "--dtype", "float32", "--
           "--router-images", "16", "--steps", "2", "--batch-size", "4"]  # fmt: skip
 
 
-def as_the_page_says(number: int, here: dict[str, object]) -> list[str]:
+def command_of_page(number: int, here: dict[str, object]) -> list[str]:
     """The flags of the page's training command, with the values of `here`."""
     (argv,) = [w[2:] for w in commands(of_assignment(number)) if "--init" in w]
     for flag, value in here.items():
@@ -34,7 +34,7 @@ def as_the_page_says(number: int, here: dict[str, object]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """assignment number -> the folder of its run; each is trained once, when first asked for."""
+    """assignment number -> the folder of its run; each is trained once, at its first use."""
     if not SOLUTIONS.is_dir():
         pytest.skip("the solutions are withheld")
     runs: dict[int, Path] = {}
@@ -48,18 +48,18 @@ def trained(tmp_path_factory):
                 spec = f"{SOLUTIONS / f'a{number}.py'}:{STUBS[number].rpartition(':')[2]}"
                 runs[number] = tmp_path_factory.mktemp(f"a{number}")
                 here = {"--init": base / "phase2", "--router": spec, "--out": runs[number]}
-                train.main([*as_the_page_says(number, here), *COMMON])
+                train.main([*command_of_page(number, here), *COMMON])
             return runs[number]
 
         yield run
 
 
 def prompts() -> Batch:
-    """Two of text alone, padded on the left."""
+    """Two prompts without images, padded on the left."""
     ids = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
-    nothing = torch.full_like(ids, -100)
-    return Batch(ids, mask, nothing, torch.zeros(0, 3, 32, 32), torch.tensor([-1, -1]))
+    labels = torch.full_like(ids, -100)
+    return Batch(ids, mask, labels, torch.zeros(0, 3, 32, 32), torch.tensor([-1, -1]))
 
 
 @NUMBERS
@@ -71,7 +71,7 @@ def test_a_solution_trains_two_steps(trained, number):
 
 
 @NUMBERS
-def test_a_solution_answers_or_refuses_to(trained, number):
+def test_a_solution_generates_or_is_refused(trained, number):
     model, text, _ = load_model(trained(number) / "phase3", torch.device("cpu"))
     steps = generate(model, prompts(), text.eos_id, max_new=3)
     if number == 4:
@@ -83,14 +83,14 @@ def test_a_solution_answers_or_refuses_to(trained, number):
 
 
 @pytest.mark.parametrize(("number", "name"), [(5, "bias"), (8, "coefficient")])
-def test_what_a_solution_updates_is_in_the_checkpoint(trained, number, name):
+def test_the_buffers_that_a_solution_updates_are_in_the_checkpoint(trained, number, name):
     found = [t for n, t in weights(trained(number) / "phase3").items()
              if n.endswith(f".router.{name}")]  # fmt: skip
     start = torch.tensor({"bias": 0.0, "coefficient": 1e-8}[name])
     assert found and all((t != start).any() for t in found)
 
 
-def test_one_route_is_kept_for_the_whole_answer(trained):
+def test_generation_keeps_the_route_of_the_prompt(trained):
     model, text, _ = load_model(trained(7) / "phase3", torch.device("cpu"))
     steps = list(generate(model, prompts(), text.eos_id, max_new=3))
     first = steps[0].routings

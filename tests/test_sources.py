@@ -1,4 +1,4 @@
-"""Each source gives the samples its owners published, and a bad file is told in one line.
+"""Each source gives the samples its owners published, and a bad file is refused in one line.
 
 python -m pytest tests/test_sources.py
 """
@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import phantoms
-import records
-import sources
-from benchmarks import vqa
+import config
 from config import UserError
-from records import Sample
-from sources import load_samples
+from data import Sample
+from sources import load, phantoms, vqa
+from sources.load import load_samples
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
 SLAKE, RAD = REAL / "slake", REAL / "vqa_rad"
@@ -29,27 +27,27 @@ def test_phantoms_give_captions_dialogues_and_questions():
     )
     assert [s.image for s in captions] == [s.image for s in dialogues] == list(range(20))
     phantom = phantoms.draw(3)
-    asked = {(q.question, q.answer): q for q in phantoms.questions(phantom)}
+    questions = {(q.question, q.answer): q for q in phantoms.questions(phantom)}
     assert captions[3].turns == (("", phantoms.caption(phantom)),)
     assert captions[3].modality == phantom.modality
-    assert len(dialogues[3].turns) == 4 and set(dialogues[3].turns) <= set(asked)
+    assert len(dialogues[3].turns) == 4 and set(dialogues[3].turns) <= set(questions)
     of_3 = [s for s in vqa if s.image == 3]
-    assert [s.turns[0] for s in of_3] == list(asked)
+    assert [s.turns[0] for s in of_3] == list(questions)
     assert [(s.answer_type, s.kind) for s in of_3] == [
-        (q.answer_type, q.kind) for q in asked.values()
+        (q.answer_type, q.kind) for q in questions.values()
     ]
     for samples in (captions, dialogues, vqa):
         assert len({s.id for s in samples}) == len(samples)
 
 
-def test_phantom_splits_share_no_picture_and_have_their_sizes():
+def test_phantom_splits_share_no_image_and_have_their_sizes():
     seeds = {s: {x.image for x in load_samples(["phantoms:30"], "vqa", s)} for s in phantoms.SPLITS}
     sizes = {split: len(images) for split, images in seeds.items()}
-    assert sizes == {"train": 30, "val": sources.N_VAL, "test": sources.N_TEST}
+    assert sizes == {"train": 30, "val": load.N_VAL, "test": load.N_TEST}
     assert len(set.union(*seeds.values())) == sum(map(len, seeds.values()))
 
 
-def test_phantoms_from_another_seed_on_are_other_pictures_in_every_split():
+def test_phantoms_from_another_seed_on_are_other_images_in_every_split():
     for split in phantoms.SPLITS:
         plain, later = (
             [s.image for s in load_samples([spec], "captions", split)]
@@ -167,7 +165,7 @@ def test_captions_say_what_is_asked_about_an_image_and_leave_general_knowledge_o
 
 
 @pytest.mark.parametrize(
-    "fields,told",
+    "fields,message",
     [
         ({"img_name": DELETED}, '"img_name" is missing'),
         ({"img_name": 3}, '"img_name" 3; must be a text'),
@@ -193,15 +191,15 @@ def test_captions_say_what_is_asked_about_an_image_and_leave_general_knowledge_o
     ],
 )
 @pytest.mark.parametrize("what", ["vqa", "captions"])
-def test_a_wrong_field_is_told_with_file_record_field_and_value(tmp_path, fields, told, what):
+def test_a_wrong_field_is_named_with_file_record_field_and_value(tmp_path, fields, message, what):
     spec = slake(tmp_path, changed(SLAKE_ROW, qid=9), changed(SLAKE_ROW, **fields))
     (tmp_path / "outside.jpg").touch()
     (tmp_path / "imgs" / "xmlab0" / "link.jpg").symlink_to(tmp_path / "outside.jpg")
     with pytest.raises(UserError) as refused:
         load_samples([spec], what, "train")
-    message = str(refused.value)
-    start = f"{tmp_path / 'train.json'}: record 1 (from 0): field {told}"
-    assert message.startswith(start) and "\n" not in message, message
+    error = str(refused.value)
+    start = f"{tmp_path / 'train.json'}: record 1 (from 0): field {message}"
+    assert error.startswith(start) and "\n" not in error, error
 
 
 @pytest.mark.parametrize("field", RAD_ROW)
@@ -212,23 +210,23 @@ def test_every_field_that_is_read_of_vqa_rad_must_be_there(tmp_path, field):
 
 
 @pytest.mark.parametrize(
-    "content,told",
+    "content,message",
     [
         (b'[{"qid": 1},\n {"qid": 2,}]', "not JSON: line 2, column"),
         (b"", "not JSON: line 1, column 1"),
         (b'["\xff"]', "not JSON: 'utf-8' codec"),
         (b"[" * 100_000, "not JSON: "),
-        (b'{"rows": []}', 'must be a list of records, is {"rows": []}'),
+        (b'{"rows": []}', 'must be a JSON list, is {"rows": []}'),
         (b'["a row"]', 'record 0 (from 0) is not an object: "a row"'),
     ],
 )
-def test_a_file_that_is_no_list_of_records_is_told_with_the_place(tmp_path, content, told):
+def test_a_file_that_is_no_list_of_records_is_refused_with_the_place(tmp_path, content, message):
     spec = slake(tmp_path)
     (tmp_path / "train.json").write_bytes(content)
     with pytest.raises(UserError) as refused:
         load_samples([spec], "vqa", "train")
     assert str(refused.value).startswith(f"{tmp_path / 'train.json'}: ")
-    assert told in str(refused.value)
+    assert message in str(refused.value)
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path):
@@ -248,21 +246,21 @@ def test_a_record_without_an_answer_is_skipped_and_told_once(tmp_path, capsys):
     spec = slake(tmp_path, SLAKE_ROW, changed(SLAKE_ROW, qid=12, answer=" "))
     for _ in range(2):
         assert [s.id for s in load_samples([spec], "vqa", "train")] == ["11"]
-    told = capsys.readouterr().err
-    assert told.count("1 without an answer skipped: qid 12") == 1 and spec in told
+    output = capsys.readouterr().err
+    assert output.count("1 without an answer skipped: qid 12") == 1 and spec in output
 
 
 def test_missing_images_are_counted_and_named_and_left_out_only_if_allowed(tmp_path, capsys):
-    records.warn_once.cache_clear()
+    config.warn_once.cache_clear()
     rows = [changed(SLAKE_ROW, qid=i, img_name=f"xmlab{i // 2}/source.jpg") for i in range(7)]
     spec = slake(tmp_path, *rows)  # xmlab0 is there; xmlab1, xmlab2 and xmlab3 are not
-    told = "3 of 4 images are missing: xmlab1/source.jpg, xmlab2/source.jpg, xmlab3/source.jpg"
+    message = "3 of 4 images are missing: xmlab1/source.jpg, xmlab2/source.jpg, xmlab3/source.jpg"
     for allowed in (0, 2):
-        with pytest.raises(UserError, match=f"{spec}: {told}; --max-missing 3 leaves"):
+        with pytest.raises(UserError, match=f"{spec}: {message}; --max-missing 3 leaves"):
             load_samples([spec], "vqa", "train", max_missing=allowed)
     for what, n in (("vqa", 2), ("captions", 1)):
         assert len(load_samples([spec], what, "train", max_missing=3)) == n
-    assert f"{told}; 5 of 7 questions are left out" in capsys.readouterr().err
+    assert f"{message}; 5 of 7 questions are left out" in capsys.readouterr().err
 
 
 def test_weights_are_read_from_the_source_and_belong_to_each_sample(tmp_path):
@@ -296,13 +294,13 @@ def test_router_labels_name_images_by_the_end_of_their_path(tmp_path, capsys):
         modalities({"source.jpg": "CT"})
     whole = str(tmp_path / "imgs" / "xmlab0" / "source.jpg")
     assert modalities({whole: "CT", "b/source.jpg": "MRI"}) == ["CT", "MRI"]
-    for labels, told in (
+    for labels, message in (
         ({"b/source.jpg": "PET"}, '"b/source.jpg": "PET"; must be one of CT, MRI'),
         ({"b/source.jpg": None}, "null; must be one of"),
         ({"else.jpg": "CT"}, "none of its 1 images is in the data"),
         ([], "must be an object"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             modalities(labels)
 
 
@@ -317,7 +315,7 @@ def test_an_empty_source_is_named_but_vqa_rad_may_lack_a_val_split(tmp_path):
 
 
 def test_reading_all_languages_warns_of_the_leak(tmp_path, capsys):
-    records.warn_once.cache_clear()
+    config.warn_once.cache_clear()
     spec = slake(tmp_path, SLAKE_ROW, changed(SLAKE_ROW, qid=12, q_lang="zh"))
     assert len(load_samples([spec], "vqa", "train", lang="all")) == 2
     assert "images of the test split are in training" in capsys.readouterr().err
@@ -358,13 +356,15 @@ def test_vqa_rad_has_its_published_sizes():
 @needs_rad
 @pytest.mark.parametrize("what", ["captions", "instructions"])
 def test_training_captions_and_dialogues_hold_no_test_question(what):
-    said = {}
+    expected = {}
     for s in load_samples([f"vqa-rad:{RAD}"], what, "train"):
-        said.setdefault(s.image, []).extend(f"{question} {answer}." for question, answer in s.turns)
+        expected.setdefault(s.image, []).extend(
+            f"{question} {answer}." for question, answer in s.turns
+        )
     leaked = set()
     for s in load_samples([f"vqa-rad:{RAD}"], "vqa", "test"):
         ((question, answer),) = s.turns
-        if f"{question} {answer}." in " ".join(said.get(s.image, [])):
+        if f"{question} {answer}." in " ".join(expected.get(s.image, [])):
             leaked.add(s.id)
     assert leaked <= {"447"}  # the owners put this question into both splits
 
@@ -374,14 +374,14 @@ def test_slake_dialogues_ask_every_question_three_times_of_one_image_each():
     single = load_samples([f"slake:{SLAKE}"], "vqa", "train")
     dialogues = load_samples([f"slake:{SLAKE}"], "instructions", "train")
     assert len({s.id for s in dialogues}) == len(dialogues)
-    assert max(len(s.turns) for s in dialogues) == sources.MAX_TURNS
+    assert max(len(s.turns) for s in dialogues) == load.MAX_TURNS
     by_image = {}
     for s in single:
         by_image.setdefault(s.image, []).append(s.turns[0])
-    asked = {}
+    by_dialogue = {}
     for s in dialogues:
-        asked.setdefault(s.image, []).extend(s.turns)
+        by_dialogue.setdefault(s.image, []).extend(s.turns)
     assert {k: sorted(3 * v) for k, v in by_image.items()} == {
-        k: sorted(v) for k, v in asked.items()
+        k: sorted(v) for k, v in by_dialogue.items()
     }
     assert load_samples([f"slake:{SLAKE}"], "instructions", "train") == dialogues

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from flags import TrainConfig
+from config import TrainConfig
 from lab import tables
 
 SCORERS = ("strict", "med-moe", "llava-med")
@@ -69,9 +69,9 @@ def find(text, title):
 def refused(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         tables.main([str(word) for word in argv])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1
-    return said
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    return error
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_three_scorers_and_both_controls_stand_side_by_side(tmp_path, capsys):
     assert opened == ["60.0 [57.0, 63.0]", "65.0 [62.0, 68.0]", "58.0 [55.0, 61.0]"]
     assert row["router"] == "90.0 [80.0, 95.0]"
     assert rows["blind control, slake: tiny"]["open strict"] == "40.0 [37.0, 43.0]"
-    assert rows["majority answer, slake: tiny"]["closed med-moe"] == "45.0 [42.0, 48.0]"
+    assert rows["majority baseline, slake: tiny"]["closed med-moe"] == "45.0 [42.0, 48.0]"
 
 
 def test_what_a_file_leaves_out_is_not_run(tmp_path, capsys):
@@ -192,7 +192,7 @@ def test_what_a_file_leaves_out_is_not_run(tmp_path, capsys):
     rows = find(show(tmp_path / "r", capsys), "One set")
     assert rows["slake: tiny"]["router"] == "not run"
     assert rows["blind control, slake: tiny"]["open strict"] == "not run"
-    assert rows["majority answer, slake: tiny"]["closed strict"] == "not run"
+    assert rows["majority baseline, slake: tiny"]["closed strict"] == "not run"
     assert rows["slake: tiny"]["closed strict"] == "70.0 [67.0, 73.0]"
 
 
@@ -262,8 +262,8 @@ def test_a_row_without_flags_is_what_it_is_called():
 
 def test_two_files_of_one_seed_are_refused(tmp_path, capsys):
     put(tmp_path / "r", result(seed=1), result(seed=1, closed=0.6))
-    said = refused(["--results", tmp_path / "r"], capsys)
-    assert "0.json" in said and "1.json" in said
+    error = refused(["--results", tmp_path / "r"], capsys)
+    assert "0.json" in error and "1.json" in error
 
 
 def test_record_strips_what_is_bulky_and_names_by_content(tmp_path):
@@ -372,16 +372,16 @@ def change(values, path, value=None):
 def test_a_bad_field_is_named_with_its_file(path, value, recording, tmp_path, capsys):
     put(tmp_path / "r", change(result(), path, value))
     argv = ["--record", tmp_path / "r" / "0.json"] if recording else []
-    said = refused(["--results", tmp_path / ("to" if recording else "r"), *argv], capsys)
-    assert "0.json" in said and f'"{path.replace("/", ".")}' in said
+    error = refused(["--results", tmp_path / ("to" if recording else "r"), *argv], capsys)
+    assert "0.json" in error and f'"{path.replace("/", ".")}' in error
     assert not (tmp_path / "to").exists()
 
 
 @pytest.mark.parametrize("ends", [[0.5], [0.5, 72.4], ["0.5", 0.6]])
 def test_a_bad_interval_is_named_with_its_file(ends, tmp_path, capsys):
     put(tmp_path / "r", change(result(), "protocols/strict/ci95/open_recall", ends))
-    said = refused(["--results", tmp_path / "r"], capsys)
-    assert "0.json" in said and '"protocols.strict.open_recall" or its ci95' in said
+    error = refused(["--results", tmp_path / "r"], capsys)
+    assert "0.json" in error and '"protocols.strict.open_recall" or its ci95' in error
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", '"text"'])

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from config import ModelConfig, UserError
+from engine.published import load_published, published_decoder, published_vision
+from engine.tensorfiles import open_tensors, read_tensors, weight_files
+from lab.convert import tensor_names
 from model import MedMoE
-from tensorfiles import open_tensors, read_tensors, tensor_names, weight_files
-from weights import load_published, published_decoder, published_vision
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -242,7 +243,7 @@ def test_a_header_that_lies_is_refused_and_takes_no_memory(llm, kind):
 
 
 def stored_as(form, llm):
-    """The file of the model's weights, rewritten as pytorch_model.bin if that is asked for."""
+    """The file of the model's weights, or rewritten as pytorch_model.bin."""
     if form == "safetensors":
         return llm / "model.safetensors"
     torch.save(without_safetensors(llm), llm / "pytorch_model.bin")
@@ -260,9 +261,9 @@ def test_truncated_anywhere_is_refused(llm, form):
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_a_flipped_bit_gives_the_shapes_that_are_wanted_or_one_line(llm, form):
-    """A flipped weight cannot be seen without a checksum; whatever else is hit must be told."""
+    """A flipped weight cannot be seen without a checksum; any other damage must be refused."""
     path = stored_as(form, llm)
-    raw, rng, told = path.read_bytes(), random.Random(0), 0
+    raw, rng, n_refused = path.read_bytes(), random.Random(0), 0
     shapes = {name: p.shape for name, p in load(llm).items()}
     head = struct.unpack("<Q", raw[:8])[0] + 8 if form == "safetensors" else len(raw)
     for i in range(150):
@@ -272,8 +273,8 @@ def test_a_flipped_bit_gives_the_shapes_that_are_wanted_or_one_line(llm, form):
             assert {name: p.shape for name, p in load(llm).items()} == shapes
         except UserError as error:
             assert len(str(error).splitlines()) == 1
-            told += 1
-    assert told > 10
+            n_refused += 1
+    assert n_refused > 10
 
 
 def test_a_tensor_of_another_name_shape_or_type_is_named(llm):

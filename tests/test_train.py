@@ -7,18 +7,18 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from one_step import gradients, place
 
 import train
 from checkpoint import read_meta
-from config import ASSETS, PHASES, MoEConfig, Recipe, UserError, preset, to_dict
+from config import ASSETS, PHASES, MoEConfig, Recipe, TrainConfig, UserError, preset, to_dict
 from data import Dataset, Text
-from engine import step
-from engine.processes import ALONE
+from engine.cli import parse
 from engine.run import Run
-from flags import TrainConfig, parse
+from engine.tensorfiles import open_tensors
 from model import MedMoE, freeze_all_but, make_sparse
-from sources import load_samples
-from tensorfiles import open_tensors
+from sources.images import Images
+from sources.load import load_samples
 
 PRESETS = ("tiny", "tiny-stablelm")
 FFN = {"tiny": ("fc1", "fc2"), "tiny-stablelm": ("gate", "up", "down")}
@@ -60,7 +60,7 @@ def test_phase_3_trains_experts_and_meta_of_every_second_block(name):
     sparse, dense = (0, 2), (1, 3)
     paper = ffn(name, sparse, prefix="meta.") | ffn(name, sparse, prefix="experts.")
     assert trained(name, 3) == paper
-    assert trained(name, 3, tune_vision=True) == paper  # the tower is settled by then
+    assert trained(name, 3, tune_vision=True) == paper  # phase 3 never trains the tower
     released = paper | PROJECTOR | ffn(name, dense)
     assert trained(name, 3, trains="released") == released
     routers = {
@@ -76,11 +76,11 @@ def test_a_pattern_that_matches_nothing_is_an_error():
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    scale = [step.lr_scale(i, 100) for i in range(100)]
+    scale = [train.lr_scale(i, 100) for i in range(100)]
     assert scale[:3] == [1 / 3, 2 / 3, 1.0]
     assert scale[3] == 1.0 and scale[-1] < 0.001
     assert scale[3:] == sorted(scale[3:], reverse=True)
-    assert step.lr_scale(0, 1) == 1.0
+    assert train.lr_scale(0, 1) == 1.0
 
 
 def run(out, *argv: str) -> None:
@@ -99,8 +99,8 @@ def same(a: dict, b: dict) -> bool:
 @pytest.mark.parametrize("name", PRESETS)
 def test_one_command_runs_the_missing_phases_and_each_changes_only_its_own(name, tmp_path, capsys):
     run(tmp_path, "--preset", name, "--steps", "2", "--save-every", "1")
-    said = capsys.readouterr().out
-    assert [f"phase {n}: saved" in said for n in (1, 2, 3)] == [True] * 3
+    printed = capsys.readouterr().out
+    assert [f"phase {n}: saved" in printed for n in (1, 2, 3)] == [True] * 3
     assert not list(tmp_path.glob("*step*"))
     assert [p.name for p in tmp_path.glob(".*")] == [".lock"]
     one, two, three = (weights_of(tmp_path / f"phase{n}") for n in (1, 2, 3))
@@ -129,17 +129,11 @@ def prepared(**flags) -> tuple:
     model, tokenizer, _ = train.start_model(1, flags, None)
     freeze_all_but(model, PHASES[2].trains)
     samples = load_samples(flags.data, "instructions", "train")
-    return flags, model, Dataset(samples, Text(tokenizer), model.config, plain=False)
+    images = Images(model.config.vision.image_size)
+    return flags, model, Dataset(samples, Text(tokenizer), model.config, False, images)
 
 
-class Where:
-    """What forward_backward asks a Run for."""
-
-    title, device, dtype = "phase 2", torch.device("cpu"), torch.float32
-    processes = ALONE
-
-
-def test_accumulation_weighs_the_router_losses_too():
+def test_accumulation_weighs_the_router_losses_too(tmp_path):
     """The same two samples twice: two micro-batches are alike, so their mean is either's."""
     found = []
     for accumulate in (1, 2):
@@ -149,30 +143,30 @@ def test_accumulation_weighs_the_router_losses_too():
         for block in model.decoder.blocks[::2]:
             torch.nn.init.normal_(block.mlp.router.proj.weight)  # far from logits of 0
         freeze_all_but(model, PHASES[2].trains)
-        step.forward_backward(model, data, [0, 1, 0, 1], flags, Where)
+        gradients(model, data, [0, 1, 0, 1], flags, place(tmp_path, flags))
         found.append(model.decoder.blocks[0].mlp.router.proj.weight.grad)
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
     assert found[0].abs().max() > 1e-2
 
 
-@pytest.mark.parametrize(("largest", "given"), [(0.3, 0.3), (0.0, float("inf"))])
-def test_gradients_are_clipped_to_the_norm_that_is_given(tmp_path, monkeypatch, largest, given):
-    flags, model, data = prepared(out=str(tmp_path), clip_grad=largest)
-    clip, seen = torch.nn.utils.clip_grad_norm_, []
+@pytest.mark.parametrize(("flag", "limit"), [(0.3, 0.3), (0.0, float("inf"))])
+def test_gradients_are_clipped_to_the_norm_of_the_flag(tmp_path, monkeypatch, flag, limit):
+    flags, model, data = prepared(out=str(tmp_path), clip_grad=flag)
+    clip, seen = Run.clip_gradients, []
 
-    def watch(params, max_norm):
-        params = list(params)
-        norm = clip(params, max_norm)
-        after = torch.stack([p.grad.norm() for p in params if p.grad is not None]).norm()
-        seen.append((max_norm, norm.item(), after.item()))
+    def watch(run, largest):
+        norm = clip(run, largest)
+        after = torch.stack([p.grad.norm() for p in run.params.values() if p.grad is not None])
+        seen.append((largest, norm, after.norm().item()))
         return norm
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watch)
-    place = Run(2, flags, tmp_path / "tokenizer.json")
-    step.train(model, data, replace(flags, steps=2), Recipe(1e-3, 1, 8), place)
-    for max_norm, before, after in seen:
-        assert max_norm == given and before > 0.3
-        assert after == pytest.approx(min(before, given), rel=1e-3)
+    monkeypatch.setattr(Run, "clip_gradients", watch)
+    where = Run(2, flags, tmp_path / "tokenizer.json")
+    train.train(model, data, replace(flags, steps=2), Recipe(1e-3, 1, 8), where)
+    assert len(seen) == 2
+    for largest, before, after in seen:
+        assert largest == flag and before > 0.3
+        assert after == pytest.approx(min(before, limit), rel=1e-3)
 
 
 @pytest.mark.parametrize("where", ["weight", "gradient"])
@@ -189,7 +183,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_batch(
     with pytest.raises(
         UserError, match=r"phase 2, step 0: loss .* nothing was updated.*batch: \d+"
     ):
-        step.train(model, data, replace(flags, steps=2), Recipe(1e-3, 1, 8), place)
+        train.train(model, data, replace(flags, steps=2), Recipe(1e-3, 1, 8), place)
     for name, param in model.named_parameters():
         assert torch.equal(param.isnan(), before[name].isnan()), name
         assert torch.equal(param.nan_to_num(), before[name].nan_to_num()), name
@@ -198,20 +192,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_batch(
 def test_the_loss_falls(tmp_path):
     flags, model, data = prepared(out=str(tmp_path))
     place = Run(2, flags, tmp_path / "tokenizer.json")
-    step.train(model, data, replace(flags, steps=30), Recipe(2e-3, 1, 8), place)
+    train.train(model, data, replace(flags, steps=30), Recipe(2e-3, 1, 8), place)
     records = [json.loads(line) for line in place.path.read_text().splitlines()]
     records = [r for r in records if "loss" in r]
     assert records[-1]["loss"] < 0.6 * records[0]["loss"]
-    expected = [2e-3 * step.lr_scale(r["step"], 30) for r in records]
+    expected = [2e-3 * train.lr_scale(r["step"], 30) for r in records]
     assert [r["lr"] for r in records] == pytest.approx(expected) and len(set(expected)) > 2
 
 
 def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own(tmp_path, monkeypatch):
     flags, model, data = prepared(out=str(tmp_path))
-    forward, shown = step.forward_backward, []
-    monkeypatch.setattr(step, "forward_backward", lambda *a: shown.append(a[2]) or forward(*a))
+    batch, shown = Dataset.batch, []
+    monkeypatch.setattr(Dataset, "batch", lambda *a: shown.append(a[1]) or batch(*a))
     place = Run(2, flags, tmp_path / "tokenizer.json")
-    step.train(model, data, flags, Recipe(1e-3, 2, 8), place)
+    train.train(model, data, flags, Recipe(1e-3, 2, 8), place)
     epochs = shown[:3], shown[3:]
     assert all(sorted(chain.from_iterable(rows)) == list(range(24)) for rows in epochs)
     assert epochs[0] != epochs[1]
@@ -258,8 +252,8 @@ def test_an_earlier_phase_is_reused_only_if_it_was_trained_alike(tmp_path):
     file.parent.mkdir()
 
     def reused(**changed):
-        said = {k: v for k, v in (to_dict(flags) | changed).items() if v != "missing"}
-        values = {"model": to_dict(preset("tiny").model), "phase": 1, "flags": said}
+        before = {k: v for k, v in (to_dict(flags) | changed).items() if v != "missing"}
+        values = {"model": to_dict(preset("tiny").model), "phase": 1, "flags": before}
         file.write_text(json.dumps(values))
         return train.earlier_phase(1, flags)
 
@@ -286,12 +280,12 @@ class Counting(TopKRouter):
     def penalty(self, gates, logits, mask, x):
         return torch.tensor(self.price)
 
-    def update(self, visits):
-        self.seen += visits
+    def update(self, load):
+        self.seen += load
 """
 
 
-def test_a_routers_penalty_is_in_the_loss_and_it_is_told_its_load_once_a_step(tmp_path):
+def test_a_routers_penalty_is_in_the_loss_and_its_load_arrives_once_a_step(tmp_path):
     found = {}
     for price in ("0.0", "1.5"):
         file = tmp_path / "counting.py"
@@ -308,16 +302,16 @@ def test_a_routers_penalty_is_in_the_loss_and_it_is_told_its_load_once_a_step(tm
     assert found["1.5"] == pytest.approx([loss + 1.5 for loss in found["0.0"]], abs=1e-5)
 
 
-def test_evaluation_decides_by_another_router_if_asked(tmp_path, capsys):
+def test_evaluation_with_another_router_uses_that(tmp_path, capsys):
     import eval as evaluation
 
     run(tmp_path, "--steps", "1", "--router", "topk")
-    ask = [str(tmp_path / "phase3"), "--limit", "4", "--max-new", "1"]
-    evaluation.main([*ask, "--router", "random"])  # the same parameters, another name
-    for where, router, said in (
+    argv = [str(tmp_path / "phase3"), "--limit", "4", "--max-new", "1"]
+    evaluation.main([*argv, "--router", "random"])  # the same parameters, another name
+    for where, router, message in (
         ("phase3", "nowhere.py:Router", "--router nowhere.py:Router: "),
         ("phase2", "topk", "--router topk: "),
     ):
         with pytest.raises(SystemExit) as stop:
-            evaluation.main([str(tmp_path / where), *ask[1:], "--router", router])
-        assert stop.value.code == 2 and said in capsys.readouterr().err
+            evaluation.main([str(tmp_path / where), *argv[1:], "--router", router])
+        assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -13,9 +13,9 @@ from torch import nn
 import train
 from checkpoint import load_model, read_meta
 from config import IMAGE_ID, MODALITIES, PRESETS, named_layers
+from data import Sample
 from lab.controls import Everyone, Hash, Wrong
 from moe import MLP, GatedMLP, upcycle
-from records import Sample
 from router_training import mislabel
 from routers import Hints, TopKRouter
 
@@ -106,8 +106,8 @@ def test_a_fresh_start_computes_the_dense_ffn_with_experts_that_differ(shake, fa
     assert torch.equal(y, before(x))
     first = next(iter(sparse.experts.children())).weight  # (E, F, D)
     assert not any(torch.equal(first[0], first[e]) for e in (1, 2, 3))
-    drawn = nn.Linear(16, 24).weight.std()
-    assert first.std().item() == pytest.approx(drawn.item(), rel=0.2)
+    expected = nn.Linear(16, 24).weight.std()
+    assert first.std().item() == pytest.approx(expected.item(), rel=0.2)
     y.square().sum().backward()
     *_, last = sparse.experts.children()
     assert (last.weight.grad.flatten(1).abs().amax(dim=1) > 0).any()
@@ -148,7 +148,7 @@ def test_hash_depends_on_the_token_and_on_a_patchs_place_alone():
     assert (spread != 0).any(dim=1).all()
 
 
-def test_wrong_sends_nobody_to_the_true_expert():
+def test_wrong_routes_no_token_to_the_true_expert():
     router = Wrong(8, 4)
     mask = torch.ones(5, 3, dtype=torch.bool)
     modality = torch.tensor([0, 1, 2, 3, -1])
@@ -157,7 +157,7 @@ def test_wrong_sends_nobody_to_the_true_expert():
     assert gates[4].eq(0.25).all()  # unknown: all alike
 
 
-def test_the_share_of_labels_that_is_asked_for_is_wrong():
+def test_exactly_the_share_of_the_flag_gets_wrong_labels():
     samples = [Sample(str(i), "x", "train", i, (), MODALITIES[i % 4]) for i in range(200)]
     noisy = mislabel(samples, 0.3, seed=1)
     wrong = [(a, b) for a, b in zip(samples, noisy, strict=True) if a.modality != b.modality]
@@ -171,8 +171,12 @@ def test_only_the_training_labels_are_made_wrong(run, monkeypatch):
     import router_training
 
     seen = []
-    monkeypatch.setattr(router_training, "collect", lambda model, batches, *rest: seen.append(
-        torch.cat([b.modality for b in batches])) or (None, None, seen[-1]))  # fmt: skip
+
+    def collect(model, some, *rest):
+        seen.append(torch.tensor([MODALITIES.index(s.modality) for s in some]))
+        return None, None, seen[-1]
+
+    monkeypatch.setattr(router_training, "collect", collect)
     monkeypatch.setattr(router_training, "train_router", lambda *parts, **more: ({}, {
         "n": 1, "accuracy": 1.0, "token_accuracy": 1.0}))  # fmt: skip
     monkeypatch.setattr(router_training, "format_confusion", lambda report: "")
@@ -183,5 +187,5 @@ def test_only_the_training_labels_are_made_wrong(run, monkeypatch):
     for noise in (0.0, 1.0):
         flags = SimpleNamespace(router_images=40, seed=0, router_noise=noise, experts=4)
         router_training.learn_router(model, samples, text, flags, CPU, torch.float32, (0, 2))
-    clean, held, noisy, held_again = seen
-    assert (clean != noisy).all() and torch.equal(held, held_again)
+    clean, val, noisy, val_again = seen
+    assert (clean != noisy).all() and torch.equal(val, val_again)

@@ -1,4 +1,4 @@
-"""The tower gives its patches' features before the last layer, which it does not have.
+"""The tower computes patch features as CLIP does before its last layer, which is not built.
 
 python -m pytest tests/test_vision.py
 """
@@ -20,7 +20,7 @@ def tower(shake):
     return shake(VisionTower(CONFIG)).eval()
 
 
-def pictures(n=2, seed=0):
+def random_images(n=2, seed=0):
     return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
@@ -46,7 +46,7 @@ def naive_hidden(tower, image, n_blocks):
 
 
 def test_the_tower_equals_its_equations(tower):
-    images = pictures()
+    images = random_images()
     hidden = tower.hidden(images)
     assert hidden.shape == (2, 5, 32)
     for image, x in zip(images, hidden, strict=True):
@@ -54,7 +54,7 @@ def test_the_tower_equals_its_equations(tower):
 
 
 def test_patches_are_the_hidden_state_without_its_first_token(tower):
-    images = pictures()
+    images = random_images()
     assert tower(images).shape == (2, CONFIG.n_patches, 32)
     assert torch.equal(tower(images), tower.hidden(images)[:, 1:])
 
@@ -67,7 +67,7 @@ def test_the_last_published_layer_and_the_last_norm_are_not_built(tower):
 
 
 def test_patches_are_read_row_by_row(tower):
-    image = pictures(1)
+    image = random_images(1)
     moved = image.clone()
     moved[..., :16, 16:] += 1  # the top right quarter: the second of four patches
     with torch.no_grad():
@@ -76,8 +76,8 @@ def test_patches_are_read_row_by_row(tower):
     assert changed.tolist() == [False, True, False, False]
 
 
-def test_every_patch_sees_every_other(tower):
-    image = pictures(1)
+def test_every_patch_attends_to_every_other(tower):
+    image = random_images(1)
     for row in (0, 16):
         for column in (0, 16):
             moved = image.clone()
@@ -93,10 +93,10 @@ def test_quick_gelu_is_up_to_0_0203_away_from_gelu():
 
 
 def test_images_do_not_change_each_other(tower):
-    images = pictures(3)
+    images = random_images(3)
     for i in range(3):
         torch.testing.assert_close(tower(images[i : i + 1])[0], tower(images)[i], atol=1e-5, rtol=0)
 
 
 def test_no_images_give_no_patches(tower):
-    assert tower(pictures(0)).shape == (0, 4, 32)
+    assert tower(random_images(0)).shape == (0, 4, 32)

@@ -16,9 +16,9 @@ import data
 from checkpoint import load_checkpoint, load_model, read_meta, save_checkpoint
 from config import MoEConfig, UserError, model_config, to_dict
 from engine.durable import seal
+from engine.published import CLIP, DECODERS, clip_table, fill, load_published, publish, rename
+from engine.tensorfiles import read_tensors
 from model import MedMoE
-from tensorfiles import read_tensors
-from weights import CLIP, DECODERS, clip_table, fill, load_published, publish, rename
 
 FAMILIES = pytest.mark.parametrize("family", ["phi", "stablelm", "llama"])
 
@@ -471,13 +471,13 @@ def broken(change):
     [
         (lambda text: text[:-20], "not JSON"),
         (lambda text: "", "not JSON"),
-        (lambda text: "[]", "not a JSON object"),
-        (lambda text: "3", "not a JSON object"),
-        (lambda text: "{}", "not a checkpoint of ours: 'model'"),
-        (lambda text: '{"model": 3}', "not a checkpoint of ours"),
-        (broken(lambda m: m.pop("vision")), "not a checkpoint of ours: 'vision'"),
-        (broken(lambda m: m["moe"].update(colour=1)), "not a checkpoint of ours: .*colour"),
-        (broken(lambda m: m["decoder"].pop("d_ff")), "not a checkpoint of ours: .*d_ff"),
+        (lambda text: "[]", "must be a JSON object"),
+        (lambda text: "3", "must be a JSON object"),
+        (lambda text: "{}", "not a checkpoint of this project: 'model'"),
+        (lambda text: '{"model": 3}', "not a checkpoint of this project"),
+        (broken(lambda m: m.pop("vision")), "not a checkpoint of this project: 'vision'"),
+        (broken(lambda m: m["moe"].update(colour=1)), "not a checkpoint of this project: .*colour"),
+        (broken(lambda m: m["decoder"].pop("d_ff")), "not a checkpoint of this project: .*d_ff"),
         (broken(lambda m: m["moe"].update(top_k=9)), "--top-k 9"),
         (broken(lambda m: m["moe"].update(router="gone.py:Mine")), "--router gone.py:Mine"),
         (broken(lambda m: m["decoder"].update(d_model=64)), "shape"),
@@ -521,7 +521,7 @@ class Balanced(TopKRouter):
     def __init__(self, d_model, n_experts, **how):
         super().__init__(d_model, n_experts, **how)
         self.register_buffer("bias", torch.zeros(n_experts))
-        self.register_buffer("visits", torch.zeros(n_experts, dtype=torch.int64))
+        self.register_buffer("load", torch.zeros(n_experts, dtype=torch.int64))
         self.register_buffer("last", torch.zeros(1), persistent=False)
 """
 
@@ -532,7 +532,7 @@ def with_buffers(build, folder):
     for i in (0, 2):
         router = model.decoder.blocks[i].mlp.router
         router.bias.copy_(torch.randn(4))
-        router.visits.copy_(torch.tensor([1, 2**40 + 1, 3, i]))  # more than a float can hold
+        router.load.copy_(torch.tensor([1, 2**40 + 1, 3, i]))  # more than a float can hold
         router.last.fill_(7)
     return model
 
@@ -542,20 +542,20 @@ def test_a_routers_buffers_are_kept_as_strictly_as_parameters(build, tmp_path, t
     save(tmp_path / "x", model, tokenizer)
     stored = load_file(tmp_path / "x" / "model.safetensors")
     name = "decoder.blocks.2.mlp.router."
-    assert {f"{name}bias", f"{name}visits"} < stored.keys() and f"{name}last" not in stored
+    assert {f"{name}bias", f"{name}load"} < stored.keys() and f"{name}last" not in stored
     other = load(tmp_path / "x")[0]
     buffers = dict(other.named_buffers())
     assert all(torch.equal(buffers[n], b) == (not n.endswith("last"))
                for n, b in model.named_buffers())  # fmt: skip
-    for change, told in (
-        ({}, r"not in the checkpoint: \['decoder.blocks.2.mlp.router.visits'\]"),
-        ({f"{name}visits": torch.zeros(4)}, r"visits': torch.float32, expected torch.int64"),
-        ({f"{name}visits": torch.zeros(3, dtype=torch.int64)}, r"visits': shape"),
+    for change, message in (
+        ({}, r"not in the checkpoint: \['decoder.blocks.2.mlp.router.load'\]"),
+        ({f"{name}load": torch.zeros(4)}, r"load': torch.float32, expected torch.int64"),
+        ({f"{name}load": torch.zeros(3, dtype=torch.int64)}, r"load': shape"),
     ):
-        kept = {n: t for n, t in stored.items() if n != f"{name}visits"}
+        kept = {n: t for n, t in stored.items() if n != f"{name}load"}
         save_file(kept | change, tmp_path / "x" / "model.safetensors")
         seal(tmp_path / "x")
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             load(tmp_path / "x")
 
 

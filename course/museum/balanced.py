@@ -5,7 +5,7 @@ from routers import TopKRouter
 
 class Balanced(TopKRouter):
     def penalty(self, gates, logits, mask, x):
-        visits = (gates != 0).float().sum(dim=(0, 1))  # (E,)
-        share = visits / visits.sum().clamp(min=1)
+        n_tokens = (gates != 0).float().sum(dim=(0, 1))  # (E,)
+        share = n_tokens / n_tokens.sum().clamp(min=1)
         mean_p = logits.softmax(dim=-1).mean(dim=(0, 1))  # (E,)
         return gates.shape[-1] * (share * mean_p).sum()

@@ -1,6 +1,6 @@
-"""The control of the paper with names: a sample goes to the expert of its modality.
+"""The oracle, by name: all tokens of a sample are routed to the expert of its modality.
 
-Modalities that we do not know by name go to everybody.
+A sample of unknown modality is routed to all experts.
 """
 
 import torch.nn.functional as F

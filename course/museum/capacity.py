@@ -1,7 +1,7 @@
-"""Top-k with a capacity (Lepikhin et al. 2020): an expert serves so many tokens and no more.
+"""Top-k with a capacity (Lepikhin et al. 2020): an expert takes a limited number of tokens.
 
-Nobody waits for a slow expert: it has 1.25 times the seats of an even load, and a token that
-finds none left goes without. The meta expert serves it still.
+The capacity is 1.25 times the load of an expert at perfect balance. A token beyond it is dropped
+by that expert; the meta expert still computes it.
 """
 
 import math
@@ -10,13 +10,13 @@ from routers import TopKRouter, top_k_gates
 
 
 class Capacity(TopKRouter):
-    sums_to_one = False  # not where a visit was dropped
+    sums_to_one = False  # not for a token that an expert drops
     factor = 1.25
 
     def gate(self, logits, mask, x):
         gates = top_k_gates(logits.softmax(dim=-1), self.top_k)
-        wanted = ((gates != 0) & mask[..., None]).flatten(0, 1)  # (B * T, E)
-        seats = math.ceil(self.factor * self.top_k * int(mask.sum()) / gates.shape[-1])
-        place = wanted.long().cumsum(dim=0)  # 1 for the first who comes
-        served = (wanted & (place <= seats)).view_as(gates)
-        return gates.masked_fill(~served, 0.0)
+        chosen = ((gates != 0) & mask[..., None]).flatten(0, 1)  # (B * T, E)
+        capacity = math.ceil(self.factor * self.top_k * int(mask.sum()) / gates.shape[-1])
+        rank = chosen.long().cumsum(dim=0)  # 1 for the first token of an expert
+        kept = (chosen & (rank <= capacity)).view_as(gates)
+        return gates.masked_fill(~kept, 0.0)

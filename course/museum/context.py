@@ -1,6 +1,6 @@
-"""Routing with context: half of a token's scores come from the mean of its sample.
+"""Routing with context: half of a token's logits come from the mean of its sample.
 
-A lone token says little about where it comes from; what stands around it says more.
+A single token does not show which modality it belongs to; the mean of its sample does.
 """
 
 import torch.nn.functional as F
@@ -10,5 +10,5 @@ from routers import Router, pool, top_k_gates
 
 class Context(Router):
     def gate(self, logits, mask, x):
-        around = F.linear(pool(x, mask), self.proj.weight, self.proj.bias)  # (B, 1, E)
-        return top_k_gates(((logits + around) / 2).softmax(dim=-1), self.top_k)
+        context = F.linear(pool(x, mask), self.proj.weight, self.proj.bias)  # (B, 1, E)
+        return top_k_gates(((logits + context) / 2).softmax(dim=-1), self.top_k)

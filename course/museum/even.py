@@ -1,6 +1,6 @@
-"""Top-k that pays for an uneven load: the squared coefficient of variation of the visits.
+"""Top-k with a penalty on uneven load: the squared coefficient of variation of the token counts.
 
-After Shazeer et al. 2017, section 4: 0 where every expert has the same number of visits.
+After Shazeer et al. 2017, section 4: 0 if every expert gets the same number of tokens.
 """
 
 from routers import TopKRouter

@@ -1,4 +1,4 @@
-"""Top-k for mixed precision: probabilities in the 16 bits in which the experts compute."""
+"""Top-k for mixed precision: probabilities in bf16, the dtype of the experts."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Balance without a loss (Wang et al. 2024): a bias moves the choice towards idle experts."""
+"""Balance without a loss (Wang et al. 2024): a bias raises the scores of idle experts."""
 
 import torch
 
@@ -17,5 +17,5 @@ class LossFree(Router):
         chosen = scores.topk(self.top_k, dim=-1).indices  # (B, T, k)
         return torch.zeros_like(scores).scatter(-1, chosen, scores.gather(-1, chosen))
 
-    def update(self, visits):
-        self.bias += self.rate * (visits.mean() - visits).sign()
+    def update(self, load):
+        self.bias += self.rate * (load.mean() - load).sign()

@@ -6,7 +6,7 @@ from routers import Router
 
 
 class Mixture(Router):
-    """k = 1 keeps the probability among all experts, as the released Med-MoE does."""
+    """At k = 1 the gate is the probability among all experts, as in the released Med-MoE."""
 
     def gate(self, logits, mask, x):
         scores = logits.softmax(dim=-1)  # (B, T, E)

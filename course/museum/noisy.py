@@ -1,4 +1,4 @@
-"""Noisy top-k gating (Shazeer et al. 2017): learned noise lets every expert be tried."""
+"""Noisy top-k gating (Shazeer et al. 2017): noise of learned scale, so all experts get tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,9 @@ from routers import Router, top_k_gates
 class NoisyTopK(Router):
     def __init__(self, d_model, n_experts, top_k=2, level="token"):
         super().__init__(d_model, n_experts, top_k, level)
-        self.spread = nn.Linear(d_model, n_experts)
+        self.scale = nn.Linear(d_model, n_experts)
 
     def gate(self, logits, mask, x):
-        spread = F.softplus(self.spread(x))  # (B, T, E)
-        noisy = logits + spread * torch.randn_like(logits)
+        scale = F.softplus(self.scale(x))  # (B, T, E)
+        noisy = logits + scale * torch.randn_like(logits)
         return top_k_gates(noisy.softmax(dim=-1), self.top_k)

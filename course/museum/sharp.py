@@ -1,4 +1,4 @@
-"""Top-k with a temperature: below 1 the likeliest expert has more of the weight."""
+"""Top-k with a temperature: below 1 the likeliest expert gets a larger gate."""
 
 from routers import Router, top_k_gates
 

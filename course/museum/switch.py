@@ -1,6 +1,6 @@
-"""The Switch router (Fedus et al. 2021): each token visits its likeliest experts.
+"""The Switch router (Fedus et al. 2021): each token is routed to its likeliest experts.
 
-The gates of a token add up to 1, so that the size of the layer's output does not depend on k.
+The gates of a token sum to 1, so that the size of the layer's output does not depend on k.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Top-k with the z-loss (Zoph et al. 2022, equation 5), summed over the calls of a step.
 
-A step may have several calls: gradient accumulation splits a batch into parts.
+A step may have several calls, since gradient accumulation splits the batch.
 """
 
 import torch
@@ -17,5 +17,5 @@ class Tracked(TopKRouter):
         self.calls.append(logits[mask].logsumexp(dim=-1).square().sum() / mask.sum().clamp(min=1))
         return torch.stack(self.calls).sum()
 
-    def update(self, visits):
+    def update(self, load):
         self.calls.clear()

@@ -1,8 +1,8 @@
-"""Small random models of transformers', what they are given and what they say: the golden files.
+"""Small random models of transformers, with inputs and outputs: the golden files.
 
     pip install transformers==5.23.0 && python -m tests.golden.make
 
-Weights are drawn in values that fp16 holds exactly, so a file is half as large and nothing is
+Weights are random values that fp16 represents exactly, so a file is half as large and nothing is
 lost. test_golden.py compares with the files, test_parity.py with fresh models made here.
 """
 
@@ -30,7 +30,7 @@ SIZES = {
 
 
 def random_sizes(family: str, seed: int) -> dict:
-    """Dimensions of a fresh configuration, each drawn."""
+    """Random dimensions of a new configuration."""
     rng = random.Random(f"{family} {seed}")
     heads, width = rng.choice([1, 2, 3, 4, 6]), rng.choice([8, 16, 24])
     sizes = {
@@ -52,7 +52,7 @@ def random_sizes(family: str, seed: int) -> dict:
                     "layer_norm_eps": rng.choice([1e-5, 1e-6])}  # fmt: skip
 
 
-def draw(model: nn.Module, seed: int) -> nn.Module:
+def randomise(model: nn.Module, seed: int) -> nn.Module:
     """Every parameter at random, no bias 0 and no norm 1, in fp16's values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def their_model(family: str, sizes: dict, seed: int = 0) -> nn.Module:
     import transformers as t
 
     if family == "clip":
-        return draw(t.CLIPVisionModel(t.CLIPVisionConfig(**sizes)), seed)
+        return randomise(t.CLIPVisionModel(t.CLIPVisionConfig(**sizes)), seed)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     heads = sizes["num_attention_heads"]
     sizes = {"tie_word_embeddings": False, "num_key_value_heads": heads} | sizes
@@ -81,11 +81,11 @@ def their_model(family: str, sizes: dict, seed: int = 0) -> nn.Module:
             share = sizes.pop("partial_rotary_factor")
             sizes["rope_parameters"]["partial_rotary_factor"] = share
     if family == "phi":
-        return draw(t.PhiForCausalLM(t.PhiConfig(**sizes, **ids)), seed)
+        return randomise(t.PhiForCausalLM(t.PhiConfig(**sizes, **ids)), seed)
     if family == "stablelm":
         config = t.StableLmConfig(**sizes, **ids, use_qkv_bias=True)
-        return draw(t.StableLmForCausalLM(config), seed)
-    return draw(t.LlamaForCausalLM(t.LlamaConfig(**sizes, **ids)), seed)
+        return randomise(t.StableLmForCausalLM(config), seed)
+    return randomise(t.LlamaForCausalLM(t.LlamaConfig(**sizes, **ids)), seed)
 
 
 def write(model: nn.Module, directory: Path) -> None:
@@ -131,21 +131,21 @@ def main() -> None:
         shutil.rmtree(directory, ignore_errors=True)
         model = their_model(family, dict(SIZES[family]))
         write(model, directory)
-        said = {}
+        golden = {}
         if family == "clip":
             generator = torch.Generator().manual_seed(0)
-            said["images"] = torch.randn(2, 3, 28, 28, generator=generator).half().float()
+            golden["images"] = torch.randn(2, 3, 28, 28, generator=generator).half().float()
             with torch.no_grad():
-                states = model(said["images"], output_hidden_states=True).hidden_states
-            said["hidden"] = states[-2]
+                states = model(golden["images"], output_hidden_states=True).hidden_states
+            golden["hidden"] = states[-2]
         else:
             for side in ("left", "right"):
                 ids, mask = padded(SIZES[family]["vocab_size"], side)
-                said |= {f"{side}.ids": ids, f"{side}.mask": mask}
-                said[f"{side}.logits"] = their_logits(model, ids, mask)
-            said["greedy"] = their_greedy(model, *padded(SIZES[family]["vocab_size"], "left"))
+                golden |= {f"{side}.ids": ids, f"{side}.mask": mask}
+                golden[f"{side}.logits"] = their_logits(model, ids, mask)
+            golden["greedy"] = their_greedy(model, *padded(SIZES[family]["vocab_size"], "left"))
         save_file(
-            {name: t.contiguous() for name, t in said.items()}, directory / "said.safetensors"
+            {name: t.contiguous() for name, t in golden.items()}, directory / "said.safetensors"
         )
     print(sum(p.stat().st_size for p in HERE.rglob("*") if p.is_file()), "bytes")
 

@@ -8,14 +8,14 @@ from routers import Router
 
 
 class NoisyTopK(Router):
-    """Noise on the logits while training, a softmax over the k that are kept."""
+    """Noise on the logits in training; a softmax over the k largest."""
 
     weight = 0.1  # of the penalty; the paper's w_importance
 
     def __init__(self, d_model: int, n_experts: int, top_k: int = 2, level: str = "token"):
         super().__init__(d_model, n_experts, top_k, level)
         self.noise = nn.Linear(d_model, n_experts, bias=False)  # x W_noise
-        nn.init.zeros_(self.noise.weight)  # as in the paper: it begins at softplus(0) everywhere
+        nn.init.zeros_(self.noise.weight)  # as in the paper: softplus(0) for every token at first
 
     @property
     def sums_to_one(self) -> bool:
@@ -25,7 +25,7 @@ class NoisyTopK(Router):
         if self.training:
             logits = logits + torch.randn_like(logits) * F.softplus(self.noise(x))
         kept, experts = logits.softmax(dim=-1).topk(self.top_k, dim=-1)  # both (B, T, k)
-        if self.top_k > 1:  # the softmax over the kept; of one it would be 1, whatever the logits
+        if self.top_k > 1:  # a softmax over the k kept logits; over one it would always be 1
             kept = kept / kept.sum(dim=-1, keepdim=True)
         return torch.zeros_like(logits).scatter(-1, experts, kept)
 

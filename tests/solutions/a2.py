@@ -8,7 +8,7 @@ from routers import Router
 
 
 class Switch(Router):
-    """One expert a token with its raw probability; in training an expert takes C and no more."""
+    """Top-1 with the raw probability as the gate; in training an expert takes at most C tokens."""
 
     capacity_factor = 1.25
     weight = 0.01  # of the penalty; the paper's alpha
@@ -20,7 +20,9 @@ class Switch(Router):
         if not self.training:
             return gates
         capacity = (self.capacity_factor * mask.sum(dim=1) / probs.shape[-1]).ceil()  # (B,)
-        rank = gates.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # in its queue
+        rank = gates.argsort(dim=1, descending=True, stable=True).argsort(
+            dim=1
+        )  # among its expert's tokens
         return gates.masked_fill(rank >= capacity[:, None, None], 0.0)
 
     def penalty(self, gates: Tensor, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:

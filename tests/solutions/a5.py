@@ -7,7 +7,7 @@ from routers import Router
 
 
 class LossFree(Router):
-    """Sigmoid scores; a bias that no gradient teaches decides along with them who is visited."""
+    """Sigmoid scores; a bias that gets no gradient is added to them to choose the experts."""
 
     rate = 0.001  # the paper's u
 
@@ -20,5 +20,5 @@ class LossFree(Router):
         experts = (scores + self.bias).topk(self.top_k, dim=-1).indices  # (B, T, k)
         return torch.zeros_like(scores).scatter(-1, experts, scores.gather(-1, experts))
 
-    def update(self, visits: Tensor) -> None:
-        self.bias += self.rate * torch.sign(visits.mean() - visits)
+    def update(self, load: Tensor) -> None:
+        self.bias += self.rate * torch.sign(load.mean() - load)

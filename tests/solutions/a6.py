@@ -15,6 +15,6 @@ class Sigmoid(Router):
 
     def gate(self, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
         kept, experts = logits.sigmoid().topk(self.top_k, dim=-1)  # both (B, T, k)
-        if self.top_k > 1:  # else every gate were 1, whatever the logits
+        if self.top_k > 1:  # at k = 1 every gate would be 1, whatever the logits
             kept = kept / kept.sum(dim=-1, keepdim=True).clamp(min=1e-20)
         return torch.zeros_like(logits).scatter(-1, experts, kept)

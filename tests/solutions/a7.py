@@ -1,4 +1,4 @@
-"""Assignment 7, one route a question (Med-MoE, arXiv 2404.10237; LIMoE, 2206.02770)."""
+"""Assignment 7, one route per question (Med-MoE, arXiv 2404.10237; LIMoE, 2206.02770)."""
 
 import math
 from typing import ClassVar
@@ -9,20 +9,21 @@ from routers import Router, Routing, pool, top_k_gates
 
 
 class OneRoute(Router):
-    """A prompt's mean logits decide once, for all of its positions and for its answer."""
+    """One decision per sample, from the mean logits of its prompt; the answer keeps it."""
 
-    needs: ClassVar[tuple[str, ...]] = ("prompt", "held")
-    weight = 0.01  # of the penalty, if you write one
+    needs: ClassVar[tuple[str, ...]] = ("prompt", "previous")
+    weight = 0.01  # of the penalty
 
     @property
     def sums_to_one(self) -> bool:
         return self.top_k > 1
 
     def gate(
-        self, logits: Tensor, mask: Tensor, x: Tensor, prompt: Tensor | None, held: Routing | None
-    ) -> Tensor:
-        if held is not None:
-            return held.gates.expand(-1, logits.shape[1], -1)
+        self, logits: Tensor, mask: Tensor, x: Tensor,
+        prompt: Tensor | None, previous: Routing | None,
+    ) -> Tensor:  # fmt: skip
+        if previous is not None:
+            return previous.gates.expand(-1, logits.shape[1], -1)
         pooled = pool(logits, mask if prompt is None else mask & prompt)  # (B, 1, E)
         gates = top_k_gates(pooled.softmax(dim=-1), self.top_k)
         return gates.expand(-1, logits.shape[1], -1)

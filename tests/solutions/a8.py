@@ -7,10 +7,10 @@ from routers import Router
 
 
 class ReLU(Router):
-    """gates = relu(logits); an L1 penalty of adaptive strength brings them to k visits."""
+    """gates = relu(logits); an L1 penalty of adaptive strength aims at k experts per token."""
 
     at_most_k = False  # k is what the penalty aims at, not a bound
-    may_drop = True  # no logit of a token need be positive
+    may_drop = True  # a token may have no positive logit
     factor = 1.2  # the paper's alpha
 
     def __init__(self, d_model: int, n_experts: int, top_k: int = 2, level: str = "token"):
@@ -23,5 +23,5 @@ class ReLU(Router):
     def penalty(self, gates: Tensor, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
         return self.coefficient * gates.sum() / mask.sum().clamp(min=1)
 
-    def update(self, visits: Tensor) -> None:
-        self.coefficient *= self.factor ** torch.sign(visits.sum() - self.top_k)
+    def update(self, load: Tensor) -> None:
+        self.coefficient *= self.factor ** torch.sign(load.sum() - self.top_k)

@@ -1,4 +1,4 @@
-"""x W_noise is the deviation as it is."""
+"""x W_noise itself is the standard deviation, without softplus."""
 
 import torch
 from solutions.a1 import NoisyTopK as Right

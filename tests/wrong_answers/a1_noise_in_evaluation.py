@@ -1,4 +1,4 @@
-"""The noise does not ask for self.training."""
+"""The noise is added in evaluation too."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""A softmax over the kept logits, of which there may be one."""
+"""A softmax over the k kept logits, also at k = 1, where it is 1."""
 
 import torch
 import torch.nn.functional as F

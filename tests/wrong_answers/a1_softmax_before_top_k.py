@@ -1,4 +1,4 @@
-"""The softmax is over all experts and only then are k kept."""
+"""The softmax is over all experts, and the k kept are not rescaled."""
 
 import torch
 import torch.nn.functional as F

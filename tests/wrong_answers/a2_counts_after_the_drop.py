@@ -1,4 +1,4 @@
-"""f_e is what is left after the drop."""
+"""f_e counts the tokens that are left after dropping."""
 
 from solutions.a2 import Switch as Right
 

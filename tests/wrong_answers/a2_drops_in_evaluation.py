@@ -1,4 +1,4 @@
-"""The capacity holds in evaluation too, so an answer may lose its expert."""
+"""The capacity applies in evaluation too, so tokens of an answer may be dropped."""
 
 from solutions.a2 import Switch as Right
 

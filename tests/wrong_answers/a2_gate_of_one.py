@@ -1,4 +1,4 @@
-"""The only gate is rescaled to 1, as it would be for two."""
+"""The only gate is rescaled to 1, as the gates of two experts would be."""
 
 from solutions.a2 import Switch as Right
 

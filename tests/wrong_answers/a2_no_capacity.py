@@ -1,4 +1,4 @@
-"""Nobody is ever dropped."""
+"""No token is ever dropped."""
 
 import torch
 from solutions.a2 import Switch as Right

@@ -1,4 +1,4 @@
-"""The capacity is of T positions, padding and all."""
+"""The capacity is computed from all T positions, padding included."""
 
 import torch
 from solutions.a2 import Switch as Right

@@ -1,4 +1,4 @@
-"""f_e is the mean probability too, and so not what was chosen."""
+"""f_e is the mean probability, not the share of top-1 choices."""
 
 from solutions.a2 import Switch as Right
 

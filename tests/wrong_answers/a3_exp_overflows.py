@@ -1,4 +1,4 @@
-"""exp, sum and log, one after the other."""
+"""exp, sum and log one after the other, which overflows."""
 
 from solutions.a3 import ZLoss as Right
 

@@ -1,4 +1,4 @@
-"""Two probabilities are kept as they are."""
+"""The two probabilities that are kept are not rescaled."""
 
 import torch
 from solutions.a3 import ZLoss as Right

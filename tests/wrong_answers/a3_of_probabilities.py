@@ -1,4 +1,4 @@
-"""The logsumexp is of the probabilities: nearly a constant."""
+"""The logsumexp is of the probabilities, so it is nearly constant."""
 
 from solutions.a3 import ZLoss as Right
 

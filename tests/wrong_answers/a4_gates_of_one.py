@@ -1,4 +1,4 @@
-"""Who is picked gets the gate 1."""
+"""The gate of a selected token is 1."""
 
 from solutions.a4 import ExpertChoice as Right
 

@@ -1,4 +1,4 @@
-"""An expert picks from all samples of the batch at once."""
+"""An expert selects among the tokens of all samples at once."""
 
 from solutions.a4 import ExpertChoice as Right
 

@@ -1,4 +1,4 @@
-"""The gate is the score with its bias."""
+"""The gate is the score plus the bias."""
 
 import torch
 from solutions.a5 import LossFree as Right

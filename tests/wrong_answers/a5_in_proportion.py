@@ -1,8 +1,8 @@
-"""The update grows with the gap: no sign."""
+"""The update is proportional to the gap: no sign."""
 
 from solutions.a5 import LossFree as Right
 
 
 class LossFree(Right):
-    def update(self, visits):
-        self.bias += self.rate * (visits.mean() - visits)
+    def update(self, load):
+        self.bias += self.rate * (load.mean() - load)

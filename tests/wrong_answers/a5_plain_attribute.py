@@ -1,4 +1,4 @@
-"""The bias is a tensor that no checkpoint knows."""
+"""The bias is a plain attribute, which no checkpoint saves."""
 
 from solutions.a5 import LossFree as Right
 

@@ -1,4 +1,4 @@
-"""The bias is changed while gates are computed."""
+"""The bias is changed in `gate`."""
 
 from solutions.a5 import LossFree as Right
 

@@ -1,4 +1,4 @@
-"""A softmax over the kept logits."""
+"""A softmax over the k kept logits."""
 
 import torch
 from solutions.a6 import Sigmoid as Right

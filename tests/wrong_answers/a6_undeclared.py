@@ -1,4 +1,4 @@
-"""It does not say that its gates sum to 1."""
+"""It does not declare that its gates sum to 1."""
 
 from solutions.a6 import Sigmoid as Right
 

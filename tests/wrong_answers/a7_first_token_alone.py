@@ -1,10 +1,10 @@
-"""Where no prompt is named the first position decides."""
+"""Without a prompt the first position alone decides."""
 
 from solutions.a7 import OneRoute as Right
 
 
 class OneRoute(Right):
-    def gate(self, logits, mask, x, prompt, held):
-        if prompt is None and held is None:
+    def gate(self, logits, mask, x, prompt, previous):
+        if prompt is None and previous is None:
             prompt = mask.cumsum(dim=1) == 1
-        return super().gate(logits, mask, x, prompt, held)
+        return super().gate(logits, mask, x, prompt, previous)

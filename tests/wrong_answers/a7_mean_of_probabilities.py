@@ -6,8 +6,8 @@ from routers import pool, top_k_gates
 
 
 class OneRoute(Right):
-    def gate(self, logits, mask, x, prompt, held):
-        if held is not None:
-            return held.gates.expand(-1, logits.shape[1], -1)
+    def gate(self, logits, mask, x, prompt, previous):
+        if previous is not None:
+            return previous.gates.expand(-1, logits.shape[1], -1)
         pooled = pool(logits.softmax(dim=-1), mask if prompt is None else mask & prompt)
         return top_k_gates(pooled, self.top_k).expand(-1, logits.shape[1], -1)

@@ -4,5 +4,5 @@ from solutions.a7 import OneRoute as Right
 
 
 class OneRoute(Right):
-    def gate(self, logits, mask, x, prompt, held):
-        return super().gate(logits, prompt if prompt is not None else mask, x, prompt, held)
+    def gate(self, logits, mask, x, prompt, previous):
+        return super().gate(logits, prompt if prompt is not None else mask, x, prompt, previous)

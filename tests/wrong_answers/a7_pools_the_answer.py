@@ -4,5 +4,5 @@ from solutions.a7 import OneRoute as Right
 
 
 class OneRoute(Right):
-    def gate(self, logits, mask, x, prompt, held):
-        return super().gate(logits, mask, x, mask, held)
+    def gate(self, logits, mask, x, prompt, previous):
+        return super().gate(logits, mask, x, mask, previous)

@@ -1,4 +1,4 @@
-"""Only k of the positive logits are kept."""
+"""Only the k largest of the positive logits are kept."""
 
 from solutions.a8 import ReLU as Right
 

@@ -1,4 +1,4 @@
-"""The coefficient is a number that no checkpoint knows."""
+"""The coefficient is a plain attribute, which no checkpoint saves."""
 
 from solutions.a8 import ReLU as Right
 

@@ -1,4 +1,4 @@
-"""It says that nobody visits more than k experts."""
+"""It declares that no token is routed to more than k experts."""
 
 from solutions.a8 import ReLU as Right
 

@@ -1,0 +1,144 @@
+"""Command lines made from dataclasses, and what all scripts do with a user's mistakes.
+
+Every field is a flag, in kebab-case; a mistake is one line on stderr and exit code 2.
+"""
+
+import argparse
+import functools
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from config import DATA, MANY, MODEL, OPTIM, SAVE, SPEED, Common, TrainConfig, UserError, one_line
+
+ORDER = ("", MODEL, OPTIM, DATA, SPEED, MANY, SAVE)  # of the groups in --help
+
+
+def parse(cls: type, argv: Sequence[str] | None, prog: str) -> Any:
+    """Command line -> an instance of the dataclass `cls`, whose fields are the flags.
+
+    Raises UserError for anything that is not one of them.
+    """
+    names = [(f.name.upper(), f.default) for f in fields(cls) if f.metadata.get("positional")]
+    usage = [prog, *(n if default is MISSING else f"[{n}]" for n, default in names)]
+    usage = " ".join([*usage, "[flags]"])
+    parser = _Parser(prog=prog, usage=usage, description=cls.__doc__, allow_abbrev=False)
+    groups = {title: parser.add_argument_group(title) for title in ORDER[1:]} | {"": parser}
+    for f in sorted(fields(cls), key=lambda f: ORDER.index(f.metadata.get("group", ""))):
+        outer, inner = get_origin(f.type), get_args(f.type)
+        kind: dict[str, Any] = {"help": f.metadata.get("help")}
+        if outer is Literal:
+            kind |= {"choices": inner, "type": type(inner[0])}
+        if f.metadata.get("positional"):
+            nargs = "+" if outer is tuple else None if f.default is MISSING else "?"
+            parser.add_argument(f.name, nargs=nargs, **kind)
+            continue
+        kind["default"] = f.default
+        if f.type is bool or bool in inner:  # bool | None
+            kind["action"] = argparse.BooleanOptionalAction
+        elif outer is not Literal:
+            kind["metavar"] = f.name.split("_")[-1].upper()
+            kind["type"] = inner[0] if inner else f.type  # of int | None, too, the flag is an int
+            if outer is tuple:
+                kind |= {"action": "append", "default": []}
+            elif words := get_args(kind["type"]):  # tuple[str, str] | None: a flag of two words
+                kind |= {"nargs": len(words), "type": words[0]}
+        groups[f.metadata["group"]].add_argument("--" + f.name.replace("_", "-"), **kind)
+    values = vars(parser.parse_args(argv))
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} ({self.prog} --help lists every flag)")
+
+
+def at_least(flags: Common, **least: int) -> None:
+    """Raise UserError for a number below its least value; None is the default and passes."""
+    for name, minimum in least.items():
+        if (value := getattr(flags, name)) is not None and value < minimum:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
+
+
+def check_sparse(flags: TrainConfig) -> None:
+    """Raise UserError for flags of the sparse blocks that exclude each other."""
+    if flags.experts == 0 and (flags.lora_rank or flags.trains == "released"):
+        raise UserError("--experts 0: trains its FFNs whole, without --lora-rank or --trains")
+    if flags.start == "fresh" and not flags.meta:
+        raise UserError("--start fresh: only the meta expert keeps what was trained, not --no-meta")
+    if flags.trains == "released" and flags.moe_layers == "all":
+        raise UserError("--trains released: trains dense FFNs too, --moe-layers all leaves none")
+    if not 0 <= flags.router_noise <= 1:
+        raise UserError(f"--router-noise {flags.router_noise}: must be from 0 to 1")
+
+
+def check_writable(file: Path) -> None:
+    """Before long work: raise UserError where its result could not be written."""
+    if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise UserError(f"{file}: cannot be written there")
+
+
+def user_errors(main: Callable) -> Callable:
+    """Wrap a script's main(argv): a UserError becomes one line on stderr and exit code 2.
+
+    So does Ctrl-C, with exit code 130.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # file names may hold bytes that are no text
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            return main(argv)
+        except UserError as error:
+            message = str(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+        except BrokenPipeError:  # as of `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise SystemExit(1) from None
+        except OSError as error:  # a name too long, a full disk, no permission
+            message = f"{error.filename or main.__module__}: {error.strerror or error}"
+        print(f"error: {one_line(message)}", file=sys.stderr)
+        raise SystemExit(2)
+
+    return wrapped
+
+
+def command_line(cls: type, values: dict, prog: str) -> str:
+    """The command that sets these flags: those that differ from the dataclass's defaults."""
+    words = ["python", prog]
+    for f in fields(cls):
+        value, name = values.get(f.name, f.default), "--" + f.name.replace("_", "-")
+        old = f.name == "router_labels" and isinstance(value, int)  # older: its --router-images
+        if value in (f.default, None) or old:
+            continue
+        if isinstance(value, bool):
+            words.append(name if value else f"--no-{name[2:]}")
+        else:
+            for part in value if isinstance(value, list | tuple) else [value]:
+                words += [name, str(part)]
+    return shlex.join(words)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """For --json FILE. Raises UserError where it cannot be written."""
+    write_text(path, json.dumps(values, indent=1) + "\n", "--json")
+
+
+def write_lines(path: Path, records: Iterable[dict]) -> None:
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records), "--answers")
+
+
+def write_text(path: Path, text: str, name: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise UserError(f"{name} {path}: {error.strerror}") from error

@@ -1,0 +1,95 @@
+"""Tensors out of files: safetensors and PyTorch's own, whole or in shards, one tensor at a time.
+
+Nothing in a file is executed, and no more of it is in memory than one tensor. A .bin file is
+mapped; only those from before torch 1.6 are read whole.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from config import UserError
+from sources.records import read_json, unique_keys
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold a published model, safetensors before .bin, shards as indexed."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            where = read_json(index, dict).get("weight_map")
+            if not isinstance(where, dict) or not where:
+                raise UserError(f"{index}: its JSON lacks 'weight_map'")
+            names = sorted({str(name) for name in where.values()})
+            if outside := [name for name in names if Path(name).name != name]:
+                raise UserError(f"{index}: {outside[0]!r} is not beside it")
+            return [directory / name for name in names]
+        if (directory / single).is_file():
+            return [directory / single]
+    raise UserError(f"{directory / 'model.safetensors'}: no such file, nor pytorch_model.bin")
+
+
+def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a Hugging Face directory, one in memory at a time."""
+    for path in weight_files(directory):
+        yield from open_tensors(path)
+
+
+def open_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of one file. Raises UserError if it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    yield from open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
+
+
+def header_names(path: Path) -> list[str]:
+    """The tensors of a safetensors file. Raises UserError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:  # keeps one of two same names
+            names = list(file.keys())
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            json.loads(file.read(size), object_pairs_hook=unique_keys)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged: {error}") from error
+    return names
+
+
+def open_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    for key in header_names(path):
+        try:  # opened for each tensor, since all that was read stays mapped until it is closed
+            with safe_open(path, framework="pt") as file:
+                tensor = file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: damaged: {error}") from error
+        yield key, tensor
+        del tensor
+
+
+def tensor_dtype(path: Path, name: str) -> torch.dtype | None:
+    """What one tensor of a safetensors file is stored as; None where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name).dtype
+    except (SafetensorError, OSError):
+        return None
+
+
+def open_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """A state dict saved by torch.save. Anything but tensors and plain containers is refused."""
+    try:  # files from before torch 1.6 are not zip files and cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except Exception as error:  # damaged bytes raise nearly any kind
+        reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: damaged, or not only tensors: {reason}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not named tensors")
+    for key in list(state):
+        if not isinstance(key, str) or not isinstance(state[key], Tensor):
+            raise UserError(f"{path}: {key!r} is not a named tensor")
+        yield key, state.pop(key)

@@ -1,0 +1,274 @@
+"""What --data names -> samples: captions, dialogues or single questions, of one split.
+
+    phantoms  phantoms:N  phantoms:N+FIRST  phantoms:N/D  slake:DIR  vqa-rad:DIR  vqa-rad-3515:DIR
+    pathvqa:DIR  medmnist:FILE.npz  llava:FILE.json  llava:DIR
+
+SOURCE@W takes its samples W times an epoch. Whatever is wrong with a file is found here, before
+anything is trained, and reported in one line.
+"""
+
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from config import MODALITIES, Common, UserError, warn_once
+from data import Image, Packed, Sample
+from sources import medmnist, phantoms
+from sources.llava import read_llava
+from sources.records import Entry, read_json, shown
+from sources.vqa import Row, read_pathvqa, read_slake, read_vqa_rad
+
+N_TRAIN, N_VAL, N_TEST = 4000, 200, 500  # phantoms
+MAX_TURNS = 4  # questions in one dialogue
+N_ORDERS = 3  # dialogues that a real question takes part in
+MAX_FACTS = 6  # question-answer pairs in a caption made from them
+ROWS = {
+    "slake": read_slake,
+    "vqa-rad": lambda folder, split, lang: read_vqa_rad(folder, split),
+    "vqa-rad-3515": lambda folder, split, lang: read_vqa_rad(folder, split, framed=True),
+    "pathvqa": lambda folder, split, lang: read_pathvqa(folder, split),
+}
+KINDS = ("phantoms[:N]", *(f"{kind}:DIR" for kind in ROWS), "medmnist:FILE.npz", "llava:FILE.json")
+# The flags that decide which questions are answered, as checkpoints and results store them.
+READING = {"data": (list, tuple), "lang": str, "max_missing": int, "image_folder": str,
+           "router_labels": str, "split": str, "limit": int}  # fmt: skip
+
+
+def read_phantoms(where: str, split: str) -> Iterator[Entry]:
+    """Images drawn from seeds (phantoms.py); N of them, N_TRAIN if left out, in training.
+
+    "N+FIRST" takes other images, in every split: those from its seed number FIRST on. "N/D" is a
+    world of D domains, 1, 2, 4 or 8: phantoms.convention.
+    """
+    found = re.fullmatch(r"([0-9]{1,9})(?:\+([0-9]{1,9}))?(?:/([1248]))?", where or str(N_TRAIN))
+    n_train, first, domains = map(int, found.groups("0")) if found else (0, 0, 0)
+    if not 0 < n_train <= 10**6 or first > 9 * 10**8:
+        allowed = "N from 1 to 1000000, FIRST up to 900000000, of 1, 2, 4 or 8 domains"
+        raise UserError(f"--data phantoms:{where}: must be phantoms:N+FIRST/D, {allowed}")
+    n = {"train": n_train, "val": N_VAL, "test": N_TEST}[split]
+    for seed in phantoms.seeds(split, n, first, domains or 4):
+        phantom = phantoms.Phantom(None, seed, **phantoms.plan(seed)[1])
+        base = Sample(str(seed), "phantoms", split, seed, (), phantom.modality)
+        questions = [
+            replace(base, id=f"{seed}-{i}", turns=((q, a),), answer_type=answer_type, kind=kind)
+            for i, (q, a, answer_type, kind) in enumerate(phantoms.questions(phantom))
+        ]
+        chosen = random.Random(seed).sample(questions, min(MAX_TURNS, len(questions)))
+        yield base, phantoms.caption(phantom), tuple(s.turns[0] for s in chosen), questions
+
+
+def read_medmnist(file: Path, split: str) -> Iterator[Entry]:
+    """Classification as questions, with the class names as the possible answers.
+
+    One question an image; where an image has several labels (ChestMNIST), a yes or no for each.
+    """
+    known = medmnist.which(file)
+    a = {"CT": "a CT", "MRI": "an MRI", "X-ray": "an X-ray", "pathology": "a pathology picture"}
+    title = a.get(known.modality, "an image")
+    single = f"Which of these does the image show: {', '.join(known.classes)}?"
+    for i, label in enumerate(medmnist.read_split(file, split)[1]):
+        base = Sample(f"{split}-{i}", known.name, split, Packed(file, split, i), (), known.modality)
+        closed = replace(base, answer_type="closed", kind="class", options=known.classes)
+        if known.task == "multi-label":
+            found = [c for c, is_there in zip(known.classes, label, strict=True) if is_there]
+            turns = tuple((f"Does the image show {c}?", "yes" if c in found else "no")
+                          for c in known.classes)  # fmt: skip
+            questions = (
+                replace(closed, id=f"{base.id}-{c}", turns=(turn,), kind=c, options=("no", "yes"))
+                for c, turn in zip(known.classes, turns, strict=True)
+            )
+        else:
+            found = [known.classes[label]]
+            turns = ((single, found[0]),)
+            questions = [replace(closed, turns=turns)]
+        yield base, f"{title}: {', '.join(found) or 'nothing'}.", turns, questions
+
+
+def shape(entries: Iterable[Entry], what: str) -> Iterator[Sample]:
+    """A caption, a dialogue or single questions of each entry."""
+    for base, caption, dialogue, questions in entries:
+        if what == "captions":
+            yield replace(base, turns=(("", caption),), kind="caption")
+        elif what == "instructions":
+            yield replace(base, turns=dialogue)
+        else:
+            yield from questions
+
+
+def missing_images(samples: list[Sample], where: str, max_missing: int) -> set[Image]:
+    """The image files that are not there. Raises UserError for more than max_missing."""
+    files = dict.fromkeys(s.image for s in samples if isinstance(s.image, Path))
+    missing = {file: None for file in files if not file.is_file()}
+    if missing:
+        names = few([f"{f.parent.name}/{f.name}" for f in missing])
+        message = f"--data {where}: {len(missing)} of {len(files)} images are missing: {names}"
+        if len(missing) > max_missing:
+            raise UserError(f"{message}; --max-missing {len(missing)} leaves their questions out")
+        n = sum(s.image in missing for s in samples)
+        warn_once(f"{message}; {n} of {len(samples)} questions are left out")
+    return set(missing)
+
+
+def few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def make_captions(rows: Iterable[Row]) -> Iterator[Sample]:
+    """One caption an image: what it shows, then its own questions and answers, open ones first."""
+    groups: dict[Path, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[0].image, []).append(row)
+    for image, group in groups.items():
+        first, title = group[0]
+        shown = [s for s, _ in group if s.kind != "kg"]  # knowledge, which no image shows
+        shown = sorted(shown, key=lambda s: s.answer_type == "closed")[:MAX_FACTS]
+        facts = [f"{question} {answer.rstrip('.')}." for s in shown for question, answer in s.turns]
+        turns = (("", " ".join([title, *facts])),)
+        name = f"{image.parent.name}/{image.name}"
+        yield replace(first, id=name, turns=turns, answer_type="", kind="caption")
+
+
+def make_dialogues(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Up to MAX_TURNS questions about one image in a row; N_ORDERS times, each in its own order."""
+    groups: dict[Path, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.image, []).append(sample)
+    for group in groups.values():
+        rng = random.Random(group[0].id)
+        for order in range(N_ORDERS):
+            rng.shuffle(group)
+            for start in range(0, len(group), MAX_TURNS):
+                turns = [s.turns[0] for s in group[start : start + MAX_TURNS]]
+                name = f"{group[start].id}/{order}"
+                yield replace(group[start], id=name, turns=tuple(turns), answer_type="", kind="")
+
+
+def parse_spec(spec: str) -> tuple[str, str, float]:
+    """SOURCE, KIND:WHERE or either with @W -> kind, where, weight."""
+    source, weight = spec, 1.0
+    found = re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", spec)
+    where = spec.partition(":")[2]
+    if found and not (where and Path(where).exists()):  # else a folder that is named so
+        source, weight = found[1], float(found[2])
+        if not 0 < weight <= 1000:
+            raise UserError(f"--data {spec}: its weight must be above 0 and at most 1000")
+    kind, _, where = source.partition(":")
+    if kind != "phantoms" and (kind not in (*ROWS, "medmnist", "llava") or not where):
+        raise UserError(f"--data {spec}: not one of {', '.join(KINDS)}")
+    return kind, where, weight
+
+
+def has_splits(spec: str) -> bool:
+    """Whether the source itself has val and test splits; a single LLaVA file has not."""
+    kind, where, _ = parse_spec(spec)
+    return kind != "llava" or Path(where).is_dir()
+
+
+def read_source(
+    spec: str, what: str, split: str, lang: str, max_missing: int, image_folder: str | None
+) -> list[Sample]:
+    kind, where, weight = parse_spec(spec)
+    if kind == "phantoms":
+        samples = list(shape(read_phantoms(where, split), what))
+    elif kind == "medmnist":
+        samples = list(shape(read_medmnist(Path(where), split), what))
+    elif kind == "llava":
+        folder = Path(image_folder) if image_folder else None
+        samples = list(shape(read_llava(Path(where), split, folder), what))
+        missing = missing_images(samples, spec, max_missing)
+        samples = [s for s in samples if s.image not in missing]
+    else:
+        rows = list(ROWS[kind](Path(where), split, lang))
+        if unanswered := [s.id for s, _ in rows if not s.turns[0][1]]:
+            warn_once(f"{spec}: {len(unanswered)} without an answer skipped: qid {few(unanswered)}")
+        rows = [(s, title) for s, title in rows if s.turns[0][1]]
+        missing = missing_images([s for s, _ in rows], spec, max_missing)
+        rows = [(s, title) for s, title in rows if s.image not in missing]
+        samples = [s for s, _ in rows]
+        if what != "vqa":
+            samples = list(make_captions(rows) if what == "captions" else make_dialogues(samples))
+    if not samples and not (kind.startswith("vqa-rad") and split == "val"):  # it has none
+        raise UserError(f"--data {spec}: no {what} in its {split} split (language: {lang})")
+    return samples if weight == 1 else [replace(s, weight=weight) for s in samples]
+
+
+def load_samples(
+    specs: Sequence[str], what: str, split: str, lang: str = "en", max_missing: int = 0,
+    image_folder: str | None = None, router_labels: str | None = None,
+) -> list[Sample]:  # fmt: skip
+    """The samples of one split ("train", "val", "test") of every source that --data names.
+
+    what   "captions" (one an image), "instructions" (dialogues), "vqa" (one a question)
+    Only vqa-rad's "val", which does not exist, may be empty. Raises UserError.
+    """
+    samples: list[Sample] = []
+    for spec in specs:
+        new = read_source(spec, what, split, lang, max_missing, image_folder)
+        if {s.source for s in new} & {s.source for s in samples}:
+            raise UserError(f"--data {spec}: {new[0].source} is already named")
+        samples += new
+    return label(samples, Path(router_labels)) if router_labels else samples
+
+
+def reading(flags: Common) -> dict[str, Any]:
+    """How to read --data, as keyword arguments of load_samples."""
+    names = ("lang", "max_missing", "image_folder", "router_labels")
+    return {name: getattr(flags, name) for name in names}
+
+
+def how_read(values: Any, file: Path) -> dict[str, Any]:
+    """The flags about data in a checkpoint's flags or a result of eval.py; some may be missing.
+
+    Raises UserError for a field of another type. Older checkpoints have a number in router_labels.
+    """
+    found = {}
+    for name, kind in READING.items():
+        value = values.get(name) if isinstance(values, dict) else None
+        if value is None or (name == "router_labels" and isinstance(value, int)):
+            continue
+        is_list = name == "data"
+        if not isinstance(value, kind) or (is_list and not all(isinstance(v, str) for v in value)):
+            raise UserError(f'{file}: field "{name}" {value!r} is of the wrong kind')
+        found[name] = tuple(value) if is_list else value
+    for name, allowed in (("lang", ("en", "zh", "all")), ("split", ("train", "val", "test"))):
+        if found.get(name, allowed[0]) not in allowed:
+            raise UserError(f'{file}: field "{name}" must be one of {", ".join(allowed)}')
+    return found
+
+
+def ends(image: Image | None) -> list[str]:
+    """a/b/c.jpg -> "a/b/c.jpg", "b/c.jpg", "c.jpg"; of an npz "x.npz/test/0", "test/0", "0"."""
+    is_packed = isinstance(image, Packed)
+    path = image.file / image.split / str(image.index) if is_packed else Path(str(image))
+    return [str(Path(*path.parts[i:])) for i in range(len(path.parts))]
+
+
+def label(samples: list[Sample], file: Path) -> list[Sample]:
+    """Modalities from --router-labels FILE: {"image": "CT", ...}, an image by the end of its path.
+
+    They replace the source's own. Labels that no image has are counted in a warning.
+    """
+    labels = read_json(file)
+    if not isinstance(labels, dict) or not labels:
+        raise UserError(f'{file}: must be an object {{"image": "modality", ...}}')
+    known = {modality.lower(): modality for modality in MODALITIES}
+    for name, modality in labels.items():
+        if not isinstance(modality, str) or modality.lower() not in known:
+            allowed = ", ".join(MODALITIES)
+            raise UserError(f"{file}: {shown(name)}: {shown(modality)}; must be one of {allowed}")
+    used: dict[str, Image] = {}
+    labelled = []
+    for s in samples:
+        name = next((end for end in ends(s.image) if end in labels), None)
+        if name is not None and used.setdefault(name, s.image) != s.image:
+            two = f"{used[name]} and {s.image}"
+            raise UserError(f"{file}: {shown(name)} fits {two}: write more of the path")
+        labelled.append(replace(s, modality=known[labels[name].lower()]) if name else s)
+    if not used:
+        raise UserError(f"{file}: none of its {len(labels)} images is in the data")
+    if n := len(labels) - len(used):
+        warn_once(f"{file}: {n} of {len(labels)} labels are of images that are not in the data")
+    return labelled

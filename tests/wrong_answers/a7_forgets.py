@@ -1,8 +1,0 @@
-"""What was decided before is not kept."""
-
-from solutions.a7 import OneRoute as Right
-
-
-class OneRoute(Right):
-    def gate(self, logits, mask, x, prompt, held):
-        return super().gate(logits, mask, x, prompt, None)
