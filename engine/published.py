@@ -109,8 +109,9 @@ def rename(key: str, table: Table) -> str | None:
 
 def stored(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and persistent buffer under its name; tied ones once."""
+    persistent = module.state_dict().keys()  # first: FSDP reshards here, freeing gathered weights
     named = dict(module.named_parameters()) | dict(module.named_buffers())
-    return {name: named[name] for name in module.state_dict() if name in named}
+    return {name: named[name] for name in persistent if name in named}
 
 
 def slots(

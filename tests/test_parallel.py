@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import shake
+from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
 
 import train
@@ -127,6 +128,27 @@ def test_two_processes_train_like_one_with_other_flags(tmp_path, more):
     # A weight in bf16 steps by 1/256 of itself: roundings can be seen after three phases.
     near = 0.1 if "bf16" in more else 1e-3
     assert losses(tmp_path / "1", 3) == pytest.approx(losses(tmp_path / "2", 3), abs=near)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "4"], ["--tune-vision", "--no-jitter"]],
+                         ids=["plain", "lora", "tower"])  # fmt: skip
+def test_a_process_without_an_image_trains_with_the_others(one, tmp_path, more):
+    """Two of six samples are text: a step of three has an image, but often not in each process."""
+    rows = []
+    for i in range(6):
+        turns = [{"from": "human", "value": f"What is {i}?"}, {"from": "gpt", "value": f"No. {i}."}]
+        rows.append({"id": str(i), "conversations": turns})
+        if i > 1:
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
+            rows[-1]["image"] = f"{i}.png"
+            Image.new("RGB", (56, 56), (40 * i, 99, 99)).save(tmp_path / f"{i}.png")
+    (tmp_path / "mixed.json").write_text(json.dumps(rows))
+    flags = ["--phase", "2", "--init", str(one / "phase1"), "--batch-size", "3", *more]
+    for n in (1, 2):
+        launch(n, tmp_path / str(n), *flags, "--data", f"llava:{tmp_path / 'mixed.json'}")
+    for values in (losses, norms):
+        assert values(tmp_path / "2", 2) == pytest.approx(values(tmp_path / "1", 2), rel=1e-3)
 
 
 @pytest.mark.slow
