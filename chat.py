@@ -17,11 +17,10 @@ from torch import Tensor
 
 import ops
 from checkpoint import load_model
-from config import IGNORE, IMAGE_ID, MODALITIES, Common, UserError, argument, flag
+from config import IMAGE_ID, MODALITIES, Common, UserError, argument, flag
 from data import Batch, Sample, Text, collate, encode_prompt
 from engine.cli import parse, user_errors
-from engine.processes import choose_device
-from model import MedMoE, Step, autocast, generate, sparse_layers
+from model import MedMoE, Step, autocast, choose_device, generate, sparse_layers
 from sources.images import Images
 
 
@@ -93,9 +92,8 @@ def ask(model: MedMoE, text: Text, images: Images, flags: ChatConfig, question: 
     device, dtype = choose_device(flags.device, flags.dtype)
     sample = as_sample(flags.image, question)
     limits = config.vision.n_patches, config.system, config.decoder.max_len
-    ids = encode_prompt(question, sample.image is not None, text, *limits)
-    encoded = [(ids, [IGNORE] * len(ids))]
-    batch = collate([sample], encoded, images, text.eos_id, side="left").to(device)
+    encoded = encode_prompt(question, sample.image is not None, text, *limits)
+    batch = collate([sample], [encoded], images, text.eos_id, side="left").to(device)
     sampling = flags.temperature, flags.top_p, torch.Generator(device).manual_seed(flags.seed)
     stream, steps = Stream(text), []
     with autocast(device, dtype):

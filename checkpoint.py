@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from config import ModelConfig, UserError, model_config, to_dict
 from data import Text
-from engine import inference, tinymed
+from engine import inference, older
 from engine.durable import verify, write_directory
-from engine.processes import ALONE, Processes
+from engine.processes import ALONE, Processes, write_tensors
 from engine.published import fill, stored
-from engine.tensorfiles import header_names, open_tensors, tensor_dtype
 from model import MedMoE
 from sources.load import how_read
 from sources.records import read_json
+from sources.tensorfiles import header, open_tensors
 
 
 def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> MedMoE:
@@ -48,22 +48,15 @@ def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> MedM
     return model
 
 
-def write_whole(values: dict[str, Tensor], file: Path) -> None:
-    """One safetensors file, from whatever device."""
-    save_file({name: t.cpu().contiguous() for name, t in values.items()}, file)
-
-
 def save_checkpoint(
     directory: Path, model: nn.Module, config: ModelConfig, meta: dict, tokenizer: Path,
     extra: dict[str, dict[str, Tensor]], own: dict[str, Tensor] | None = None,
-    write_tensors: Callable[[dict[str, Tensor], Path], None] = write_whole,
     processes: Processes = ALONE,
 ) -> None:  # fmt: skip
     """Write a complete checkpoint or none. Every process calls it.
 
-    extra          {"router": {...}, "trainer": {...}} become further safetensors files
-    own            tensors of this process alone
-    write_tensors  called in every process for model and extra; together they write one file
+    extra  {"router": {...}, "trainer": {...}} become further safetensors files
+    own    tensors of this process alone
     """
     tensors = {n: t.detach() for n, t in stored(model).items()}
     text = json.dumps({"model": to_dict(config), **meta}, indent=1)
@@ -83,12 +76,11 @@ def save_checkpoint(
 def read_meta(directory: Path) -> tuple[ModelConfig, dict]:
     """config.json of one of our checkpoints -> the model's config and everything else in it."""
     if not directory.is_dir():
-        old = directory.with_name(f".{directory.name}.old")
-        hint = f" (but {old}, left by an interrupted save)" if old.is_dir() else ""
-        raise UserError(f"checkpoint {directory}: no such directory{hint}")
+        raise UserError(f"checkpoint {directory}: no such directory")
     verify(directory, "config.json")
     meta = read_json(file := directory / "config.json", dict)
     try:
+        older.upgrade(meta)
         config, flags, phase = model_config(meta.pop("model")), meta["flags"], meta["phase"]
         if not isinstance(phase, int) or not isinstance(flags["seed"] + 0, int):
             raise TypeError("phase and seed must be numbers")
@@ -107,8 +99,8 @@ def load_checkpoint(
     Raises UserError, before anything is filled, if any file of the checkpoint is not as written.
     """
     verify(directory)
-    if tinymed.has_residual(header_names(file := directory / "model.safetensors")):
-        tinymed.add_residual(model)
+    if older.has_residual(header(file := directory / "model.safetensors")):
+        older.add_residual(model)
     try:
         fill(model, "", open_tensors(file), table=None, put=put)
     except (KeyError, ValueError) as error:
@@ -133,10 +125,11 @@ def load_model(
         config = replace(config, moe=replace(config.moe, router=router))
     if level != "trained" and config.moe is not None:
         config = replace(config, moe=replace(config.moe, level=level))
-    on_disk = tensor_dtype(directory / "model.safetensors", "decoder.embed.weight")
-    is_narrow = on_disk in (torch.bfloat16, torch.float16) and dtype != torch.float32
+    stored_as = header(directory / "model.safetensors").get("decoder.embed.weight")
+    narrow = {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored_as)
     try:
-        model = empty_model(config, on_disk) if is_narrow else MedMoE(config)
+        is_narrow = narrow is not None and dtype != torch.float32
+        model = empty_model(config, narrow) if is_narrow else MedMoE(config)
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{directory / 'config.json'}: not a possible model: {error}") from error
     load_checkpoint(model, directory)
@@ -144,17 +137,16 @@ def load_model(
     return model, Text(directory / "tokenizer.json"), meta
 
 
-def read_seen(directory: Path) -> dict[str, Tensor] | None:
+def read_seen(directory: Path) -> Tensor | None:
     """Hashes of what it was trained on, for scoring/leaks.py; None if the checkpoint has none."""
     file = directory / "seen.safetensors"
     if not file.is_file():
         return None
     verify(directory, file.name)
-    seen = dict(open_tensors(file))
-    n, m = (seen[name].shape[:1].numel() if name in seen else 0 for name in ("images", "pairs"))
-    shapes = {"images": (n,), "looks": (n, 4), "pairs": (m, 2)}
-    is_sound = {name: t.shape for name, t in seen.items()} == shapes
-    is_sound &= all(t.dtype == torch.int64 for t in seen.values())
-    if not is_sound or not ((seen["pairs"][:, 1] >= -1) & (seen["pairs"][:, 1] < n)).all():
+    tensors = dict(open_tensors(file))
+    if "pairs" in tensors:  # an older version's, in another form
+        return None
+    seen = tensors.get("seen")
+    if seen is None or seen.dtype != torch.int64 or seen.shape[1:] != (6,):
         raise UserError(f"{file}: not a record of what was seen in training")
     return seen

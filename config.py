@@ -167,12 +167,7 @@ PHASES = {
     3: Phase("MoE tuning",         "vqa",          False, EXPERTS),
 }
 # What the released code trains as well in phase 3, by name match: dense FFNs and the projector.
-RELEASED_EXTRA = {
-    "phi":      ("projector.*", "decoder.blocks.*.mlp.fc*"),
-    "stablelm": ("projector.*", "decoder.blocks.*.mlp.gate.*", "decoder.blocks.*.mlp.up.*",
-                 "decoder.blocks.*.mlp.down.*"),
-}
-RELEASED_EXTRA["llama"] = RELEASED_EXTRA["stablelm"]
+RELEASED_EXTRA = ("projector.*", "decoder.blocks.*.mlp.[fgud]*")  # fc1, fc2; gate, up, down
 # fmt: on
 
 
@@ -192,8 +187,6 @@ def model_config(values: dict) -> ModelConfig:
 
 
 def moe_config(values: dict) -> MoEConfig:
-    """Older checkpoints have two more fields, which are not needed: `every` and `residual`."""
-    values = {k: v for k, v in values.items() if k not in ("every", "residual")}
     layers = values.get("layers")  # JSON has no tuples
     return MoEConfig(**values | {"layers": None if layers is None else tuple(layers)})
 
@@ -281,7 +274,7 @@ class TrainConfig(Common):
     accumulate: int = flag(1, "micro-batches a step, which share the batch size", OPTIM)
     clip_grad: float = flag(1.0, "largest gradient norm; 0: no clipping", OPTIM)
     workers: int = flag(2, "threads that read the images of the next batches", SPEED)
-    cache_features: bool = flag(False, "keep the frozen tower's features on disk", SPEED)
+    cache_features: bool = flag(False, "keep the frozen tower's features in memory", SPEED)
     cache_gb: float = flag(20.0, "largest size of that cache", SPEED)
     compile: bool = flag(False, "compile the blocks with torch.compile", SPEED)
     activation_checkpointing: bool = flag(False, "recompute activations in backward", SPEED)

@@ -134,41 +134,28 @@ def encode_sample(
     turns, has_image = sample.turns, sample.image is not None
     segments = caption(turns, has_image) if plain else chat(turns, has_image, system, text.eos_id)
     ids, labels = encode(segments, text, n_patches)
-    if max_len is not None:
+    if max_len is not None and len(ids) > max_len:
+        warn_once(f"--data: samples are cut to {max_len} positions, all that the model reads")
         ids, labels = ids[:max_len], labels[:max_len]
-        if set(labels[1:]) <= {IGNORE}:  # the first token is never predicted
-            name = f"{sample.source} {sample.split} sample {sample.id}"
-            raise UserError(f"{name}: nothing to learn in its first {max_len} positions")
+    if set(labels[1:]) <= {IGNORE}:  # the first token is never predicted
+        name = f"{sample.source} {sample.split} sample {sample.id}"
+        raise UserError(f"{name}: nothing to learn in its first {len(ids)} positions")
     return ids, labels
 
 
 def encode_prompt(
     question: str, has_image: bool, text: Text, n_patches: int, system: str = "",
     max_len: int | None = None,
-) -> list[int]:  # fmt: skip
-    """A question without its answer -> ids up to "ASSISTANT:", for the model to continue.
+) -> Encoded:  # fmt: skip
+    """A question without its answer -> ids up to "ASSISTANT:", for the model to continue; labels.
 
     Raises UserError if it leaves no room for an answer within max_len.
     """
-    ids, _ = encode(chat([(question, None)], has_image, system, text.eos_id), text, n_patches)
+    ids, labels = encode(chat([(question, None)], has_image, system, text.eos_id), text, n_patches)
     if max_len is not None and len(ids) >= max_len:
         begins = f"the question that begins {question[:60]!r}"
         raise UserError(f"{begins} takes {len(ids)} positions; the model reads {max_len}")
-    return ids
-
-
-def encode_all(
-    samples: Sequence[Sample], text: Text, n_patches: int, system: str = "", plain: bool = False,
-    max_len: int | None = None,
-) -> list[Encoded]:  # fmt: skip
-    """encode_sample for each; a warning says how many were cut."""
-    how = (text, n_patches, system, plain)
-    encoded = [encode_sample(s, *how, max_len) for s in samples]
-    full = [i for i, (ids, _) in enumerate(encoded) if len(ids) == max_len]
-    n_cut = sum(len(encode_sample(samples[i], *how)[0]) > max_len for i in full)
-    if n_cut:
-        warn_once(f"{n_cut} of {len(encoded)} samples are cut to {max_len} positions")
-    return encoded
+    return ids, labels
 
 
 class Batch(NamedTuple):
@@ -259,7 +246,8 @@ class Dataset:
     ):  # fmt: skip
         n_patches, max_len = config.vision.n_patches, config.decoder.max_len
         self.samples, self.images, self.eos_id = samples, images, text.eos_id
-        self.encoded = encode_all(samples, text, n_patches, config.system, plain, max_len)
+        how = text, n_patches, config.system, plain, max_len
+        self.encoded = [encode_sample(s, *how) for s in samples]
         # The length of image and questions alone. Sorted by their answers' lengths too, a batch of
         # a classification would hold a single class.
         self.lengths = [labels.count(IGNORE) for _, labels in self.encoded]

@@ -9,6 +9,7 @@ again with every image replaced by the mean image: what is left is guessing. --p
 Shapes: B batch, T positions, S image side, L sparse layers, E experts, C options.
 """
 
+import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,14 +24,14 @@ from tqdm import tqdm
 
 import ops
 from checkpoint import load_model, read_seen
-from config import IGNORE, Common, TrainConfig, UserError, argument, flag, warn_once
+from config import Common, TrainConfig, UserError, argument, flag, warn_once
 from data import Batch, Sample, Text, collate, encode_prompt
 from engine import cli
 from engine.inference import option_likelihoods
-from engine.processes import ALONE, Processes, choose_device, start
+from engine.processes import ALONE, Processes, start
 from engine.routes import RouteRecorder
 from metrics import HEADER, format_confusion, majority, question_ids, show, split_by
-from model import MedMoE, Step, autocast, count_parameters, generate, sparse_layers
+from model import MedMoE, Step, autocast, choose_device, count_parameters, generate, sparse_layers
 from scoring import leaks
 from scoring.classify import judge_classes, show_classes
 from scoring.compare import compare, read_answers, show_comparison, show_protocols, under_all
@@ -106,10 +107,9 @@ class Predictor:
         """
         config, text = self.model.config, self.text
         limits = config.vision.n_patches, config.system, config.decoder.max_len
-        encoded = []
-        for s in samples:
-            ids = encode_prompt(s.turns[0][0], s.image is not None, text, *limits)
-            encoded.append((ids, [IGNORE] * len(ids)))
+        encoded = [
+            encode_prompt(s.turns[0][0], s.image is not None, text, *limits) for s in samples
+        ]
         order = sorted(range(len(samples)), key=lambda i: len(encoded[i][0]))
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         groups = self.processes.share(groups)
@@ -199,7 +199,7 @@ def training_questions(flags: EvalConfig, trained: Sequence[str]) -> list[Sample
         return []
 
 
-def check_leaks(samples: list[Sample], checkpoint: Path | None, known: dict) -> dict:
+def check_leaks(samples: list[Sample], checkpoint: Path | None) -> dict:
     """Were these questions or their images in the checkpoint's training data? Prints a report."""
     report: dict[str, Any] = {"fingerprint": leaks.fingerprint(samples)}
     print(f"split {report['fingerprint']}, {len(samples)} questions")
@@ -207,16 +207,9 @@ def check_leaks(samples: list[Sample], checkpoint: Path | None, known: dict) -> 
         print("leaks: not checked, the training data of these answers are unknown")
         return report
     seen = read_seen(checkpoint)
-    if seen is None:  # an older or converted checkpoint: look at the files it names, if any
-        specs = known.get("data", ())
-        try:
-            seen = leaks.seen_by(load_samples(specs, "vqa", "train", known.get("lang", "en")))
-        except UserError:
-            specs = ()
-        if not specs:
-            print(f"leaks: not checked, {checkpoint} has no record of its training data")
-            return report
-        print(f"leaks: compared with {' '.join(specs)}, {checkpoint} has no record of its own")
+    if seen is None:  # as of a converted checkpoint
+        print(f"leaks: not checked, {checkpoint} has no record of its training data")
+        return report
     report = leaks.check(samples, seen)
     print(leaks.show(report))
     return report
@@ -298,7 +291,7 @@ def evaluate_checkpoint(flags: EvalConfig, processes: Processes) -> dict:
     known = how_read(meta["flags"], path)
     flags, samples = load_questions(flags, known)
     print(f"{path} on {' '.join(flags.data)} {flags.split}")
-    leaked = check_leaks(samples, path, known)
+    leaked = check_leaks(samples, path)
     size = flags.batch_size or 64
     predictor = Predictor(model, text, device, dtype, size, flags.max_new, processes)
     return {"leaks": leaked} | report(predictor, samples, flags, meta)
@@ -308,7 +301,7 @@ def evaluate_predictions(flags: EvalConfig) -> dict:
     flags, samples = load_questions(flags, {})
     (answers,) = read_answers([flags.predictions], samples)
     print(f"{flags.predictions} on {' '.join(flags.data)} {flags.split}")
-    leaked = check_leaks(samples, None, {})
+    leaked = check_leaks(samples, None)
     return {"leaks": leaked} | report_scores(samples, answers, flags)
 
 
@@ -352,8 +345,9 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     result["command"] = shlex.join(["python", "eval.py", *argv])
     if flags.answers:
-        lines = ({"question_id": q, "text": a} for q, a in result.get("answers", {}).items())
-        cli.write_lines(Path(flags.answers), lines)
+        rows = ({"question_id": q, "text": a} for q, a in result.get("answers", {}).items())
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        cli.write_text(Path(flags.answers), lines, "--answers")
     if flags.json:
         cli.write_json(Path(flags.json), result)
     return result

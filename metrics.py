@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import UserError, one_line
+from config import MODALITIES, UserError, one_line
 from data import Sample
 
 ARTICLES = {"a", "an", "the"}
@@ -127,6 +127,12 @@ def router_report(truth: Sequence[int], predicted: Sequence[int], names: Sequenc
         "f1": dict(zip(names, f1_scores(table), strict=True)),
         "labels": list(names),
     }
+
+
+def expert_names(n_experts: int) -> list[str]:
+    """The modality that each expert is for; with more experts than modalities, numbers."""
+    numbered = (f"expert {e}" for e in range(len(MODALITIES), n_experts))
+    return [*MODALITIES, *numbered][:n_experts]
 
 
 def format_confusion(report: dict) -> str:

@@ -25,6 +25,22 @@ from routers import Hints, Router, Routing, get_router
 from vision import Projector, VisionTower
 
 
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """--device, --dtype -> where to compute, and in what precision matmuls run.
+
+    "auto" takes bf16 where it is fast: on a GPU, and on CPUs that multiply it in hardware.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here")
+    if dtype == "auto":
+        able = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = device == "cuda" or able.get("avx512_bf16") or able.get("amx_bf16")
+        dtype = "bfloat16" if fast else "float32"
+    return torch.device(device), getattr(torch, dtype)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """A context in which matmuls run in dtype; weights, norms and routers stay in fp32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -170,8 +170,8 @@ def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
     return able and aligned and x.dtype != torch.float64 and len(x) > 0
 
 
-# The CUDA extension. An op has a schema; beside it stand the shapes that come out, for
-# torch.compile, and its gradient. It is computed by cuda/binding.cpp, once `build` has loaded it.
+# The CUDA extension. An op has a schema and a gradient; it is computed by cuda/binding.cpp, once
+# `build` has loaded it.
 
 SOURCES = Path(__file__).parent / "cuda"
 LIBRARY = torch.library.Library("medmoe", "DEF")
@@ -274,40 +274,6 @@ def supports_rows(x: Tensor) -> bool:
 def supports_routing(gates: Tensor) -> bool:
     """Can it sort by these? Gates in fp32, as routers give them, of at most 48 experts."""
     return enabled(gates) and gates.dtype == torch.float32 and gates.shape[1] <= 48
-
-
-# Shapes of the results, for torch.compile, which traces without computing.
-
-
-@torch.library.register_fake("medmoe::route", lib=LIBRARY)
-def _(gates):
-    slot = torch.empty_like(gates, dtype=torch.int32)
-    return slot, slot.new_empty(gates.shape[1])
-
-
-@torch.library.register_fake("medmoe::permute", lib=LIBRARY)
-def _(x, slot, n_routed):
-    return x.new_empty(n_routed, x.shape[1])
-
-
-@torch.library.register_fake("medmoe::unpermute", lib=LIBRARY)
-def _(y, slot, gates):
-    return y.new_empty(slot.shape[0], y.shape[1])
-
-
-@torch.library.register_fake("medmoe::unpermute_grad", lib=LIBRARY)
-def _(grad, y, slot, gates):
-    return torch.empty_like(y), torch.empty_like(gates)
-
-
-@torch.library.register_fake("medmoe::gmm", lib=LIBRARY)
-def _(product, activation, a, b, up, bias, z, u, offs):
-    shape = {
-        FORWARD: (a.shape[0], b.shape[-2]),
-        INPUT_GRAD: (a.shape[0], b.shape[-1]),
-        WEIGHT_GRAD: (offs.shape[0], a.shape[-1], b.shape[-1]),
-    }[product]
-    return [a.new_empty(shape) for _ in range(activation + 1)]
 
 
 # Gradients. Those of permute and unpermute are registered with torch.library. A whole FFN is one

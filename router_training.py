@@ -22,12 +22,14 @@ from tqdm import tqdm
 
 from config import IMAGE_ID, MODALITIES, TrainConfig
 from data import Batch, Dataset, Sample, Text
-from metrics import format_confusion, router_report
+from metrics import expert_names, format_confusion, router_report
 from model import MedMoE, autocast
 from routers import Hints, pool
 from sources.images import Images
 
 N_POSITIONS = 4  # M: single positions taken from each sample and layer
+# Of n samples: pooled (n, L, D), single (n, L, M, D), truth (n,) indices of MODALITIES.
+Features = tuple[Tensor, Tensor, Tensor]
 
 
 def by_modality(samples: Iterable[Sample], rng: random.Random) -> dict[str | None, list]:
@@ -44,9 +46,7 @@ def by_modality(samples: Iterable[Sample], rng: random.Random) -> dict[str | Non
     return strata
 
 
-def hold_out(
-    samples: Iterable[Sample], share: float, seed: int
-) -> tuple[list[Sample], list[Sample]]:
+def hold_out(samples: Iterable[Sample], share: float, seed: int) -> tuple[list, list]:
     """Split by image into (kept, held out), the same share of each modality."""
     kept, held = [], []
     for groups in by_modality(samples, random.Random(seed)).values():
@@ -97,8 +97,8 @@ def router_inputs(
 def collect(
     model: MedMoE, samples: Sequence[Sample], text: Text, layers: Sequence[int], seed: int,
     device: torch.device, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """All samples' router inputs and labels: (n, L, D), (n, L, M, D), (n,)."""
+) -> Features:  # fmt: skip
+    """The router inputs and labels of all samples."""
     images = Images(model.config.vision.image_size)
     data = Dataset(samples, text, model.config, plain=False, images=images)
     generator, found = torch.Generator().manual_seed(seed), []
@@ -111,16 +111,9 @@ def collect(
 
 
 def train_router(
-    train: tuple[Tensor, Tensor, Tensor],
-    held_out: tuple[Tensor, Tensor, Tensor],
-    n_experts: int,
-    seed: int,
-    epochs: int = 60,
+    train: Features, held_out: Features, n_experts: int, seed: int, epochs: int = 60
 ) -> tuple[dict[str, Tensor], dict]:
-    """Adam on the cross-entropy of single decisions -> the weights, and a report on held_out.
-
-    train, held_out: pooled (n, L, D), single (n, L, M, D), truth (n,) indices of MODALITIES.
-    """
+    """Adam on the cross-entropy of single decisions -> the weights, and a report on held_out."""
     pooled, single, truth = train
     x = torch.cat([pooled[:, :, None], single], dim=2)  # (n, L, 1 + M, D)
     # With fewer experts than modalities some share an expert.
@@ -139,15 +132,12 @@ def train_router(
 
 
 @torch.no_grad()
-def evaluate_router(
-    linear: nn.Linear, held_out: tuple[Tensor, Tensor, Tensor], n_experts: int
-) -> dict:
+def evaluate_router(linear: nn.Linear, held_out: Features, n_experts: int) -> dict:
     """Sample level: mean logits over the layers; token level: each single position by itself."""
     pooled, single, truth = held_out
     truth = truth % n_experts
     predicted = linear(pooled).mean(dim=1).argmax(dim=-1)  # (n,)
-    names = [*MODALITIES, *(f"expert {e}" for e in range(len(MODALITIES), n_experts))][:n_experts]
-    report = router_report(truth.tolist(), predicted.tolist(), names)
+    report = router_report(truth.tolist(), predicted.tolist(), expert_names(n_experts))
     right = linear(single).argmax(dim=-1) == truth[:, None, None]  # (n, L, M)
     report["token_accuracy"] = right.float().mean().item() if len(truth) else 0.0
     return report

@@ -37,17 +37,26 @@ from data import Batch, Dataset, Text
 from engine import cli, lora
 from engine.features import check_cache
 from engine.optim import cast_weights, make_optimizer
-from engine.processes import ALONE, Processes, choose_device, start
+from engine.processes import ALONE, Processes, start
 from engine.published import load_published
 from engine.run import Run, claim, refuse_changed_flags, seed_all, unfinished
-from engine.tensorfiles import open_tensors
-from model import Loss, MedMoE, autocast, freeze_all_but, make_router, make_sparse, sparse_layers
+from model import (
+    Loss,
+    MedMoE,
+    autocast,
+    choose_device,
+    freeze_all_but,
+    make_router,
+    make_sparse,
+    sparse_layers,
+)
 from router_training import learn_router
 from routers import get_router, load_balancing_loss, router_z_loss
 from scoring import leaks
 from sources.images import Images, jitter
 from sources.load import has_splits, load_samples, reading
 from sources.records import read_json
+from sources.tensorfiles import open_tensors
 
 
 def trained_patterns(flags: TrainConfig, number: int, config: ModelConfig) -> tuple[str, ...]:
@@ -61,7 +70,7 @@ def trained_patterns(flags: TrainConfig, number: int, config: ModelConfig) -> tu
     if not config.moe.meta:
         trains = tuple(pattern for pattern in trains if ".meta." not in pattern)
     if flags.trains == "released":
-        trains += RELEASED_EXTRA[config.decoder.family]
+        trains += RELEASED_EXTRA
     if not get_router(config.moe.router).frozen:
         trains += ("decoder.*.mlp.router.*",)
     return trains
@@ -239,10 +248,9 @@ def run_phase(
     print(f"  on {run.device}, matmuls in {run.dtype}; starts from {source or 'pretrained parts'}")
     print(summary)
     extra, meta = {}, {}
-    before = read_seen(source) if source else {}
-    if before is not None:  # None: nobody knows what the checkpoint was trained on
-        new = leaks.seen_by(samples) if processes.is_first else {}  # the first process writes it
-        extra["seen"] = leaks.merge(before, new) if processes.is_first else {}
+    seen = [read_seen(source)] if source else []
+    if all(part is not None for part in seen):  # else nobody knows what it was trained on
+        extra["seen"] = {"seen": leaks.merge(*seen, leaks.seen_by(samples))}
     train(model, data, flags, recipe, run)
     if number == 2:
         questions = load_samples(flags.data, "vqa", "train", **reading(flags))
@@ -253,7 +261,7 @@ def run_phase(
     lora.merge_lora(model)
     path = run.folder / f"phase{number}"
     run.save(path, model, extra, **meta)
-    run.remove(run.checkpoints())
+    run.remove(unfinished(run.folder, number))
     print(f"phase {number}: saved {path}")
     return path
 
@@ -287,10 +295,11 @@ def resolve(flags: TrainConfig) -> TrainConfig:
         cli.check_writable(Path(flags.json))
     if flags.weights != "float32" and choose_device(flags.device, flags.dtype)[1] == torch.float32:
         raise UserError(f"--weights {flags.weights}: needs --dtype bfloat16, not float32")
-    if flags.lora_rank:
-        lora.check_rank(flags.lora_rank, model.decoder)
-        if flags.trains == "released":
-            raise UserError("--lora-rank: --trains released trains whole FFNs; give one of the two")
+    largest = min(model.decoder.d_model, model.decoder.d_ff)
+    if not 0 <= flags.lora_rank <= largest:
+        raise UserError(f"--lora-rank {flags.lora_rank}: must be from 0 to {largest}, the width")
+    if flags.lora_rank and flags.trains == "released":
+        raise UserError("--lora-rank: --trains released trains whole FFNs; give one of the two")
     if flags.tune_vision is None and flags.init:
         flags = replace(flags, tune_vision=read_meta(Path(flags.init))[1]["flags"]["tune_vision"])
     elif flags.tune_vision is None:
@@ -329,12 +338,9 @@ def earlier_phase(number: int, flags: TrainConfig) -> Path | None:
         return None
     before = read_meta(path)[1]["flags"]
     for name in SAME:
-        was = before.get(name)
-        if name == "router_labels" and isinstance(was, int):
-            was = None  # an older checkpoint's --router-images
-        if was != to_dict(flags)[name]:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{path} was trained with {flag} {was}: choose another --out")
+        if before.get(name) != to_dict(flags)[name]:
+            typed = f"--{name.replace('_', '-')} {before.get(name)}"
+            raise UserError(f"{path} was trained with {typed}: choose another --out")
     print(f"phase {number}: done before, {path}")
     return path
 

@@ -9,7 +9,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -117,8 +117,7 @@ def command_line(cls: type, values: dict, prog: str) -> str:
     words = ["python", prog]
     for f in fields(cls):
         value, name = values.get(f.name, f.default), "--" + f.name.replace("_", "-")
-        old = f.name == "router_labels" and isinstance(value, int)  # older: its --router-images
-        if value in (f.default, None) or old:
+        if value in (f.default, None):
             continue
         if isinstance(value, bool):
             words.append(name if value else f"--no-{name[2:]}")
@@ -131,10 +130,6 @@ def command_line(cls: type, values: dict, prog: str) -> str:
 def write_json(path: Path, values: Any) -> None:
     """For --json FILE. Raises UserError where it cannot be written."""
     write_text(path, json.dumps(values, indent=1) + "\n", "--json")
-
-
-def write_lines(path: Path, records: Iterable[dict]) -> None:
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records), "--answers")
 
 
 def write_text(path: Path, text: str, name: str) -> None:

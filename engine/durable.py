@@ -126,21 +126,15 @@ def verify(directory: Path, *names: str) -> None:
     if not isinstance(files, dict) or listed.get("sha256") != of_itself(files):
         raise UserError(f"{directory / CHECKSUMS}: damaged or edited: it does not match itself")
     for name in names or files:
-        check(directory / name, files.get(name))
-
-
-def check(file: Path, listed: dict | None) -> None:
-    if listed is None:
-        raise UserError(f"{file}: {CHECKSUMS} does not list it")
-    try:
-        found = digest(file)
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such file, though {CHECKSUMS} lists it") from error
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from error
-    if found != listed:
-        sizes = f"{found['bytes']} bytes, then it had {listed['bytes']}"
-        raise UserError(f"{file}: damaged or edited: does not match {CHECKSUMS} ({sizes})")
+        file = directory / name
+        if name not in files:
+            raise UserError(f"{file}: {CHECKSUMS} does not list it")
+        try:
+            found = digest(file)
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}, though {CHECKSUMS} lists it") from error
+        if found != files[name]:
+            raise UserError(f"{file}: damaged or edited: does not match {CHECKSUMS}")
 
 
 def is_sound(directory: Path) -> bool:

@@ -16,11 +16,8 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from decoder import PhiBlock
 from engine.features import CachedTower
-from engine.tinymed import ResidualMoE
 from model import MedMoE
 
 
@@ -36,71 +33,50 @@ class Flops(NamedTuple):
     routed: list[int]  # a token through one of its experts, by sparse block
 
 
+# Parts of a layer that read the same input; in a Phi block, attention and FFN do, too.
+BESIDE = [{"q", "k", "v"}, {"gate", "up"}, {"cls", "positions", "patch_embed"},
+          {"router", "meta", "experts", "dense", "coefficient"}]  # fmt: skip
+
+
 def model_flops(model: MedMoE) -> Flops:
-    """What this model costs with the parameters that are frozen now; the tower wholly or not."""
-    vision, decoder, tuned = model.vision, model.decoder, trains(model.vision)
-    cost = dict.fromkeys(Flops._fields, 0) | {"routed": []}
-    if not isinstance(vision, CachedTower):  # else features are read from disk
-        n_patches = model.config.vision.n_patches
-        cost["image"] = n_patches * linear(vision.patch_embed, False)
-        for block in vision.blocks:
-            row, pair = attention(block, tuned)
-            row += linear(block.fc1, tuned) + linear(block.fc2, tuned)
-            cost["image"] += (n_patches + 1) * row + (n_patches + 1) ** 2 * pair
-    cost["patch"] = ffn(model.projector, tuned)
-    before = trains(vision, model.projector, decoder.embed)  # is anything trained before here?
-    for block in decoder.blocks:
-        is_phi = isinstance(block, PhiBlock)
-        at_attn = before or trains(block.ln if is_phi else block.ln_1)
-        at_mlp = at_attn or (not is_phi and trains(block.attn, block.ln_2))
-        row, pair = attention(block.attn, at_attn)
-        cost["position"] += row
-        cost["pair"] += pair
-        dense = [block.mlp]
-        if block.is_sparse:
-            moe, dense = block.mlp, [block.mlp.meta]
-            cost["routed"].append(ffn(moe.experts, at_mlp))
-            level = "sample" if moe.router.level == "sequence" else "position"
-            cost[level] += linear(moe.router, at_mlp)
-            if isinstance(moe, ResidualMoE):
-                dense.append(moe.dense)
-                cost["position"] += linear(moe.coefficient, at_mlp)
-        cost["position"] += sum(ffn(mlp, at_mlp) for mlp in filter(None, dense))
-        before = before or trains(block)
-    cost["answer"] = linear(decoder.lm_head, before or trains(decoder.ln_f))
-    return Flops(**cost)
+    """What this model costs with the parameters that are frozen now."""
+    config = model.config
+    beside = BESIDE + [{"attn", "mlp"}] * (config.decoder.family == "phi")
+    n_rows = config.vision.n_patches + 1  # with CLS
+    cost, routed, trained = dict.fromkeys(Flops._fields, 0), {}, []
+    for name, param in model.named_parameters(remove_duplicate=False):
+        module, *path = name.split(".")
+        is_looked_up = name in ("vision.positions", "decoder.embed.weight")
+        is_matrix = param.dim() > 1 and path[-1] != "bias" and not is_looked_up
+        if is_matrix and not (module == "vision" and isinstance(model.vision, CachedTower)):
+            before = any(is_upstream(other, name, beside) for other in trained)
+            flops = 2 * param.numel() * (1 + before + param.requires_grad)
+            pair = 2 * 2 * param.shape[1] * (1 + 2 * before) if path[-2] == "o" else 0  # q k', w v
+            if module == "vision":
+                cost["image"] += flops * (n_rows - (path[0] == "patch_embed")) + pair * n_rows**2
+            elif module == "projector":
+                cost["patch"] += flops
+            elif path[0] == "lm_head":
+                cost["answer"] += flops
+            elif "experts" in path:
+                routed[path[1]] = routed.get(path[1], 0) + flops // len(param)
+            elif (
+                "router" in path and model.decoder.blocks[int(path[1])].mlp.router.level != "token"
+            ):
+                cost["sample"] += flops
+            else:
+                cost["position"] += flops
+                cost["pair"] += pair
+        if param.requires_grad:
+            trained.append(name)
+    return Flops(**cost | {"routed": list(routed.values())})
 
 
-def trains(*modules: nn.Module) -> bool:
-    return any(p.requires_grad for module in modules for p in module.parameters())
-
-
-def linear(module: nn.Module, before: bool) -> int:
-    """A row through the matrices of a layer; `before`: its input needs a gradient.
-
-    There is one matrix; LoRA adds two, the second of which reads what the first has made. Stacked
-    matrices are those of the experts: a routed token goes through one of them.
-    """
-    total = 0
-    for name, param in module.named_parameters():
-        if not name.endswith("bias"):
-            size = param.numel() // (param.shape[0] if param.dim() == 3 else 1)
-            total += 2 * size * (1 + before + param.requires_grad)
-            before = before or param.requires_grad
-    return total
-
-
-def attention(attn: nn.Module, before: bool) -> tuple[int, int]:
-    """A position through q, k, v and o; a pair of positions through q k' and softmax(..) v."""
-    inside = before or trains(attn.q, attn.k, attn.v)
-    row = sum(linear(f, before) for f in (attn.q, attn.k, attn.v)) + linear(attn.o, inside)
-    return row, 2 * 2 * attn.q.out_features * (1 + 2 * inside)
-
-
-def ffn(mlp: nn.Module, before: bool) -> int:
-    """A row through fc1 and fc2, or gate, up and down: the last reads what the others made."""
-    *first, last = mlp.children()
-    return sum(linear(f, before) for f in first) + linear(last, before or trains(*first))
+def is_upstream(first: str, second: str, beside: list[set[str]]) -> bool:
+    """Does the second parameter's layer read what the first, an earlier one, has computed?"""
+    pairs = zip(first.split("."), second.split("."), strict=False)
+    parted = next({a, b} for a, b in pairs if a != b)
+    return not any(parted <= group for group in beside)
 
 
 @cache

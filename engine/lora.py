@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import PHASES, DecoderConfig, UserError
+from config import PHASES
 from model import MedMoE
 from moe import Experts
 
@@ -26,19 +26,11 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b)
 
 
-def check_rank(rank: int, config: DecoderConfig) -> None:
-    """Raises UserError for a rank that no FFN matrix can have."""
-    largest = min(config.d_model, config.d_ff)
-    if not 1 <= rank <= largest:
-        raise UserError(f"--lora-rank {rank}: must be from 1 to {largest}, the FFNs' width")
-
-
 def add_lora(model: MedMoE, rank: int, number: int) -> None:
     """Give A and B, in fp32, to what phase `number` trains of the FFNs: see TRAINS.
 
     That is every FFN in phase 2, the experts and the meta expert in phase 3, nothing in phase 1.
     """
-    check_rank(rank, model.config.decoder)
     for block in model.decoder.blocks if number > 1 else ():
         dense = [block.mlp] if number == 2 else []
         ffns = [block.mlp.meta, block.mlp.experts] if block.is_sparse else dense

@@ -8,21 +8,17 @@ all-to-all back, unpermute (Lepikhin et al. 2020). Sharded weights are torch's D
 Shapes: E experts, n processes that share them, R routed tokens of this process, D d_model.
 """
 
-import shutil
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from checkpoint import write_whole
 from config import IMAGE_ID, UserError
 from engine.processes import Processes
 from model import MedMoE
@@ -140,25 +136,3 @@ def like(place: Tensor, tensor: Tensor) -> Tensor:
     if not isinstance(place, DTensor):
         return tensor
     return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
-
-
-def write_tensors(values: dict[str, Tensor], file: Path) -> None:
-    """One safetensors file of whole tensors; sharded ones are written by all processes.
-
-    torch's distributed checkpoint writes each process's shares in files of their own and then
-    joins them. Its version 2.13 writes 0-dimensional tensors as 0: there may be none among these.
-    """
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    if not any(isinstance(t, DTensor) for t in values.values()):
-        if is_first:
-            write_whole(values, file)
-        return
-    parts = file.with_suffix(".parts")
-    writer = dcp.HuggingFaceStorageWriter(
-        str(parts), save_distributed=True, enable_consolidation=True
-    )
-    dcp.save(values, storage_writer=writer)
-    if is_first:
-        (whole,) = parts.glob("*.safetensors")
-        whole.rename(file)
-        shutil.rmtree(parts)

@@ -7,10 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
 
 from config import UserError
 
@@ -74,17 +77,12 @@ def start(device: str) -> Processes:
     return Processes(rank, world)
 
 
-def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """--device, --dtype -> where to compute, and in what precision matmuls run.
-
-    "auto" takes bf16 where it is fast: on a GPU, and on CPUs that multiply it in hardware.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here")
-    if dtype == "auto":
-        able = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = device == "cuda" or able.get("avx512_bf16") or able.get("amx_bf16")
-        dtype = "bfloat16" if fast else "float32"
-    return torch.device(device), getattr(torch, dtype)
+def write_tensors(values: dict[str, Tensor], file: Path) -> None:
+    """One safetensors file. Sharded tensors are gathered; the first process writes it."""
+    whole, is_first = {}, not dist.is_initialized() or dist.get_rank() == 0
+    for name, tensor in values.items():
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if is_first:
+            whole[name] = tensor.cpu().contiguous()
+    if is_first:
+        save_file(whole, file)

@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from config import DecoderConfig, ModelConfig, UserError, VisionConfig
-from engine.tensorfiles import read_tensors
 from sources.records import read_json
+from sources.tensorfiles import read_tensors
 
 Table = dict[str, str | None]  # published name -> ours; None: known, and left out on purpose
 
@@ -133,14 +132,6 @@ def slots(
     return found
 
 
-def publish(
-    tensors: dict[str, Tensor], table: Table, dtype: torch.dtype = torch.float16
-) -> dict[str, Tensor]:
-    """Our names -> the published ones. Raises KeyError for a name in no row."""
-    inverse = {ours: theirs for theirs, ours in table.items() if ours}
-    return {rename(n, inverse): t.detach().to(dtype).contiguous() for n, t in tensors.items()}
-
-
 def fill(
     module: nn.Module, prefix: str | tuple[str, ...], tensors: Iterable[tuple[str, Tensor]],
     table: Table | None, optional: Sequence[str] = (),
@@ -190,7 +181,7 @@ def published_vision(directory: Path) -> VisionConfig:
     check_implemented(directory, "clip", values)
     sizes = ("image_size", "patch_size", "hidden_size", "num_hidden_layers",
              "num_attention_heads", "intermediate_size")  # fmt: skip
-    return VisionConfig(*(positive_int(directory, values, name) for name in sizes))
+    return VisionConfig(*(number(directory, values, name) for name in sizes))
 
 
 def published_decoder(directory: Path, family: str | None = None) -> DecoderConfig:
@@ -206,19 +197,19 @@ def published_decoder(directory: Path, family: str | None = None) -> DecoderConf
         values["rope_scaling"] = rope
     values |= rope
     values = DEFAULTS | {OLD_NAMES.get(name, name): value for name, value in values.items()}
-    family = family or field(directory, values, "model_type")
+    family = family or values.get("model_type")
     family = "stablelm" if family == "stablelm_epoch" else family
     if family not in DECODERS:
         raise UserError(f"{directory}: model_type {family!r} is not one of {', '.join(DECODERS)}")
     check_implemented(directory, family, values)
-    size, number = (partial(f, directory, values) for f in (positive_int, not_negative))
+    size = partial(number, directory, values)
     width, heads = size("hidden_size"), size("num_attention_heads")
     if width % heads or values.get("head_dim") not in (None, width // heads):
         raise UserError(f"{directory}: {heads} heads of {values.get('head_dim')} in {width}")
     n_kv_heads = heads if values.get("num_key_value_heads") is None else size("num_key_value_heads")
     if heads % n_kv_heads:
         raise UserError(f"{directory}: num_key_value_heads {n_kv_heads} does not divide {heads}")
-    rotated = 1.0 if family == "llama" else number("partial_rotary_factor")
+    rotated = 1.0 if family == "llama" else size("partial_rotary_factor", 0)
     return DecoderConfig(
         family=family,
         vocab_size=size("vocab_size"),
@@ -227,32 +218,23 @@ def published_decoder(directory: Path, family: str | None = None) -> DecoderConf
         n_heads=heads,
         d_ff=size("intermediate_size"),
         rotary_dim=int(width // heads * rotated),
-        rope_theta=number("rope_theta"),
+        rope_theta=size("rope_theta", 0),
         max_len=size("max_position_embeddings"),
-        dropout=number("resid_pdrop"),
+        dropout=size("resid_pdrop", 0),
         n_kv_heads=None if n_kv_heads == heads else n_kv_heads,
-        norm_eps=number("rms_norm_eps" if family == "llama" else "layer_norm_eps"),
+        norm_eps=size("rms_norm_eps" if family == "llama" else "layer_norm_eps", 0),
         tied=bool(values.get("tie_word_embeddings", False)),
     )
 
 
-def field(directory: Path, values: dict, name: str) -> Any:
+def number(directory: Path, values: dict, name: str, least: int = 1) -> Any:
+    """A field of config.json: a positive whole number, or with least=0 any number from 0 up."""
     if name not in values:
         raise UserError(f"{directory}: its JSON lacks {name!r}")
-    return values[name]
-
-
-def positive_int(directory: Path, values: dict, name: str) -> int:
-    value = field(directory, values, name)
-    if not isinstance(value, int) or not 0 < value < 10**6:
-        raise UserError(f"{directory}: {name} {value!r} must be a positive whole number")
-    return value
-
-
-def not_negative(directory: Path, values: dict, name: str) -> float:
-    value = field(directory, values, name)
-    if not isinstance(value, int | float) or not 0 <= value < 1e12:
-        raise UserError(f"{directory}: {name} {value!r} must be a number from 0 up")
+    value, kind = values[name], int if least else int | float
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < 1e12:
+        allowed = "positive whole number" if least else "number from 0 up"
+        raise UserError(f"{directory}: {name} {value!r} must be a {allowed}")
     return value
 
 

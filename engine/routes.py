@@ -6,14 +6,12 @@
 Replayed, no router decides: the same command gives the same logits to the last bit, and another
 model, router or precision answers along the old routes.
 
-The file: gates and logits (N, L, E) fp32, the positions of all questions one after the other, a
-question's prompt and then its answer; ends (Q,), where each question's positions end; prompts
-(Q,), how many of them are its prompt's; the questions' identifiers in the header, as JSON.
+The file: for each question, under its identifier, gates and logits (2, n, L, E) fp32 of the n
+positions of its prompt and then of its answer; in the header, how many are its prompt's.
 
-Shapes: B batch, T positions, L sparse layers, E experts, Q questions, N positions of all of them.
+Shapes: B batch, T positions, L sparse layers, E experts.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, count
@@ -33,10 +31,9 @@ from routers import Hints, Router, Routing
 
 
 class Route(NamedTuple):
-    """Of one question: gates and logits (n, L, E) of its prompt's and its answer's positions."""
+    """Of one question."""
 
-    gates: Tensor
-    logits: Tensor
+    values: Tensor  # (2, n, L, E) gates and logits of its prompt's and its answer's positions
     n_prompt: int
 
 
@@ -45,7 +42,7 @@ def record(routings: Sequence[Sequence[Routing]], mask: Tensor) -> list[Route]:
     steps = [torch.stack([torch.stack(r[:2]) for r in step], dim=3) for step in routings]
     both = torch.cat(steps, dim=2).cpu()  # (2, B, T + steps - 1, L, E) gates and logits
     pads = (~mask).sum(dim=1).tolist()  # on the left
-    return [Route(*both[:, i, n:], mask.shape[1] - n) for i, n in enumerate(pads)]
+    return [Route(both[:, i, n:], mask.shape[1] - n) for i, n in enumerate(pads)]
 
 
 def replay(routes: Sequence[Route], mask: Tensor) -> Iterator[list[Routing]]:
@@ -61,8 +58,8 @@ def replay(routes: Sequence[Route], mask: Tensor) -> Iterator[list[Routing]]:
     for step in count():
         n_new, rows = 1 if step else mask.shape[1], []
         for route in routes:
-            end = min(route.n_prompt + step, len(route.gates))
-            both = torch.stack([t[max(0, end - n_new) : end] for t in route[:2]])
+            end = min(route.n_prompt + step, route.values.shape[1])
+            both = route.values[:, max(0, end - n_new) : end]
             rows.append(F.pad(both, (0, 0, 0, 0, n_new - both.shape[1], 0)))  # (2, n_new, L, E)
         layers = torch.stack(rows, dim=1).to(mask.device).unbind(dim=3)
         yield [Routing(*layer) for layer in layers]  # gates and logits (B, n_new, E)
@@ -120,7 +117,7 @@ class RouteRecorder:
             tokens = torch.stack([step.tokens for step in steps], dim=1)[:, :-1]  # that had routes
             n_tokens = (tokens != eos_id).cumprod(dim=1).sum(dim=1).tolist()  # (B,)
             for i, n in zip(rows, n_tokens, strict=True):
-                if n > len(self.routes[i].gates) - self.routes[i].n_prompt:
+                if n > self.routes[i].values.shape[1] - self.routes[i].n_prompt:
                     raise UserError("--replay-routes: an answer became longer than the one whose "
                                     "routes were recorded: another model or precision")  # fmt: skip
         if self.file:
@@ -129,17 +126,14 @@ class RouteRecorder:
 
     def save(self) -> None:
         if self.file:
-            save_routes(Path(self.file), self.ids, [self.taken[i] for i in range(len(self.ids))])
+            save_routes(Path(self.file), {n: self.taken[i] for i, n in enumerate(self.ids)})
 
 
-def save_routes(file: Path, ids: Sequence[str], routes: Sequence[Route]) -> None:
+def save_routes(file: Path, routes: dict[str, Route]) -> None:
     """Raises UserError where it cannot be written."""
-    gates, logits, prompts = zip(*routes, strict=True)
-    ends = torch.tensor([len(part) for part in gates]).cumsum(0)
-    tensors = {"gates": torch.cat(gates), "logits": torch.cat(logits), "ends": ends,
-               "prompts": torch.tensor(prompts)}  # fmt: skip
+    header = {name: str(route.n_prompt) for name, route in routes.items()}
     try:
-        save_file(tensors, file, {"questions": json.dumps(list(ids))})
+        save_file({n: route.values.contiguous() for n, route in routes.items()}, file, header)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--record-routes {file}: could not be written: {error}") from error
 
@@ -151,20 +145,16 @@ def load_routes(file: Path, ids: Sequence[str], shape: tuple[int, int]) -> list[
     """
     try:
         with safe_open(file, "pt") as opened:
-            names = json.loads((opened.metadata() or {}).get("questions", "null"))
-            gates, logits, ends, prompts = (
-                opened.get_tensor(name) for name in ("gates", "logits", "ends", "prompts")
-            )
+            header = opened.metadata() or {}
+            if missing := [name for name in ids if name not in header]:
+                raise UserError(f"--replay-routes {file}: {len(missing)} of {len(ids)} questions "
+                                f"are not in it: {', '.join(missing[:5])}")  # fmt: skip
+            routes = [Route(opened.get_tensor(name), int(header[name])) for name in ids]
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"--replay-routes {file}: cannot be read: {error}") from error
-    sound = isinstance(names, list) and (len(names),) == ends.shape == prompts.shape != (0,)
-    sizes = ends.diff(prepend=ends.new_zeros(1)) if sound else ends
-    if not (sound and sizes.min() > 0 and gates.shape == logits.shape == (ends[-1], *shape)):
-        raise UserError(f"--replay-routes {file}: {tuple(gates.shape)} gates are not of {shape[0]} "
-                        f"sparse layers and {shape[1]} experts")  # fmt: skip
-    parts = (t.split(sizes.tolist()) for t in (gates, logits))
-    routes = dict(zip(names, map(Route, *parts, prompts.tolist()), strict=True))
-    if missing := [name for name in ids if name not in routes]:
-        raise UserError(f"--replay-routes {file}: {len(missing)} of {len(ids)} questions are not "
-                        f"in it: {', '.join(missing[:5])}")  # fmt: skip
-    return [routes[name] for name in ids]
+    for values, n_prompt in routes:
+        n = values.numel() // (2 * shape[0] * shape[1])
+        if values.shape != (2, n, *shape) or not 0 < n_prompt <= n:
+            raise UserError(f"--replay-routes {file}: {tuple(values.shape)} values are not of "
+                            f"{shape[0]} sparse layers and {shape[1]} experts")  # fmt: skip
+    return routes

@@ -8,13 +8,11 @@ import hashlib
 import json
 import os
 import random
-import secrets
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -31,24 +29,15 @@ import ops
 from checkpoint import load_checkpoint, read_meta, save_checkpoint
 from config import IMAGE_ID, TrainConfig, UserError, to_dict, warn_once
 from data import Batch, Sample
-from engine.durable import (
-    agree,
-    discard,
-    in_first,
-    is_sound,
-    locked,
-    recover,
-    sync,
-    verify,
-    write_file,
-)
+from engine.durable import agree, discard, in_first, locked, recover, sync, verify, write_file
 from engine.features import cache_features
 from engine.flops import matmul_rate, model_flops
 from engine.inference import compile_blocks
-from engine.parallel import like, put, shard, write_tensors
-from engine.processes import ALONE, Processes, choose_device
-from engine.tensorfiles import open_tensors
-from model import Loss, MedMoE
+from engine.parallel import like, put, shard
+from engine.processes import ALONE, Processes
+from model import Loss, MedMoE, choose_device
+from sources.records import parse
+from sources.tensorfiles import open_tensors
 
 # Flags that may change when a run is resumed: where and how it computes, or what follows it.
 MAY_DIFFER = {
@@ -67,20 +56,10 @@ class Changed(UserError):
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of log.jsonl; a crash may have torn the last line, which is then left out.
-
-    Raises UserError for any other line that is not JSON.
-    """
-    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    lines = [line for line in lines if line]
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not JSON: {error}") from error
-    return records
+    """The records of log.jsonl, without a last line that a crash has torn. Raises UserError."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [parse(line.encode(), f"{path}: line {n} is") for n, line in enumerate(lines, 1)]
 
 
 def unfinished(folder: Path, number: int) -> list[Path]:
@@ -92,19 +71,8 @@ def unfinished(folder: Path, number: int) -> list[Path]:
 def claim(folder: Path, processes: Processes = ALONE) -> Iterator[None]:
     """Lock the output folder for this run, and repair what a crash left in it."""
     with ExitStack() as stack:
-
-        def enter() -> None:
-            stack.enter_context(locked(folder))
-            recover(folder, "phase[123]*", "log.jsonl")
-            for number in (1, 2, 3):
-                finished = folder / f"phase{number}"
-                for path in unfinished(folder, number) if finished.is_dir() else ():
-                    with suppress(UserError):  # a damaged one stays
-                        ids = [read_meta(p)[1].get("run", {}).get("id") for p in (finished, path)]
-                        if ids[0] == ids[1] is not None and is_sound(finished):
-                            discard(path)  # a crash came between the phase's last save and this
-
-        in_first(processes, enter)
+        in_first(processes, lambda: stack.enter_context(locked(folder)))
+        in_first(processes, recover, folder, "phase[123]*", "log.jsonl")
         yield
 
 
@@ -124,14 +92,8 @@ def data_digest(samples: Iterable[Sample]) -> str:
 
 
 def refuse(path: Path, name: str, before: Any, now: Any) -> NoReturn:
-    def typed(value: Any) -> str:
-        flag = "--" + name.replace("_", "-")
-        if value is None or value is False or value == []:
-            return f"without {flag}"
-        values = value if isinstance(value, list) else [value]
-        return "with " + " ".join(flag if v is True else f"{flag} {v}" for v in values)
-
-    raise Changed(f"{path}: began {typed(before)}, would go on {typed(now)}: "
+    flag = "--" + name.replace("_", "-")
+    raise Changed(f"{path}: began with {flag} {before}, now {flag} {now}: "
                   "give the flags that it began with, or another --out")  # fmt: skip
 
 
@@ -161,13 +123,12 @@ def seed_all(seed: int) -> None:
 
 def generators(device: torch.device) -> dict[str, Tensor]:
     """The state of every global random generator of this process, as tensors."""
-    _, keys, *rest = np.random.get_state()  # noqa: NPY002
-    states = {"rng.cpu": torch.get_rng_state()}
+    others = [random.getstate(), np.random.get_state()]  # noqa: NPY002
+    text = json.dumps(others, default=np.ndarray.tolist)  # its floats come back bit for bit
+    encoded = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    states = {"rng.cpu": torch.get_rng_state(), "rng.others": encoded}
     if device.type == "cuda":
         states["rng.cuda"] = torch.cuda.get_rng_state(device)
-    for name, state in (("python", random.getstate()), ("numpy", (keys.tolist(), *rest))):
-        text = bytearray(json.dumps(state).encode())  # its floats come back bit for bit
-        states[f"rng.{name}"] = torch.frombuffer(text, dtype=torch.uint8)
     return states
 
 
@@ -178,40 +139,10 @@ def set_generators(states: dict[str, Tensor], device: torch.device, seed: str) -
         torch.set_rng_state(states["rng.cpu"])
     if "rng.cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["rng.cuda"], device)
-    if "rng.python" in states:
-        version, keys, gauss = json.loads(bytes(states["rng.python"].tolist()))
+    if "rng.others" in states:
+        (version, keys, gauss), numpys = json.loads(bytes(states["rng.others"].tolist()))
         random.setstate((version, tuple(keys), gauss))
-    if "rng.numpy" in states:
-        keys, *rest = json.loads(bytes(states["rng.numpy"].tolist()))
-        np.random.set_state(("MT19937", np.array(keys, np.uint32), *rest))  # noqa: NPY002
-
-
-class Signals:
-    """Inside it, the first Ctrl-C or kill is only noted, a second one ends the process."""
-
-    def __init__(self, is_first: bool = True):
-        self.is_first, self.noted = is_first, 0
-
-    def __enter__(self) -> "Signals":
-        found = {number: signal.getsignal(number) for number in SIGNALS}
-        # nohup wants SIGHUP ignored, a script's & SIGINT; None belongs to somebody else.
-        self.before = {n: h for n, h in found.items() if h not in (signal.SIG_IGN, None)}
-        for number in self.before:
-            signal.signal(number, self.note)
-        return self
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        if self.noted:
-            os._exit(128 + number)
-        self.noted = number
-        if self.is_first:  # not print: it may have been interrupted in the middle
-            os.write(2, b"\nstops after this step; a second signal stops at once\n")
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if self.noted and kind is None:  # it came after the last step: not lost
-            signal.raise_signal(self.noted)
+        np.random.set_state(tuple(numpys))  # noqa: NPY002
 
 
 class Run:
@@ -228,8 +159,8 @@ class Run:
         self.device, self.dtype = choose_device(flags.device, flags.dtype)
         ops.choose(flags.kernels, self.device)
         self.resolved: dict[str, Any] = {
-            "id": secrets.token_hex(8), "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type, "processes": processes.world,
+            "dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type,
+            "processes": processes.world,
         }  # fmt: skip
 
     def begin(
@@ -248,7 +179,6 @@ class Run:
         self.rate = matmul_rate(self.device, self.dtype) * self.world  # FLOP/s
         layers = [block for block in model.decoder.blocks if block.is_sparse]
         self.load_shape = len(layers), model.config.moe.n_experts if layers else 0
-        self.mfus: list[float] = []
         self.bar = tqdm(initial=first, total=n_steps, desc=self.title, mininterval=1,
                         disable=self.rank > 0)  # fmt: skip
         self.begin_step()
@@ -262,7 +192,7 @@ class Run:
             checkpoint_blocks(model)
         ops.place_experts(model, self.device)
         shard(model, self.processes, self.device, self.flags.expert_parallel)
-        cache_features(model, self.flags, self.folder, self.dtype, self.processes)
+        cache_features(model, self.flags, self.world)
         if self.rank:  # else all processes would use the same dropout masks
             seed_all(self.flags.seed + self.number + 1000 * self.rank)
 
@@ -314,7 +244,6 @@ class Run:
         numbers = *self.counts, *self.routed.sum(dim=1).tolist()
         flops = sum(n * c for n, c in zip(numbers, self.costs, strict=True))
         speed, mfu = round(n_positions / seconds), flops / seconds / self.rate
-        self.mfus.append(mfu)
         self.bar.set_postfix(loss=f"{loss:.3f}", tok_s=speed, mfu=f"{mfu:.0%}", refresh=False)
         self.bar.update()
         loads = {"load": load.double().round(decimals=4).tolist()} if load.numel() else {}
@@ -329,29 +258,38 @@ class Run:
 
     def signal(self) -> int:
         """A signal that any process was sent, known to all at the same step; 0: none."""
-        (n_sent,) = self.sum(self.signals.noted > 0)
-        return (self.signals.noted or signal.SIGTERM) if n_sent else 0
+        (n_sent,) = self.sum(self.noted > 0)
+        return (self.noted or signal.SIGTERM) if n_sent else 0
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        if self.noted:
+            os._exit(128 + number)
+        self.noted = number
+        if self.rank == 0:  # not print: it may have been interrupted in the middle
+            os.write(2, b"\nstops after this step; a second signal stops at once\n")
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Around the loop: Ctrl-C and kill let the step finish. At the end, print the MFU."""
+        """Around the loop: the first Ctrl-C or kill lets the step finish, a second one does not."""
+        self.noted = 0
+        found = {number: signal.getsignal(number) for number in SIGNALS}
+        # nohup wants SIGHUP ignored, a script's & SIGINT; None belongs to somebody else.
+        before = {n: h for n, h in found.items() if h not in (signal.SIG_IGN, None)}
         try:
-            with Signals(self.rank == 0) as self.signals:
-                yield
+            for number in before:
+                signal.signal(number, self.note)
+            yield
         finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
             self.bar.close()
-        if self.mfus:
-            share, rate = statistics.median(self.mfus), self.rate / 1e9
-            print(f"{self.title}: MFU {share:.0%} of {rate:,.0f} GFLOP/s, "
-                  f"what matmuls in {self.dtype} reach here")  # fmt: skip
-
-    def checkpoints(self) -> list[Path]:
-        return unfinished(self.folder, self.number)
+        if self.noted:  # it came after the last step: not lost
+            signal.raise_signal(self.noted)
 
     def refuse_leftovers(self) -> None:
         """Raise UserError for an unfinished run in --out without --resume."""
-        if not self.flags.resume and (found := self.checkpoints()):
-            raise UserError(f"{found[-1]} is an unfinished run: --resume goes on with it; "
+        if not self.flags.resume and (found := unfinished(self.folder, self.number)):
+            raise UserError(f"{found[-1]} is an unfinished run: --resume continues it; "
                             "or remove it, or choose another --out")  # fmt: skip
 
     def save(self, path: Path, model: MedMoE, extra: dict, own: dict | None = None, **meta) -> None:
@@ -359,7 +297,7 @@ class Run:
                  "run": self.resolved}  # fmt: skip
         with disk_errors(path):
             save_checkpoint(path, model, model.config, meta, self.tokenizer, extra, own,
-                            write_tensors, self.processes)  # fmt: skip
+                            processes=self.processes)  # fmt: skip
 
     def save_step(self, step: int) -> None:
         """A checkpoint to resume from. Older ones are removed after it has been read back."""
@@ -372,7 +310,7 @@ class Run:
             in_first(self.processes, sync, self.path)
         self.save(path, self.model, {"trainer": state}, generators(self.device), step=step)
         # A later one is damaged, or this run would have resumed from it.
-        older = [p for p in self.checkpoints() if p.name <= path.name]
+        older = [p for p in unfinished(self.folder, self.number) if p.name <= path.name]
         self.remove(older[: -self.flags.keep])
 
     def leave(self, step: int, number: int) -> NoReturn:
@@ -380,7 +318,7 @@ class Run:
         if self.processes.is_first:
             name = signal.Signals(number).name
             print(f"{self.title}: stopped by {name} after {step} steps, saved in {self.folder}; "
-                  "the same command with --resume goes on", file=sys.stderr)  # fmt: skip
+                  "the same command with --resume continues", file=sys.stderr)  # fmt: skip
         raise SystemExit(128 + number)
 
     def remove(self, paths: Iterable[Path]) -> None:
@@ -392,7 +330,7 @@ class Run:
 
         0 if there are none. Raises UserError if all are damaged, or this run is another one.
         """
-        for path in reversed(found := self.checkpoints()):
+        for path in reversed(found := unfinished(self.folder, self.number)):
             try:
                 step = agree(self.processes, self.load, path)
             except Changed:
@@ -401,7 +339,7 @@ class Run:
                 warn_once(f"{error}; {path.name} is left out")
                 continue
             if self.rank == 0:
-                print(f"{self.title}: goes on from step {step}, {path}")
+                print(f"{self.title}: resumed from step {step}, {path}")
             return step
         if found:
             raise UserError(f"{self.folder}: no checkpoint of {self.title} is whole, of "
@@ -412,7 +350,7 @@ class Run:
         config, meta = read_meta(path)
         refuse_changed_flags(path, meta["flags"], self.flags)
         if "run" not in meta:
-            raise Changed(f"{path}: of an older version, which kept too little to go on from")
+            raise Changed(f"{path}: of an older version, which kept too little to resume from")
         verify(path, "tokenizer.json")
         is_same = (path / "tokenizer.json").read_bytes() == self.tokenizer.read_bytes()
         if config != self.model.config or not is_same:
@@ -420,8 +358,8 @@ class Run:
         for name, now in self.resolved.items():
             before = meta["run"].get(name)
             if name in WHERE and before != now:
-                warn_once(f"{path}: {name} {before}, now {now}: it goes on, but not bit for bit")
-            elif name != "id" and before != now:
+                warn_once(f"{path}: {name} {before}, now {now}: resumed, but not bit for bit")
+            elif before != now:
                 refuse(path, name, before, now)
         load_checkpoint(self.model, path, put)
         for key, tensor in open_tensors(path / "trainer.safetensors"):
@@ -435,7 +373,6 @@ class Run:
         for param in self.params.values():
             self.optimizer.state[param]["step"] = torch.tensor(float(step), device=self.device)
         set_generators(states, self.device, f"{self.flags.seed} {step} {self.rank}")
-        self.resolved["id"] = meta["run"]["id"]
         return step
 
     def begin_log(self, first: int, per_epoch: int) -> None:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from config import IMAGE_ID, DecoderConfig, UserError, VisionConfig
 from data import Batch
-from engine.published import clip_table, decoder_table, publish, slots
+from engine.published import clip_table, decoder_table, slots
+from lab.convert import publish
 from model import MedMoE, sparse_layers
 
 try:

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 import ops
 from config import (
     EXPERTS,
-    IGNORE,
     IMAGE_ID,
     Common,
     DecoderConfig,
@@ -44,10 +43,9 @@ from data import Batch, Dataset, Sample, Text, collate, encode_prompt
 from engine.cli import at_least, parse, user_errors
 from engine.flops import model_flops
 from engine.inference import prepare
-from engine.processes import choose_device
 from engine.published import load_published
 from lab import bench_kernels, memory
-from model import MedMoE, autocast, freeze_all_but, generate, make_sparse
+from model import MedMoE, autocast, choose_device, freeze_all_but, generate, make_sparse
 from ops import place_experts
 from sources.images import Images
 from sources.load import load_samples, reading
@@ -215,8 +213,7 @@ def bench_train(flags: BenchConfig) -> dict:
 
 def prompts(samples: Sequence[Sample], text: Text, config: ModelConfig) -> Batch:
     limits = config.vision.n_patches, config.system, config.decoder.max_len
-    ids = [encode_prompt(s.turns[0][0], s.image is not None, text, *limits) for s in samples]
-    encoded = [(row, [IGNORE] * len(row)) for row in ids]
+    encoded = [encode_prompt(s.turns[0][0], s.image is not None, text, *limits) for s in samples]
     return collate(samples, encoded, Images(config.vision.image_size), text.eos_id, side="left")
 
 

@@ -30,8 +30,8 @@ from torch import Tensor
 import ops
 from config import UserError, flag
 from engine.cli import at_least, parse, user_errors
-from engine.processes import choose_device
 from lab.bench_layer import Timer, bench_layer, experts_of, gates_of, off
+from model import choose_device
 
 ROOT = Path(__file__).parent.parent
 SIZES = (1024, 4096, 16384, 65536)

@@ -6,7 +6,7 @@
 
 Layouts (names as in Med-MoE @148cbd6 and MoE-LLaVA @6cb5f66): stage 1 is mm_projector.bin alone,
 stage 2 a dense model, stage 3 has deepspeed_moe experts, and meta_moe in Med-MoE or, in early
-TinyMed, a dense FFN (engine/tinymed.py). Their gate's bias and Phi-2's lm_head bias may be absent
+TinyMed, a dense FFN (engine/older.py). Their gate's bias and Phi-2's lm_head bias may be absent
 and are then 0. Their capacity factors are not read: here no token is ever dropped.
 The CLIP tower is always read from --clip: mm_image_tower is a path on the authors' disk.
 """
@@ -36,24 +36,23 @@ from config import (
 )
 from data import Text
 from engine.cli import parse, user_errors
+from engine.older import add_residual, has_residual
 from engine.published import (
     DECODERS,
     OPTIONAL,
     clip_table,
-    field,
     fill,
     load_published,
-    positive_int,
-    publish,
+    number,
     published_decoder,
     published_vision,
+    rename,
     slots,
     with_prefix,
 )
-from engine.tensorfiles import header_names, open_tensors, read_tensors, weight_files
-from engine.tinymed import add_residual, has_residual
 from model import MedMoE, sparse_layers
 from sources.records import read_json
+from sources.tensorfiles import header, open_tensors, read_tensors, weight_files
 
 FFN = {"phi": ("fc1", "fc2"), "stablelm": ("gate", "up", "down")}
 THEIR_FFN = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -94,6 +93,14 @@ class ConvertConfig:
     dtype: Literal["float32", "float16", "bfloat16"] = flag("bfloat16", "of the weights")
 
 
+def publish(
+    tensors: dict[str, Tensor], table: dict[str, str | None], dtype: torch.dtype = torch.float16
+) -> dict[str, Tensor]:
+    """Our names -> the published ones. Raises KeyError for a name in no row."""
+    inverse = {ours: theirs for theirs, ours in table.items() if ours}
+    return {rename(n, inverse): t.detach().to(dtype).contiguous() for n, t in tensors.items()}
+
+
 def medmoe_table(family: str) -> dict[str, str | None]:
     """Their names -> ours, for every layout; the decoder's own names are the published ones."""
     table = dict(DECODERS[family]) | PROJECTOR | SPARSE
@@ -106,7 +113,7 @@ def medmoe_table(family: str) -> dict[str, str | None]:
 def medmoe_config(directory: Path, clip: Path) -> ModelConfig:
     """Their config.json -> our dimensions. Raises UserError for what is not implemented here."""
     values = read_json(directory / "config.json")
-    name = field(directory, values, "model_type")
+    name = values.get("model_type")
     family = str(name).rpartition("_")[2]
     if family not in FFN or "llava" not in str(name):
         raise UserError(f"{directory}: model_type {name!r} is not (moe_)llava_phi or _stablelm")
@@ -118,7 +125,9 @@ def medmoe_config(directory: Path, clip: Path) -> ModelConfig:
         raise UserError(f"--clip {clip}: width {vision.width}, the checkpoint wants {wide}")
     moe = None
     if str(name).startswith("moe_"):
-        moe = moe_config(directory, field(directory, values, "moe"), decoder.n_layers)
+        if not isinstance(values.get("moe"), dict):
+            raise UserError(f"{directory}: its JSON lacks 'moe'")
+        moe = moe_config(directory, values["moe"], decoder.n_layers)
     return ModelConfig(vision, decoder, moe, system=LLAVA_SYSTEM)
 
 
@@ -127,14 +136,14 @@ def tensor_names(directory: Path) -> set[str]:
     found = set()
     for path in weight_files(directory):
         if path.suffix == ".safetensors":
-            found |= set(header_names(path))
+            found |= set(header(path))
         else:
             found |= {name for name, _ in open_tensors(path)}
     return found
 
 
 def moe_config(directory: Path, values: dict, n_layers: int) -> MoEConfig:
-    layers, n_experts = (field(directory, values, n) for n in ("moe_layers_idx", "num_experts"))
+    layers, n_experts = (values.get(n) for n in ("moe_layers_idx", "num_experts"))
     n_experts = n_experts if isinstance(n_experts, list) else [n_experts]
     for name, found in (("moe_layers_idx", layers), ("num_experts", n_experts)):
         if not isinstance(found, list) or not all(type(n) is int for n in found):
@@ -146,7 +155,7 @@ def moe_config(directory: Path, values: dict, n_layers: int) -> MoEConfig:
     names = tensor_names(directory)
     return MoEConfig(
         n_experts=n_experts[0],
-        top_k=positive_int(directory, values, "top_k_experts"),
+        top_k=number(directory, values, "top_k_experts"),
         start="released",
         layers=None if layers == list(range(0, n_layers, 2)) else tuple(layers),
         meta=any(".mlp.meta_moe." in name for name in names),

@@ -26,10 +26,9 @@ from config import UserError, flag, preset
 from data import Batch, Dataset, Text
 from engine.cli import at_least, parse, user_errors, write_json
 from engine.inference import prepare
-from engine.processes import choose_device
 from lab.bench import mean_loss, prompts, stepper, summary
 from lab.counts import ANSWER, VARIANTS, build, count, dimensions, show_counts
-from model import MedMoE, autocast, freeze_all_but, generate
+from model import MedMoE, autocast, choose_device, freeze_all_but, generate
 from ops import place_experts
 from sources.images import Images
 from sources.load import load_samples

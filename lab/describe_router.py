@@ -15,7 +15,7 @@ from torch import Tensor
 
 from config import MODALITIES, UserError, argument, flag
 from engine.cli import parse, user_errors, write_json
-from engine.tensorfiles import open_tensors
+from sources.tensorfiles import open_tensors
 
 
 @dataclass(frozen=True)

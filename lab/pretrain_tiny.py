@@ -41,7 +41,8 @@ from config import (
 from data import EOS, Encoded, Sample, Text, encode_sample, epoch_batches
 from decoder import Decoder
 from engine.cli import parse, user_errors
-from engine.published import CLIP, PHI, STABLELM, publish
+from engine.published import CLIP, PHI, STABLELM
+from lab.convert import publish
 from routers import Hints
 from sources.images import Images
 from sources.load import load_samples

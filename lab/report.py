@@ -25,7 +25,6 @@ from engine.cli import (
     write_json,
     write_text,
 )
-from engine.processes import choose_device
 from eval import Predictor, load_questions
 from lab.report_history import read_ablations, read_steps, saturation
 from lab.report_numbers import (
@@ -42,7 +41,7 @@ from lab.report_png import draw_figures, find_chromium
 from lab.report_sections import examples_section, interval, load_section, router_section
 from lab.report_training import ablation_section, saturation_section, training_section
 from metrics import score
-from model import MedMoE, count_parameters, sparse_layers
+from model import MedMoE, choose_device, count_parameters, sparse_layers
 from scoring.router import judge_router
 from sources.load import how_read
 

@@ -26,13 +26,12 @@ from checkpoint import load_model
 from config import Common, UserError, argument, flag
 from data import Sample
 from engine.cli import at_least, check_writable, parse, user_errors, write_json
-from engine.processes import choose_device
 from eval import Predictor, load_questions
 from lab.router_measures import answered, informed, levels, naming, unknown
 from lab.router_probe import ByImage, labelled, leave_out, probe, set_routers, shuffled
 from lab.router_show import draw_reliability, show
 from lab.tables import clean
-from model import sparse_layers
+from model import choose_device, sparse_layers
 from router_training import train_router
 from sources.load import how_read, load_samples, reading
 

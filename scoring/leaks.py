@@ -6,7 +6,7 @@ Evaluation compares its split with them and reports what it finds before any sco
 An image is recognised by its bytes, and, re-encoded or rescaled, by a perceptual hash: a difference
 hash (dHash), one bit for each step to a brighter neighbour in a thumbnail (Krawetz 2013).
 
-    n images    m different question-answer pairs    256 bits of a dHash, stored as 4 int64
+    n images    m rows: an image with a question and its answer    256 bits of a dHash: 4 int64
 """
 
 import functools
@@ -30,22 +30,15 @@ from sources import medmnist
 from sources.images import open_image
 from sources.records import open_file
 
-# Measured on SLAKE's 642 and VQA-RAD's 315 images. Longest distance to the original, in bits:
-#     JPEG quality 50: 9    half the size: 3    both: 11    1.1 times as bright, plus 8: 23
-# (within MAX_DISTANCE: all, all, all and 947 of 957); mirrored: at least 9 (a symmetric brain),
-# median 58. Not the same file, yet within MAX_DISTANCE of a training image:
-#     SLAKE, English: 16 of 96 test images, each a neighbouring slice of the same scan; the
-#         nearest test image of another patient is 13 bits away.
-#     PneumoniaMNIST, 28 px: 0 of 624; the nearest, two other children, differ in 19. So small
-#         images need no rule of their own, but there quality 50 moves up to 41 and is missed.
-#     VQA-RAD: no two files are closer than 34.
+# Measured on SLAKE's 642 and VQA-RAD's 315 images, bits from the original at most: JPEG quality 50
+# 9, half the size 3, both 11 (28 px: 41). Mirrored: at least 9, median 58. Other patients' images
+# are at least 13 away; 16 of SLAKE's 96 test images are neighbouring slices of a training scan.
 MAX_DISTANCE = 12  # bits of 256 that may differ
 MARGIN = 2  # grey levels a step must exceed; at 0, JPEG noise on a black ground moves 36 bits
 MIN_BITS = 20  # a flatter image gets no dHash and matches none; the emptiest of the 957 has 36
 NO_DHASH = (0, 0, 0, 0)
 CHUNK = 4096  # hashes compared at once with as many others: 64 MiB of distances
 SHOWN = 5  # examples in a report
-KEY = "looks"  # the dHashes' name in seen.safetensors, since the first version
 
 
 class ImageHash(NamedTuple):
@@ -53,6 +46,9 @@ class ImageHash(NamedTuple):
 
     exact: int  # of its bytes
     dhash: tuple[int, ...]  # (4,); NO_DHASH for flat images and phantoms
+
+
+NO_IMAGE = ImageHash(0, NO_DHASH)  # text only
 
 
 def hash64(data: bytes) -> int:
@@ -100,43 +96,20 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     return hashlib.sha256("\n".join(sorted(map(json.dumps, rows))).encode()).hexdigest()[:16]
 
 
-def without_doubles(images: np.ndarray, hashes: np.ndarray, pairs: np.ndarray) -> dict[str, Tensor]:
-    """Sorted and each once, so that the same data has one form, however it was merged."""
-    images, first, where = np.unique(images, return_index=True, return_inverse=True)
-    where = np.append(where, -1)  # text only: row -1 stays -1
-    pairs = np.stack([pairs[:, 0], where[pairs[:, 1]]], axis=1)
-    pairs = np.unique(pairs, axis=0) if len(pairs) else pairs
-    seen = {"images": images, KEY: hashes[first], "pairs": pairs}
-    return {name: torch.from_numpy(array) for name, array in seen.items()}
+def seen_by(samples: Sequence[Sample], workers: int = 2) -> Tensor:
+    """What training on these samples sees: (m, 6) int64, sorted, each row once.
 
-
-def seen_by(samples: Sequence[Sample], workers: int = 2) -> dict[str, Tensor]:
-    """What training on these samples sees, all int64.
-
-    images  (n,) hashes of the images' bytes
-    looks   (n, 4) dHashes, NO_DHASH where there is none
-    pairs   (m, 2) hash of a question with its answer; row of its image in images, -1: text only
+    A row: hash of the image's bytes, its dHash (both 0 for text only), hash of question and answer.
     """
-    known = image_hashes(samples, workers)
-    row = {image: i for i, image in enumerate(known)} | {None: -1}
-    pairs = [(pair_hash(*turn), row[s.image]) for s in samples for turn in s.turns]
-    return without_doubles(
-        np.array([m.exact for m in known.values()], np.int64),
-        np.array([m.dhash for m in known.values()], np.int64).reshape(-1, 4),
-        np.array(pairs, np.int64).reshape(-1, 2),
-    )
+    known = image_hashes(samples, workers) | {None: NO_IMAGE}
+    rows = [(known[s.image].exact, *known[s.image].dhash, pair_hash(*turn))
+            for s in samples for turn in s.turns]  # fmt: skip
+    return merge(torch.tensor(rows, dtype=torch.int64).reshape(-1, 6))
 
 
-def merge(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What two phases have seen together; {} stands for nothing."""
-    if not first or not second:
-        return second or first
-    a, b = ({name: t.numpy() for name, t in seen.items()} for seen in (first, second))
-    rows = b["pairs"][:, 1]
-    moved = np.where(rows < 0, rows, rows + len(a["images"]))
-    pairs = np.concatenate([a["pairs"], np.stack([b["pairs"][:, 0], moved], axis=1)])
-    images, hashes = (np.concatenate([a[name], b[name]]) for name in ("images", KEY))
-    return without_doubles(images, hashes, pairs)
+def merge(*parts: Tensor) -> Tensor:
+    """What several phases have seen together."""
+    return torch.cat(parts).unique(dim=0)
 
 
 def signs(hashes: np.ndarray) -> np.ndarray:
@@ -166,29 +139,29 @@ def name_of(image: Image) -> str:
     return f"phantom {image}" if isinstance(image, int) else f"{image.parent.name}/{image.name}"
 
 
-def check(samples: Sequence[Sample], seen: dict[str, Tensor]) -> dict:
-    """What training has seen of a split, in JSON values.
+def check(samples: Sequence[Sample], seen: Tensor) -> dict:
+    """What training has seen (seen_by) of a split, in JSON values.
 
     pairs_seen counts the questions that training had with this answer, about whatever image;
     questions_seen those of them that were about this image or one like it.
-    With seen = {}, no record, nothing is found.
     """
-    seen = seen or seen_by([])
-    pairs = set(map(tuple, seen["pairs"].tolist()))  # (text, row of its image)
-    texts = {text for text, _ in pairs}
+    images, place = np.unique(seen[:, :5].numpy(), axis=0, return_inverse=True)  # (n, 5), (m,)
+    texts = seen[:, 5].tolist()
+    pairs = set(zip(texts, place.ravel().tolist(), strict=True))  # text, row of its image
     known = image_hashes(samples)
     tested = list(dict.fromkeys(known.values()))  # two files may be one image
-    row = {exact: i for i, exact in enumerate(seen["images"].tolist())}
+    row = {exact: i for i, exact in enumerate(images[:, 0].tolist())}
     rows = {m: {row[m.exact]} if m.exact in row else set() for m in tested}
     hashes = np.array([m.dhash for m in tested], np.int64).reshape(-1, 4)
-    for i, j in alike(hashes, seen[KEY].numpy()):
+    for i, j in alike(hashes, images[:, 1:]):
         rows[tested[i]].add(j)  # rows of training images that are the same or alike
     found = sorted((m for m in tested if rows[m]), key=lambda m: m.exact not in row)  # same first
     names = {m: name_of(image) for image, m in known.items() if rows[m]}
-    rows[None] = {-1}  # text only
+    rows[None] = {row.get(NO_IMAGE.exact)}
     turns = [(s, q, pair_hash(q, a)) for s in samples for q, a in s.turns]
     repeated = [(s, q) for s, q, text in turns
                 if any((text, i) in pairs for i in rows[known.get(s.image)])]  # fmt: skip
+    texts = set(texts)
     return {
         "fingerprint": fingerprint(samples),
         "images": len(tested),

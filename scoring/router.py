@@ -10,7 +10,7 @@ from torch import Tensor
 
 from config import MODALITIES
 from data import Sample
-from metrics import router_report
+from metrics import expert_names, router_report
 
 
 def judge_router(samples: Sequence[Sample], predictions: Sequence[Any]) -> dict:
@@ -25,8 +25,7 @@ def judge_router(samples: Sequence[Sample], predictions: Sequence[Any]) -> dict:
     n_experts = len(predictions[0].votes)
     truth = [MODALITIES.index(name) % max(1, n_experts) for name, _ in votes.values()]
     predicted = [int(vote.argmax()) for _, vote in votes.values()]
-    names = [*MODALITIES, *(f"expert {e}" for e in range(len(MODALITIES), n_experts))]
-    return router_report(truth, predicted, names[:n_experts] if n_experts else names)
+    return router_report(truth, predicted, expert_names(n_experts or len(MODALITIES)))
 
 
 def expert_load(samples: Sequence[Sample], predictions: Sequence[Any]) -> dict[str, list]:

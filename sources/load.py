@@ -222,12 +222,12 @@ def reading(flags: Common) -> dict[str, Any]:
 def how_read(values: Any, file: Path) -> dict[str, Any]:
     """The flags about data in a checkpoint's flags or a result of eval.py; some may be missing.
 
-    Raises UserError for a field of another type. Older checkpoints have a number in router_labels.
+    Raises UserError for a field of another type.
     """
     found = {}
     for name, kind in READING.items():
         value = values.get(name) if isinstance(values, dict) else None
-        if value is None or (name == "router_labels" and isinstance(value, int)):
+        if value is None:
             continue
         is_list = name == "data"
         if not isinstance(value, kind) or (is_list and not all(isinstance(v, str) for v in value)):

@@ -12,7 +12,7 @@ import functools
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -156,18 +156,12 @@ def read_split(file: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 def per_label(truth: np.ndarray, scores: np.ndarray, task: Task) -> tuple[np.ndarray, np.ndarray]:
     """(N, L) bool and (N, L) scores, to be scored column by column; a binary task has L = 1.
 
-    truth (N,), or (N, L) multi-label; scores (N, C) or (N, L). Raises ValueError for others.
+    truth (N,), or (N, L) multi-label; scores (N, C) or (N, L).
     """
-    assert task in get_args(Task), task
-    truth, scores = np.asarray(truth), np.asarray(scores)
-    is_multi, is_binary = task == "multi-label", task == "binary-class"
-    fits = scores.ndim == 2 and truth.shape == (scores.shape if is_multi else scores.shape[:1])
-    if not fits or not scores.size or (is_binary and scores.shape[1] != 2):
-        raise ValueError(f"{task}: truth has shape {truth.shape}, scores {scores.shape}")
-    hits = truth == 1 if is_multi else truth[:, None] == np.arange(scores.shape[1])
-    if not np.isfinite(scores).all() or not (is_multi or hits.any(1).all()):
-        raise ValueError(f"{task}: a score is not finite, or a label has no column")
-    return (hits[:, 1:], scores[:, 1:]) if is_binary else (hits, scores)
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{task}: a score is not finite")
+    hits = truth == 1 if task == "multi-label" else truth[:, None] == np.arange(scores.shape[1])
+    return (hits[:, 1:], scores[:, 1:]) if task == "binary-class" else (hits, scores)
 
 
 def accuracy(truth: np.ndarray, scores: np.ndarray, task: Task) -> float:

@@ -5,7 +5,7 @@ import torch
 
 from config import IGNORE, IMAGE_ID, DecoderConfig, ModelConfig, MoEConfig, VisionConfig
 from data import Batch
-from engine.tinymed import add_residual
+from engine.older import add_residual
 from model import MedMoE
 
 

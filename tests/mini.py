@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from config import PRESETS, DecoderConfig, ModelConfig, Preset, Recipe, VisionConfig
-from engine.published import CLIP, PHI, publish
-from engine.tensorfiles import open_tensors
+from engine.published import CLIP, PHI
+from lab.convert import publish
 from model import MedMoE
+from sources.tensorfiles import open_tensors
 
 VISION = VisionConfig(image_size=32, patch_size=16, width=16, n_layers=2, n_heads=2, d_ff=32)
 DECODER = DecoderConfig("phi", 1024, 16, 3, 2, 32, rotary_dim=4, max_len=512, dropout=0.2)

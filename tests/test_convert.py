@@ -19,9 +19,10 @@ from checkpoint import empty_model, load_model
 from config import MoEConfig
 from engine.durable import seal
 from engine.inference import prepare
-from engine.published import clip_table, publish
-from engine.tinymed import ResidualMoE
+from engine.older import ResidualMoE
+from engine.published import clip_table
 from lab import convert
+from lab.convert import publish
 from model import MedMoE, autocast, generate
 from routers import Hints
 

@@ -111,7 +111,7 @@ def test_plain_labels_cover_exactly_the_caption_and_its_newline(text):
 def test_a_prompt_is_the_sample_up_to_its_first_label(text, has_image):
     sample = dialogue(("Is this a CT?", "yes"), image=7 if has_image else None)
     ids, labels = data.encode_sample(sample, text, P, "Be brief.")
-    prompt = data.encode_prompt("Is this a CT?", has_image, text, P, "Be brief.")
+    prompt, _ = data.encode_prompt("Is this a CT?", has_image, text, P, "Be brief.")
     first = next(i for i, label in enumerate(labels) if label != IGNORE)
     assert prompt == ids[:first]
     assert decoded(prompt, text).endswith(" ASSISTANT:")
@@ -125,7 +125,7 @@ def test_what_users_type_never_becomes_a_special_token(text):
     assert text.decode(supervised(labels)[0]) == f" {evil}"
     plain, _ = data.encode_sample(dialogue(("", evil)), text, P, plain=True)
     assert text.eos_id not in plain and plain.count(IMAGE_ID) == P
-    assert text.eos_id not in data.encode_prompt(evil, True, text, P)
+    assert text.eos_id not in data.encode_prompt(evil, True, text, P)[0]
 
 
 def test_any_text_can_be_encoded(text):
@@ -159,22 +159,19 @@ def test_unusable_tokenizer_files_are_refused(tmp_path, tokenizer_file):
             data.Text(tmp_path)
 
 
-def test_long_samples_are_cut_on_the_right_and_counted(text, capsys):
+def test_long_samples_are_cut_on_the_right_with_a_warning(text, capsys):
     warn_once.cache_clear()
     samples = [dialogue(("Q?", "yes " * n)) for n in (1, 30, 40)]
     uncut = [data.encode_sample(s, text, P) for s in samples]
-    cut = data.encode_all(samples, text, P, max_len=40)
+    cut = [data.encode_sample(s, text, P, max_len=40) for s in samples]
     assert cut == [(ids[:40], labels[:40]) for ids, labels in uncut]
-    assert "2 of 3 samples are cut to 40 positions" in capsys.readouterr().err
+    assert "samples are cut to 40 positions" in capsys.readouterr().err
 
 
 def test_a_sample_with_nothing_left_to_learn_is_named(text):
     long = Sample("17", "slake", "train", 1, (("Q " * 50, "yes"),))
-    for encode in (data.encode_sample, lambda sample, *rest: data.encode_all([sample], *rest)):
-        with pytest.raises(
-            UserError, match=r"slake train sample 17: nothing to learn in its .* 40"
-        ):
-            encode(long, text, P, "", False, 40)
+    with pytest.raises(UserError, match=r"slake train sample 17: nothing to learn in its .* 40"):
+        data.encode_sample(long, text, P, "", False, 40)
 
 
 def batch(samples, text, side):
@@ -299,7 +296,8 @@ def test_every_real_sample_can_be_encoded(text):
     specs = [f"slake:{REAL / 'slake'}", f"vqa-rad:{REAL / 'vqa_rad'}"]
     for what in ("captions", "vqa"):
         samples = load_samples(specs, what, "test", lang="all")
-        for s, (_, labels) in zip(samples, data.encode_all(samples, text, P), strict=True):
+        for s in samples:
+            _, labels = data.encode_sample(s, text, P)
             (run,) = supervised(labels)
             assert text.decode(run[:-1]) == " " + s.turns[0][1]
 

@@ -236,14 +236,10 @@ def test_a_planted_test_question_is_found_and_another_split_is_clean(tmp_path, c
     "damage",
     [
         lambda seen: {},
-        lambda seen: {k: v for k, v in seen.items() if k != "pairs"},
-        lambda seen: {k: v.float() for k, v in seen.items()},
-        lambda seen: seen | {"looks": seen["looks"][1:]},
-        lambda seen: seen | {"looks": seen["looks"][:, :3].contiguous()},
-        lambda seen: seen | {"images": seen["images"][0]},
-        lambda seen: seen | {"pairs": seen["pairs"].flatten()},
-        lambda seen: seen | {"pairs": seen["pairs"] * 0 + len(seen["images"])},
-        lambda seen: seen | {"pairs": seen["pairs"] * 0 - 2},
+        lambda seen: {"other": seen},
+        lambda seen: {"seen": seen.float()},
+        lambda seen: {"seen": seen[:, :5].contiguous()},
+        lambda seen: {"seen": seen.flatten()},
         lambda seen: b"damaged",
     ],
 )
@@ -320,7 +316,7 @@ def test_a_damaged_config_is_reported_before_anything_is_answered(
     assert message in error and error.count("\n") == 1 and "config.json" in error
 
 
-def test_a_checkpoint_without_a_record_is_compared_with_the_data_it_names(
+def test_a_checkpoint_without_a_record_of_its_training_data_is_not_checked(
     checkpoint, tmp_path, capsys
 ):
     other = tmp_path / "phase3"
@@ -329,14 +325,9 @@ def test_a_checkpoint_without_a_record_is_compared_with_the_data_it_names(
     seal(other)
     argv = ["--split", "train", "--limit", "9", "--max-new", "1"]
     found = [evaluation.main([str(path), *argv])["leaks"] for path in (checkpoint, other)]
-    assert found[0] == found[1] and found[0]["questions_seen"] == 9
-    assert "phase3 has no record of its own" in capsys.readouterr().out
-    meta = json.loads((other / "config.json").read_text())
-    meta["flags"]["data"] = [f"slake:{tmp_path / 'gone'}"]
-    (other / "config.json").write_text(json.dumps(meta))
-    seal(other)
-    alone = evaluation.main([str(other), *argv, "--data", "phantoms:32"])["leaks"]
-    assert alone == {"fingerprint": found[0]["fingerprint"]}
+    assert found[0]["questions_seen"] == 9
+    assert found[1] == {"fingerprint": found[0]["fingerprint"]}
+    assert "phase3 has no record of its training data" in capsys.readouterr().out
 
 
 def test_anyones_answers_are_scored_without_a_model(tmp_path, capsys):

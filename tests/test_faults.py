@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import children
 import pytest
@@ -25,7 +26,7 @@ from config import PRESETS, TrainConfig, UserError
 from engine import durable
 from engine.cli import user_errors
 from engine.processes import Processes
-from engine.run import Run, Signals, claim, unfinished
+from engine.run import Run, claim, unfinished
 from model import MedMoE
 
 ROOT = Path(__file__).parent.parent
@@ -119,7 +120,7 @@ class Saving:
         self.place.save_step(step)
 
     def resume(self):
-        """The next start -> the step it goes on from; everything must be of that step."""
+        """The next start -> the step it resumes from; everything must be of that step."""
         with claim(self.folder):
             assert [p.name for p in self.folder.glob(".*")] == [".lock"]  # the rest is mended
         step = self.place.resume()
@@ -340,7 +341,7 @@ def test_a_signal_saves_a_checkpoint_and_prints_how_to_go_on(preset, tmp_path, w
     assert "Traceback" not in printed and not (out / "phase1").exists()
     assert printed.splitlines()[-1] == (
         f"phase 1: stopped by {name} after {step} steps, saved in {out}; "
-        "the same command with --resume goes on"
+        "the same command with --resume continues"
     )
     train.main(argv(out, *LONG, "--resume"))
     assert ends_like(out, whole)
@@ -373,24 +374,31 @@ def test_a_signal_in_the_last_step_is_not_lost(tmp_path, monkeypatch):
     assert same(weights(tmp_path / "whole" / "phase1"), weights(out / "phase1"))
 
 
+def surrounded(rank=0):
+    """A run of which only the signals matter."""
+    run = object.__new__(Run)
+    run.rank, run.world, run.mfus, run.bar = rank, rank + 1, [], SimpleNamespace(close=lambda: None)
+    return run
+
+
 def test_signals_are_noted_given_back_and_never_lost():
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), Signals() as signals:
-        assert signals.noted == 0
+    before, run = signal.getsignal(signal.SIGINT), surrounded()
+    with pytest.raises(KeyboardInterrupt), run.interruptible():
+        assert run.noted == 0
         os.kill(os.getpid(), signal.SIGINT)
-        assert signals.noted == signal.SIGINT  # and nothing acts on it, so:
+        assert run.noted == signal.SIGINT  # and nothing acts on it, so:
     assert signal.getsignal(signal.SIGINT) is before
-    with pytest.raises(ValueError, match=r"^$"), Signals():
+    with pytest.raises(ValueError, match=r"^$"), run.interruptible():
         os.kill(os.getpid(), signal.SIGINT)
         raise ValueError  # an error that is on its way goes first
 
 
 def test_an_ignored_signal_stays_ignored(monkeypatch):
     """So nohup can keep a run alive when its terminal goes."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with Signals() as signals:
+    before, run = signal.signal(signal.SIGHUP, signal.SIG_IGN), surrounded()
+    with run.interruptible():
         os.kill(os.getpid(), signal.SIGHUP)
-        assert signals.noted == 0
+        assert run.noted == 0
     assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
@@ -401,9 +409,9 @@ def test_all_processes_stop_at_the_step_of_a_signal_to_one(capfd):
         def sum(self, *values):
             return [v + self.others for v in values]
 
-    run = object.__new__(Run)
-    run.processes, run.world = Second(1, 2), 2
-    with Signals(is_first=False) as run.signals:
+    run = surrounded(rank=1)
+    run.processes = Second(1, 2)
+    with run.interruptible():
         assert run.signal() == 0
         run.processes.others = 1
         assert run.signal() == signal.SIGTERM
@@ -412,7 +420,7 @@ def test_all_processes_stop_at_the_step_of_a_signal_to_one(capfd):
         assert run.signal() == 0
         run.processes.others = 0
         assert run.signal() == signal.SIGINT
-        run.signals.noted = 0
+        run.noted = 0
     assert capfd.readouterr().err == ""  # the first process alone prints
 
 

@@ -69,7 +69,7 @@ def test_flat_images_are_like_none_but_found_by_their_bytes(tmp_path):
     files = [saved(Image.new("RGB", (64, 64), (g,) * 3), tmp_path / f"{g}.png") for g in (0, 90)]
     nearly = photo(0).point(lambda x: 100 + x // 100)  # three levels
     files.append(saved(nearly, tmp_path / "nearly.png"))
-    assert seen_by([qa(file) for file in files])["looks"].unique().tolist() == [0]
+    assert seen_by([qa(file) for file in files])[:, 1:5].unique().tolist() == [0]
     assert found(files[0], files[1]) == found(files[2], files[1]) == (0, 0)
     assert found(files[0], files[0]) == (1, 1)
     for n, box in enumerate([(40, 10, 60, 30), (100, 100, 120, 120)]):  # a few bits each
@@ -118,7 +118,7 @@ def test_a_question_counts_as_seen_only_with_its_answer_and_its_image(tmp_path):
 def test_every_turn_and_caption_counts_for_itself(tmp_path):
     file = saved(photo(0), tmp_path / "a.png")
     trained = seen_by([Sample("1", "x", "train", file, (("", "A chest CT."), ("Why?", "Cough")))])
-    assert trained["pairs"].shape == (2, 2)
+    assert trained.shape == (2, 6)
     twice = Sample("2", "x", "test", file, (("", "chest ct"), ("Why?", "Pain"), ("why", "cough")))
     report = check([twice], trained)
     assert (report["questions"], report["pairs_seen"], report["questions_seen"]) == (3, 2, 2)
@@ -127,7 +127,7 @@ def test_every_turn_and_caption_counts_for_itself(tmp_path):
 
 def test_text_only_questions_are_compared_with_text_only_ones(tmp_path):
     trained = seen_by([qa(None), qa(saved(photo(0), tmp_path / "a.png"), "Where?", "left")])
-    assert sorted(trained["pairs"][:, 1].tolist()) == [-1, 0]
+    assert (trained[:, 0] == 0).sum() == 1 and len(trained) == 2
     report = check([qa(None), qa(None, "Where?", "left", id="2")], trained)
     assert (report["images"], report["pairs_seen"], report["questions_seen"]) == (0, 2, 1)
     assert report["first"][0]["id"] == "1"
@@ -138,12 +138,12 @@ def test_exact_hashes_are_the_first_bytes_of_sha_256(tmp_path):
     file = saved(photo(0), tmp_path / "a.png")
     for image, data in ((file, file.read_bytes()), (7, b"phantom 7")):
         start = hashlib.sha256(data).digest()[:8]
-        assert seen_by([qa(image)])["images"].numpy().tobytes() == start
+        assert seen_by([qa(image)])[0, 0].numpy().tobytes() == start
 
 
 def test_phantoms_are_their_seeds():
     trained = seen_by([qa(7), qa(8), qa(7)])
-    assert len(trained["images"]) == 2 and not trained["looks"].any()
+    assert len(trained) == 2 and not trained[:, 1:5].any()
     report = check([qa(7), qa(9), qa(10, "else")], trained)
     assert (report["images"], report["images_seen"], report["images_alike"]) == (3, 1, 1)
     assert (report["pairs_seen"], report["questions_seen"]) == (2, 1)
@@ -171,11 +171,9 @@ def test_merge_is_the_union(tmp_path):
     second = [qa(files[n], q, "yes") for n in (3, 1) for q in ("c3", "b2")] + [qa(None)]
     one, two, both = seen_by(first), seen_by(second), seen_by(first + second)
     for seen in (merge(one, two), merge(two, one), merge(merge(one, two), one)):
-        assert seen.keys() == both.keys() == {"images", "looks", "pairs"}
-        assert all(torch.equal(seen[name], both[name]) for name in both)
-    assert [tuple(t.shape) for t in both.values()] == [(4,), (4, 4), (10, 2)]
-    assert merge({}, one) is one and merge(one, {}) is one
-    assert merge(one, seen_by([]))["pairs"].tolist() == one["pairs"].tolist()
+        assert torch.equal(seen, both)
+    assert both.shape == (10, 6) and len(both[:, 0].unique()) == 5  # one of them for text only
+    assert torch.equal(merge(one, seen_by([])), one)
 
 
 def test_each_row_of_what_was_seen_belongs_together(tmp_path):
@@ -184,21 +182,18 @@ def test_each_row_of_what_was_seen_belongs_together(tmp_path):
                  seen_by([qa(f, "Which?", f.name) for f in files[2:]]))  # fmt: skip
     for file in files:
         alone = seen_by([qa(file, "Which?", file.name)])
-        row = seen["images"].tolist().index(alone["images"].item())
-        assert torch.equal(seen["looks"][row], alone["looks"][0])
-        assert [alone["pairs"][0, 0].item(), row] in seen["pairs"].tolist()
+        assert alone[0].tolist() in seen.tolist()
 
 
 def test_what_was_seen_is_stored_without_doubles_in_one_order(tmp_path):
     samples = [qa(saved(photo(n), tmp_path / f"{n}.png"), str(n)) for n in range(3)]
     samples.append(qa(Path(shutil.copy(samples[0].image, tmp_path / "copy.png")), "0"))
     seen, back = seen_by(samples), seen_by(samples[::-1] + samples, workers=1)
-    assert all(
-        torch.equal(seen[name], back[name]) and seen[name].dtype == torch.int64 for name in seen
-    )
-    assert len(seen["images"]) == len(seen["pairs"]) == check(samples, seen)["images"] == 3
-    save_file(seen, tmp_path / "seen.safetensors")
-    assert check(samples, load_file(tmp_path / "seen.safetensors")) == check(samples, seen)
+    assert torch.equal(seen, back) and seen.dtype == torch.int64
+    assert len(seen) == check(samples, seen)["images"] == 3
+    save_file({"seen": seen}, tmp_path / "seen.safetensors")
+    stored = load_file(tmp_path / "seen.safetensors")["seen"]
+    assert check(samples, stored) == check(samples, seen)
 
 
 def test_the_fingerprint_tells_versions_of_a_split_apart(tmp_path):
@@ -240,7 +235,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match=r"broken\.png"):
         seen_by([qa(tmp_path / "broken.png")])
     with pytest.raises(UserError, match=r"missing\.png: no such file"):
-        check([qa(tmp_path / "missing.png")], {})
+        check([qa(tmp_path / "missing.png")], seen_by([]))
 
 
 def test_the_search_equals_counting_bits_across_chunks(monkeypatch):
@@ -268,7 +263,6 @@ def test_nothing_shared_is_said_plainly(tmp_path):
     samples = [qa(saved(photo(0), tmp_path / "a.png")), qa(None, "Where?")]
     clean = "no image and no question of this split was in training"
     for seen in (
-        {},
         seen_by([]),
         seen_by([qa(saved(photo(1), tmp_path / "b.png"), "Why?")]),
     ):

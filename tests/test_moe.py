@@ -12,7 +12,7 @@ import torch
 import routers
 from config import IMAGE_ID, MoEConfig
 from engine.lora import add_to_ffn
-from engine.tinymed import ResidualMoE, add_residual, has_residual
+from engine.older import ResidualMoE, add_residual, has_residual
 from model import make_sparse
 from moe import MLP, Experts, GatedMLP, upcycle
 from ops import SortedExperts, use_sorted_experts

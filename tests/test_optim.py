@@ -17,8 +17,8 @@ import train
 from checkpoint import load_model
 from config import IGNORE, IMAGE_ID, DecoderConfig, ModelConfig, TrainConfig, UserError
 from engine.optim import cast_weights, make_optimizer, stochastic_round
-from engine.tensorfiles import open_tensors
 from model import MedMoE
+from sources.tensorfiles import open_tensors
 
 MODES = ("float32", "bf16", "bf16-stochastic")
 

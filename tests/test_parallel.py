@@ -20,8 +20,8 @@ import train
 from data import Batch
 from engine.parallel import ParallelExperts, run_idle_modules
 from engine.run import Run
-from engine.tensorfiles import open_tensors
 from moe import MLP, Experts
+from sources.tensorfiles import open_tensors
 
 HERE = Path(__file__).parent
 STEPS = 20

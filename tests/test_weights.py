@@ -16,9 +16,10 @@ import data
 from checkpoint import load_checkpoint, load_model, read_meta, save_checkpoint
 from config import MoEConfig, UserError, model_config, to_dict
 from engine.durable import seal
-from engine.published import CLIP, DECODERS, clip_table, fill, load_published, publish, rename
-from engine.tensorfiles import read_tensors
+from engine.published import CLIP, DECODERS, clip_table, fill, load_published, rename
+from lab.convert import publish
 from model import MedMoE
+from sources.tensorfiles import read_tensors
 
 FAMILIES = pytest.mark.parametrize("family", ["phi", "stablelm", "llama"])
 

@@ -1,8 +1,9 @@
-"""The layer of early TinyMed checkpoints: experts mixed with a dense FFN (Rajbhandari et al. 2022).
+"""Checkpoints of older versions: fields of config.json, and the sparse layer of early TinyMed.
 
     y = c0 * sum over e of gates[e] * expert_e(x) + c1 * dense(x),    c = softmax(coefficient(x))
 
-No other checkpoint has such layers. They have a tensor *.mlp.coefficient.*.
+That layer mixes the experts with a dense FFN (Rajbhandari et al. 2022). No other checkpoint has
+it; these have a tensor *.mlp.coefficient.*.
 """
 
 import copy
@@ -13,6 +14,15 @@ from torch import Tensor, nn
 from model import MedMoE
 from moe import MoE
 from routers import Hints, Routing
+
+
+def upgrade(meta: dict) -> None:
+    """Make config.json what it would be today, in place."""
+    if moe := meta["model"]["moe"]:
+        moe.pop("every", None)  # always 2
+        moe.pop("residual", None)  # has_residual tells
+    if isinstance(meta["flags"].get("router_labels"), int):  # became --router-images
+        meta["flags"]["router_labels"] = None
 
 
 class ResidualMoE(MoE):

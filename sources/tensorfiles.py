@@ -47,21 +47,23 @@ def open_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     yield from open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
 
 
-def header_names(path: Path) -> list[str]:
-    """The tensors of a safetensors file. Raises UserError if it is damaged."""
+def header(path: Path) -> dict[str, str]:
+    """The tensors of a safetensors file and their types: "F32", "BF16" .. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     try:
-        with safe_open(path, framework="pt") as file:  # keeps one of two same names
+        with safe_open(path, framework="pt") as file:  # checks it, but keeps one of two same names
             names = list(file.keys())
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            json.loads(file.read(size), object_pairs_hook=unique_keys)
+            values = json.loads(file.read(size), object_pairs_hook=unique_keys)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: damaged: {error}") from error
-    return names
+    return {name: values[name]["dtype"] for name in names}
 
 
 def open_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    for key in header_names(path):
+    for key in header(path):
         try:  # opened for each tensor, since all that was read stays mapped until it is closed
             with safe_open(path, framework="pt") as file:
                 tensor = file.get_tensor(key)
@@ -69,15 +71,6 @@ def open_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             raise UserError(f"{path}: damaged: {error}") from error
         yield key, tensor
         del tensor
-
-
-def tensor_dtype(path: Path, name: str) -> torch.dtype | None:
-    """What one tensor of a safetensors file is stored as; None where it cannot be read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name).dtype
-    except (SafetensorError, OSError):
-        return None
 
 
 def open_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
