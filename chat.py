@@ -20,7 +20,7 @@ from checkpoint import load_model
 from config import IMAGE_ID, MODALITIES, Common, UserError, argument, flag
 from data import Batch, Sample, Text, collate, encode_prompt
 from engine.cli import parse, user_errors
-from model import MedMoE, Step, autocast, choose_device, generate, sparse_layers
+from model import Generated, MedMoE, autocast, choose_device, generate, sparse_layers
 from sources.images import Images
 
 
@@ -69,7 +69,7 @@ def shares(gates: Tensor, which: Tensor) -> str:
 
 
 def show_routes(
-    steps: list[Step], batch: Batch, text: Text, names: list[str], blocks: Sequence[int]
+    steps: list[Generated], batch: Batch, text: Text, names: list[str], blocks: Sequence[int]
 ) -> None:
     """The experts of the patches, the question and each answer token, block by block."""
     is_patch = batch.ids[0] == IMAGE_ID  # (T,)
@@ -91,13 +91,14 @@ def ask(model: MedMoE, text: Text, images: Images, flags: ChatConfig, question: 
     config = model.config
     device, dtype = choose_device(flags.device, flags.dtype)
     sample = as_sample(flags.image, question)
-    limits = config.vision.n_patches, config.system, config.decoder.max_len
-    encoded = encode_prompt(question, sample.image is not None, text, *limits)
+    encoded = encode_prompt(question, sample.image is not None, text, config)
     batch = collate([sample], [encoded], images, text.eos_id, side="left").to(device)
-    sampling = flags.temperature, flags.top_p, torch.Generator(device).manual_seed(flags.seed)
+    generator = torch.Generator(device).manual_seed(flags.seed)
     stream, steps = Stream(text), []
     with autocast(device, dtype):
-        for step in generate(model, batch, text.eos_id, flags.max_new, *sampling):
+        for step in generate(
+            model, batch, text.eos_id, flags.max_new, flags.temperature, flags.top_p, generator
+        ):
             steps.append(step)
             if (token := int(step.tokens[0])) != text.eos_id:
                 stream.add(token)

@@ -49,7 +49,7 @@ def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> MedM
 
 
 def save_checkpoint(
-    directory: Path, model: nn.Module, config: ModelConfig, meta: dict, tokenizer: Path,
+    directory: Path, model: nn.Module, config: ModelConfig, info: dict, tokenizer: Path,
     extra: dict[str, dict[str, Tensor]], own: dict[str, Tensor] | None = None,
     processes: Processes = ALONE,
 ) -> None:  # fmt: skip
@@ -59,7 +59,7 @@ def save_checkpoint(
     own    tensors of this process alone
     """
     tensors = {n: t.detach() for n, t in stored(model).items()}
-    text = json.dumps({"model": to_dict(config), **meta}, indent=1)
+    text = json.dumps({"model": to_dict(config), **info}, indent=1)
     by_all = {
         f"{name}.safetensors": partial(write_tensors, values)
         for name, values in {"model": tensors, **extra}.items()
@@ -73,19 +73,19 @@ def save_checkpoint(
     write_directory(directory, by_all, by_first, processes)
 
 
-def read_meta(directory: Path) -> tuple[ModelConfig, dict]:
+def read_config(directory: Path) -> tuple[ModelConfig, dict]:
     """config.json of one of our checkpoints -> the model's config and everything else in it."""
     if not directory.is_dir():
         raise UserError(f"checkpoint {directory}: no such directory")
     verify(directory, "config.json")
-    meta = read_json(file := directory / "config.json", dict)
+    info = read_json(file := directory / "config.json", dict)
     try:
-        older.upgrade(meta)
-        config, flags, phase = model_config(meta.pop("model")), meta["flags"], meta["phase"]
+        older.upgrade(info)
+        config, flags, phase = model_config(info.pop("model")), info["flags"], info["phase"]
         if not isinstance(phase, int) or not isinstance(flags["seed"] + 0, int):
             raise TypeError("phase and seed must be numbers")
         how_read(flags, file)
-        return config, meta
+        return config, info
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a checkpoint of this project: {error}") from error
 
@@ -118,7 +118,7 @@ def load_model(
     router   replaces the checkpoint's, as when its file has moved; same parameters
     level    "token" or "sequence" replaces the one it was trained with
     """
-    config, meta = read_meta(directory)
+    config, info = read_config(directory)
     if router is not None and config.moe is None:
         raise UserError(f"--router {router}: {directory} is dense")
     if router is not None:
@@ -134,7 +134,7 @@ def load_model(
         raise UserError(f"{directory / 'config.json'}: not a possible model: {error}") from error
     load_checkpoint(model, directory)
     inference.prepare(model, device, dtype)
-    return model, Text(directory / "tokenizer.json"), meta
+    return model, Text(directory / "tokenizer.json"), info
 
 
 def read_seen(directory: Path) -> Tensor | None:

@@ -122,19 +122,17 @@ def encode(segments: Iterable[Segment], text: Text, n_patches: int) -> Encoded:
     return ids, labels
 
 
-def encode_sample(
-    sample: Sample, text: Text, n_patches: int, system: str = "", plain: bool = False,
-    max_len: int | None = None,
-) -> Encoded:  # fmt: skip
-    """A sample with its answers -> ids, with IMAGE_ID n_patches times, and labels.
+def encode_sample(sample: Sample, text: Text, config: ModelConfig, plain: bool = False) -> Encoded:
+    """A sample with its answers -> ids, with IMAGE_ID once a patch, and labels.
 
-    Cut on the right to max_len. Raises UserError, naming the sample, if no supervised token is
-    left.
+    plain: a caption in phase 1's form. Cut on the right to the decoder's max_len. Raises UserError,
+    naming the sample, if no supervised token is left.
     """
-    turns, has_image = sample.turns, sample.image is not None
-    segments = caption(turns, has_image) if plain else chat(turns, has_image, system, text.eos_id)
-    ids, labels = encode(segments, text, n_patches)
-    if max_len is not None and len(ids) > max_len:
+    turns, has_image, max_len = sample.turns, sample.image is not None, config.decoder.max_len
+    template = chat(turns, has_image, config.system, text.eos_id)
+    segments = caption(turns, has_image) if plain else template
+    ids, labels = encode(segments, text, config.vision.n_patches)
+    if len(ids) > max_len:
         warn_once(f"--data: samples are cut to {max_len} positions, all that the model reads")
         ids, labels = ids[:max_len], labels[:max_len]
     if set(labels[1:]) <= {IGNORE}:  # the first token is never predicted
@@ -143,18 +141,16 @@ def encode_sample(
     return ids, labels
 
 
-def encode_prompt(
-    question: str, has_image: bool, text: Text, n_patches: int, system: str = "",
-    max_len: int | None = None,
-) -> Encoded:  # fmt: skip
-    """A question without its answer -> ids up to "ASSISTANT:", for the model to continue; labels.
+def encode_prompt(question: str, has_image: bool, text: Text, config: ModelConfig) -> Encoded:
+    """A question without its answer -> ids up to "ASSISTANT:", for the model to continue.
 
-    Raises UserError if it leaves no room for an answer within max_len.
+    All labels are IGNORE. Raises UserError if it leaves no room for an answer within max_len.
     """
-    ids, labels = encode(chat([(question, None)], has_image, system, text.eos_id), text, n_patches)
-    if max_len is not None and len(ids) >= max_len:
-        begins = f"the question that begins {question[:60]!r}"
-        raise UserError(f"{begins} takes {len(ids)} positions; the model reads {max_len}")
+    segments = chat([(question, None)], has_image, config.system, text.eos_id)
+    ids, labels = encode(segments, text, config.vision.n_patches)
+    if len(ids) >= config.decoder.max_len:
+        raise UserError(f"the question that begins {question[:60]!r} takes {len(ids)} positions; "
+                        f"the model reads {config.decoder.max_len}")  # fmt: skip
     return ids, labels
 
 
@@ -244,10 +240,8 @@ class Dataset:
         self, samples: Sequence[Sample], text: Text, config: ModelConfig, plain: bool,
         images: Any,
     ):  # fmt: skip
-        n_patches, max_len = config.vision.n_patches, config.decoder.max_len
         self.samples, self.images, self.eos_id = samples, images, text.eos_id
-        how = text, n_patches, config.system, plain, max_len
-        self.encoded = [encode_sample(s, *how) for s in samples]
+        self.encoded = [encode_sample(s, text, config, plain) for s in samples]
         # The length of image and questions alone. Sorted by their answers' lengths too, a batch of
         # a classification would hold a single class.
         self.lengths = [labels.count(IGNORE) for _, labels in self.encoded]

@@ -28,10 +28,18 @@ from config import Common, TrainConfig, UserError, argument, flag, warn_once
 from data import Batch, Sample, Text, collate, encode_prompt
 from engine import cli
 from engine.inference import option_likelihoods
-from engine.processes import ALONE, Processes, start
+from engine.processes import ALONE, Processes, join_processes
 from engine.routes import RouteRecorder
 from metrics import HEADER, format_confusion, majority, question_ids, show, split_by
-from model import MedMoE, Step, autocast, choose_device, count_parameters, generate, sparse_layers
+from model import (
+    Generated,
+    MedMoE,
+    autocast,
+    choose_device,
+    count_parameters,
+    generate,
+    sparse_layers,
+)
 from scoring import leaks
 from scoring.classify import judge_classes, show_classes
 from scoring.compare import compare, read_answers, show_comparison, show_protocols, under_all
@@ -68,7 +76,7 @@ class Prediction(NamedTuple):
     load: Tensor  # (L, E) tokens of the prompt and the answer routed to each expert
 
 
-def unpack(steps: list[Step], mask: Tensor, text: Text) -> list[Prediction]:
+def unpack(steps: list[Generated], mask: Tensor, text: Text) -> list[Prediction]:
     """The Steps of a batch, and its prompts' mask (B, T) -> one Prediction a sample."""
     tokens = torch.stack([step.tokens for step in steps], dim=1)  # (B, steps)
     alive = (tokens != text.eos_id).cumprod(dim=1).bool()  # (B, steps) part of the answer
@@ -106,18 +114,15 @@ class Predictor:
         Of several processes, each gets its share of the batches.
         """
         config, text = self.model.config, self.text
-        limits = config.vision.n_patches, config.system, config.decoder.max_len
-        encoded = [
-            encode_prompt(s.turns[0][0], s.image is not None, text, *limits) for s in samples
-        ]
+        encoded = [encode_prompt(s.turns[0][0], s.image is not None, text, config) for s in samples]
         order = sorted(range(len(samples)), key=lambda i: len(encoded[i][0]))
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         groups = self.processes.share(groups)
         bar = tqdm(groups, desc=title, mininterval=1, disable=not self.processes.is_first)
         for rows, later in zip(bar, [*groups[1:], []], strict=True):
             self.images.prefetch(samples[i] for i in later)
-            part = [samples[i] for i in rows], [encoded[i] for i in rows]
-            batch = collate(*part, self.images, text.eos_id, side="left")
+            batch = collate([samples[i] for i in rows], [encoded[i] for i in rows], self.images,
+                            text.eos_id, side="left")  # fmt: skip
             if image is not None:
                 batch = batch._replace(images=image.expand_as(batch.images))
             yield rows, batch.to(self.device)
@@ -245,21 +250,23 @@ def classification(predictor: Predictor, samples: list[Sample], answers: list[st
     return found
 
 
-def report(predictor: Predictor, samples: list[Sample], flags: EvalConfig, meta: dict) -> dict:
+def report(predictor: Predictor, samples: list[Sample], flags: EvalConfig, info: dict) -> dict:
     """Answer everything, with --blind twice; print the tables, return the values for --json."""
-    model, train = predictor.model, training_questions(flags, meta["flags"]["data"])
-    paths = flags.replay_routes, flags.record_routes
-    recorder = RouteRecorder(model, question_ids(samples), *paths) if any(paths) else None
+    model, train = predictor.model, training_questions(flags, info["flags"]["data"])
+    recorder = None
+    if flags.replay_routes or flags.record_routes:
+        ids = question_ids(samples)
+        recorder = RouteRecorder(model, ids, flags.replay_routes, flags.record_routes)
     found = predictor.answer(samples, recorder=recorder)
     if recorder:
         recorder.save()
     answers = [p.answer for p in found]
     result = report_scores(samples, answers, flags) | {
-        "checkpoint": flags.checkpoint, "preset": meta["flags"]["preset"], "phase": meta["phase"],
-        "seed": meta["flags"]["seed"],
+        "checkpoint": flags.checkpoint, "preset": info["flags"]["preset"], "phase": info["phase"],
+        "seed": info["flags"]["seed"],
         "device": str(predictor.device), "dtype": str(predictor.dtype),
-        "trained_with": f"converted from {meta['from']}" if "from" in meta
-                        else cli.command_line(TrainConfig, meta["flags"], "train.py"),
+        "trained_with": f"converted from {info['from']}" if "from" in info
+                        else cli.command_line(TrainConfig, info["flags"], "train.py"),
         "params": count_parameters(model),
     }  # fmt: skip
     result["classification"] = classification(predictor, samples, answers)
@@ -286,15 +293,16 @@ def report(predictor: Predictor, samples: list[Sample], flags: EvalConfig, meta:
 def evaluate_checkpoint(flags: EvalConfig, processes: Processes) -> dict:
     device, dtype = choose_device(flags.device, flags.dtype)
     ops.choose(flags.kernels, device)
-    path, how = Path(flags.checkpoint), (flags.router, flags.router_level)
-    model, text, meta = load_model(path, device, dtype, *how)
-    known = how_read(meta["flags"], path)
+    path = Path(flags.checkpoint)
+    model, text, info = load_model(path, device, dtype, flags.router, flags.router_level)
+    known = how_read(info["flags"], path)
     flags, samples = load_questions(flags, known)
     print(f"{path} on {' '.join(flags.data)} {flags.split}")
     leaked = check_leaks(samples, path)
-    size = flags.batch_size or 64
-    predictor = Predictor(model, text, device, dtype, size, flags.max_new, processes)
-    return {"leaks": leaked} | report(predictor, samples, flags, meta)
+    predictor = Predictor(
+        model, text, device, dtype, flags.batch_size or 64, flags.max_new, processes
+    )
+    return {"leaks": leaked} | report(predictor, samples, flags, info)
 
 
 def evaluate_predictions(flags: EvalConfig) -> dict:
@@ -337,7 +345,7 @@ def main(argv: list[str] | None = None) -> dict:
     elif flags.predictions:
         result = evaluate_predictions(flags)
     else:
-        processes = start(flags.device)
+        processes = join_processes(flags.device)
         result = evaluate_checkpoint(flags, processes)
         processes.end()
         if not processes.is_first:  # each has all answers; the first writes them

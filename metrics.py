@@ -50,26 +50,22 @@ def precision(answer: str, truth: str) -> float:
     return recall(truth, answer) if words(answer) else float(not words(truth))
 
 
-def overlap(answer: str, truth: str) -> int:
-    """Words in common, each as often as both contain it."""
-    return (Counter(words(answer)) & Counter(words(truth))).total()
-
-
 def token_f1(answer: str, truth: str) -> float:
     """2 * common words / all words of both (Rajpurkar et al. 2016, SQuAD)."""
-    total = len(words(answer)) + len(words(truth))
-    return 2 * overlap(answer, truth) / total if total else 1.0
+    found, wanted = Counter(words(answer)), Counter(words(truth))
+    total = found.total() + wanted.total()
+    return 2 * (found & wanted).total() / total if total else 1.0
 
 
 def bleu1(answer: str, truth: str) -> float:
-    """Share of the answer's words that the truth has, less for answers that are too short.
+    """BLEU with single words, of one sentence, not smoothed."""
+    return unigram_bleu(words(answer), words(truth)) if words(answer) else float(not words(truth))
 
-    BLEU with single words (Papineni et al. 2002), one sentence, not smoothed.
-    """
-    n_answer, wanted = len(words(answer)), len(words(truth))
-    if n_answer == 0:
-        return float(wanted == 0)
-    return overlap(answer, truth) / n_answer * min(1.0, math.exp(1 - wanted / n_answer))
+
+def unigram_bleu(found: list[str], wanted: list[str]) -> float:
+    """Share of the words found that are wanted, less for too few of them (Papineni et al. 2002)."""
+    shared = (Counter(found) & Counter(wanted)).total()
+    return shared / len(found) * min(1.0, math.exp(1 - len(wanted) / len(found)))
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:

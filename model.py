@@ -140,7 +140,7 @@ def make_sparse(
     model.config = replace(model.config, moe=moe)
 
 
-class Step(NamedTuple):
+class Generated(NamedTuple):
     """One forward pass of generation."""
 
     tokens: Tensor  # (B,) int64, eos_id for samples that have ended
@@ -151,8 +151,8 @@ class Step(NamedTuple):
 def generate(
     model: MedMoE, batch: Batch, eos_id: int, max_new: int = 64, temperature: float = 0.0,
     top_p: float = 1.0, generator: torch.Generator | None = None,
-) -> Iterator[Step]:  # fmt: skip
-    """Continue each prompt, one token a Step, until all have ended with eos_id or max_new is hit.
+) -> Iterator[Generated]:  # fmt: skip
+    """Continue each prompt by one token a step, until all have ended with eos_id or max_new is hit.
 
     batch is padded on the left. temperature 0 is greedy; else tokens are sampled from the smallest
     set whose probability reaches top_p. Raises UserError for a router that looks ahead.
@@ -172,7 +172,7 @@ def generate(
         tokens = pick(logits, temperature, top_p, generator)  # (B,)
         tokens = tokens.masked_fill(ended, eos_id)
         ended = ended | (tokens == eos_id)
-        yield Step(tokens, routings)
+        yield Generated(tokens, routings)
         if ended.all():
             return
         ids, mask, images = tokens[:, None], torch.ones_like(mask[:, :1]), images[:0]

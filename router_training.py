@@ -156,7 +156,7 @@ def mislabel(samples: Sequence[Sample], share: float, seed: int) -> list[Sample]
 
 def learn_router(
     model: MedMoE, samples: Sequence[Sample], text: Text, flags: TrainConfig,
-    device: torch.device, dtype: torch.dtype, layers: Sequence[int],
+    layers: Sequence[int], device: torch.device, dtype: torch.dtype,
 ) -> tuple[dict[str, Tensor], dict]:  # fmt: skip
     """Train on one question an image, a fifth of them held out -> weights, report; or {}, {}.
 
@@ -169,11 +169,12 @@ def learn_router(
         return {}, {}
     if flags.router_noise:
         train_samples = mislabel(train_samples, flags.router_noise, flags.seed)
-    where = layers, flags.seed, device, dtype
-    parts = [collect(model, part, text, *where) for part in (train_samples, held_out)]
-    weights, report = train_router(
-        *parts, n_experts=flags.experts or len(MODALITIES), seed=flags.seed
+    train_features, held_out_features = (
+        collect(model, part, text, layers, flags.seed, device, dtype)
+        for part in (train_samples, held_out)
     )
+    n_experts = flags.experts or len(MODALITIES)
+    weights, report = train_router(train_features, held_out_features, n_experts, flags.seed)
     print(f"router: {len(train_samples)} labels; on {report['n']} held-out images "
           f"{report['accuracy']:.1%}, single positions {report['token_accuracy']:.1%}")  # fmt: skip
     print(format_confusion(report))

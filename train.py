@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import load_checkpoint, read_meta, read_seen
+from checkpoint import load_checkpoint, read_config, read_seen
 from config import (
     IGNORE,
     PHASES,
@@ -37,14 +37,13 @@ from data import Batch, Dataset, Text
 from engine import cli, lora
 from engine.features import check_cache
 from engine.optim import cast_weights, make_optimizer
-from engine.processes import ALONE, Processes, start
+from engine.processes import ALONE, Processes, join_processes
 from engine.published import load_published
 from engine.run import Run, claim, refuse_changed_flags, seed_all, unfinished
 from model import (
     Loss,
     MedMoE,
     autocast,
-    choose_device,
     freeze_all_but,
     make_router,
     make_sparse,
@@ -112,21 +111,22 @@ def micro_batches(data: Dataset, rows: list[int], accumulate: int, run: Run) -> 
 
 
 def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run: Run) -> None:
-    """The loop of every phase."""
+    """The loop of every phase. `run` is what surrounds it: log, progress, checkpoints, signals."""
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     routers = [block.mlp.router for block in model.decoder.blocks if block.is_sparse]
     optimizer = make_optimizer(params, recipe.lr, flags.weights)
     per_epoch = len(data.epoch(recipe.batch_size, flags.seed, 0))
     n_steps = flags.steps or max(1, round(recipe.epochs * per_epoch))
+    # --resume: weights, optimizer and random generators become those of the last checkpoint.
     first = run.begin(model, optimizer, data.samples, n_steps, per_epoch,
                       lr=recipe.lr, batch_size=recipe.batch_size)  # fmt: skip
     model.train()
-    with run.interruptible():
+    with run.interruptible():  # Ctrl-C lets a step finish
         for step in range(first, n_steps):
             if step == first or step % per_epoch == 0:
                 order = data.epoch(recipe.batch_size, flags.seed, step // per_epoch)
             rows = order[step % per_epoch]
-            data.prefetch(order[step % per_epoch + 1 :][:2])
+            data.prefetch(order[step % per_epoch + 1 :][:2])  # in threads
             batches = micro_batches(data, rows, flags.accumulate, run)
             # The mean over all supervised tokens of the step: neither accumulation nor the number
             # of processes changes the loss.
@@ -143,8 +143,10 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
                 part = part / n_tokens
                 part.backward()
                 loss += part.item()
-                run.count(batch, out)
-            loss, load = run.reduce(loss)  # sums over processes; FSDP has summed the gradients
+                run.count(batch, out)  # positions, and tokens routed to each expert
+            # Sums over the processes, as FSDP has summed the gradients. load (L, E): tokens routed
+            # to each expert, per real position.
+            loss, load = run.reduce(loss)
             norm = run.clip_gradients(flags.clip_grad)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 ids = ", ".join(data.samples[r].id for r in rows)
@@ -156,8 +158,8 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
-                for router, of_layer in zip(routers, load.to(run.device), strict=True):
-                    router.update(of_layer)
+                for router, load_of_layer in zip(routers, load.to(run.device), strict=True):
+                    router.update(load_of_layer)  # does nothing in the built-in routers
             run.after_step(step, loss, lr, norm, load)
     model.eval()
 
@@ -175,27 +177,27 @@ def describe(model: MedMoE) -> str:
     return "\n".join(f"  {'frozen' if f else 'trains'}  {name:<32}{n:>14,}" for f, name, n in rows)
 
 
-def start_model(number: int, flags: TrainConfig, source: Path | None) -> tuple[MedMoE, Path, dict]:
+def initial_model(number: int, flags: TrainConfig, init: Path | None) -> tuple[MedMoE, Path, dict]:
     """-> the model as the phase begins, its tokenizer's file, phase 2's router if there is one.
 
-    source: the checkpoint to start from; None: the pretrained tower and decoder.
+    init: the checkpoint to start from; None: the pretrained tower and decoder.
     """
     chosen = preset(flags.preset)
     model = MedMoE(chosen.model)
-    if source is None:
+    if init is None:
         clip, llm = pretrained(flags)
         load_published(model, chosen.model, clip, llm)
         return model, llm / "tokenizer.json", {}
-    config, meta = read_meta(source)
+    config, info = read_config(init)
     if replace(config, moe=None) != chosen.model:
-        theirs = meta.get("flags", {}).get("preset", "another preset")
-        raise UserError(f"{source}: a checkpoint of {theirs}, not of --preset {flags.preset}")
+        theirs = info.get("flags", {}).get("preset", "another preset")
+        raise UserError(f"{init}: a checkpoint of {theirs}, not of --preset {flags.preset}")
     if config.moe is not None:
         make_sparse(model, config.moe)
-    load_checkpoint(model, source)
-    file = source / "router.safetensors"
+    load_checkpoint(model, init)
+    file = init / "router.safetensors"
     router = dict(open_tensors(file)) if file.is_file() else {}
-    return model, source / "tokenizer.json", router
+    return model, init / "tokenizer.json", router
 
 
 def sparse_config(flags: TrainConfig, config: ModelConfig) -> MoEConfig:
@@ -216,9 +218,9 @@ def go_sparse(model: MedMoE, flags: TrainConfig, router: dict[str, Tensor]) -> N
     make_sparse(model, sparse_config(flags, model.config), router)
 
 
-def prepare(number: int, flags: TrainConfig, source: Path | None) -> tuple[MedMoE, Path]:
+def prepare(number: int, flags: TrainConfig, init: Path | None) -> tuple[MedMoE, Path]:
     """-> the model with the parameters of this phase trainable, and its tokenizer's file."""
-    model, tokenizer, router = start_model(number, flags, source)
+    model, tokenizer, router = initial_model(number, flags, init)
     if flags.weights != "float32":
         cast_weights(model, torch.bfloat16)
     if number == 3 and model.config.moe is None and flags.experts:
@@ -230,12 +232,12 @@ def prepare(number: int, flags: TrainConfig, source: Path | None) -> tuple[MedMo
 
 
 def run_phase(
-    number: int, flags: TrainConfig, source: Path | None, processes: Processes = ALONE
+    number: int, flags: TrainConfig, init: Path | None, processes: Processes = ALONE
 ) -> Path:
     """One phase from start to checkpoint; returns the checkpoint's directory."""
     phase, recipe = PHASES[number], choose_recipe(flags, number)
     seed_all(flags.seed + number)  # all processes begin with the same model
-    model, tokenizer = prepare(number, flags, source)
+    model, tokenizer = prepare(number, flags, init)
     summary, text = describe(model), Text(tokenizer)
     run = Run(number, flags, tokenizer, processes)
     run.refuse_leftovers()
@@ -245,22 +247,23 @@ def run_phase(
     images = Images(model.config.vision.image_size, pad=not phase.plain, workers=flags.workers)
     data = Dataset(samples, text, model.config, phase.plain, images)
     print(f"\nphase {number}, {phase.title}: {len(samples)} samples, {recipe}")
-    print(f"  on {run.device}, matmuls in {run.dtype}; starts from {source or 'pretrained parts'}")
+    print(f"  on {run.device}, matmuls in {run.dtype}; starts from {init or 'pretrained parts'}")
     print(summary)
-    extra, meta = {}, {}
-    seen = [read_seen(source)] if source else []
+    extra, info = {}, {}
+    seen = [read_seen(init)] if init else []
     if all(part is not None for part in seen):  # else nobody knows what it was trained on
         extra["seen"] = {"seen": leaks.merge(*seen, leaks.seen_by(samples))}
     train(model, data, flags, recipe, run)
     if number == 2:
         questions = load_samples(flags.data, "vqa", "train", **reading(flags))
         layers = sparse_layers(model.config, sparse_config(flags, model.config))
-        where = run.device, run.dtype, layers
-        weights, meta["router"] = learn_router(model, questions, text, flags, *where)
+        weights, info["router"] = learn_router(
+            model, questions, text, flags, layers, run.device, run.dtype
+        )
         extra |= {"router": weights} if weights else {}
     lora.merge_lora(model)
     path = run.folder / f"phase{number}"
-    run.save(path, model, extra, **meta)
+    run.save(path, model, extra, **info)
     run.remove(unfinished(run.folder, number))
     print(f"phase {number}: saved {path}")
     return path
@@ -284,35 +287,28 @@ def pretrained(flags: TrainConfig) -> tuple[Path, Path]:
     return found[0], found[1]
 
 
+def is_new_to_the_tower(flags: TrainConfig) -> bool:
+    """The default of --tune-vision: is there data that the pretrained tower has not seen?"""
+    if flags.init:
+        return read_config(Path(flags.init))[1]["flags"]["tune_vision"]
+    seen = read_json(pretrained(flags)[0] / "config.json", dict).get("pretrained_on", ())
+    # A tower whose config.json lists its pretraining data has seen no other.
+    kinds, seen_kinds = ({s.partition(":")[0] for s in specs} for specs in (flags.data, seen))
+    return bool(seen_kinds and kinds - seen_kinds)
+
+
 def resolve(flags: TrainConfig) -> TrainConfig:
     """Fill in the defaults that depend on other flags; find mistakes before training starts."""
-    model = preset(flags.preset).model
     out = flags.out or f"runs/{flags.preset}"
     flags = replace(flags, data=flags.data or ("phantoms",), out=out)
-    cli.at_least(flags, accumulate=1, experts=0, save_every=1, keep=1, batch_size=1, steps=1,
-                 router_images=1, expert_parallel=1, workers=0, max_missing=0)  # fmt: skip
-    if flags.json:
-        cli.check_writable(Path(flags.json))
-    if flags.weights != "float32" and choose_device(flags.device, flags.dtype)[1] == torch.float32:
-        raise UserError(f"--weights {flags.weights}: needs --dtype bfloat16, not float32")
-    largest = min(model.decoder.d_model, model.decoder.d_ff)
-    if not 0 <= flags.lora_rank <= largest:
-        raise UserError(f"--lora-rank {flags.lora_rank}: must be from 0 to {largest}, the width")
-    if flags.lora_rank and flags.trains == "released":
-        raise UserError("--lora-rank: --trains released trains whole FFNs; give one of the two")
-    if flags.tune_vision is None and flags.init:
-        flags = replace(flags, tune_vision=read_meta(Path(flags.init))[1]["flags"]["tune_vision"])
-    elif flags.tune_vision is None:
-        # A tower whose config.json lists its pretraining data has seen no other.
-        known = read_json(pretrained(flags)[0] / "config.json", dict).get("pretrained_on", ())
-        seen = {spec.partition(":")[0] for spec in known}
-        new = {spec.partition(":")[0] for spec in flags.data} - seen
-        flags = replace(flags, tune_vision=bool(seen and new))
+    cli.check_training(flags)
+    if flags.tune_vision is None:
+        flags = replace(flags, tune_vision=is_new_to_the_tower(flags))
     if flags.jitter is None:
         flags = replace(flags, jitter=flags.tune_vision)
     check_cache(flags)
-    cli.check_sparse(flags)
     if flags.phase == 3 and flags.experts:
+        model = preset(flags.preset).model
         make_router(model, sparse_config(flags, model))
         if flags.router == "modality" and flags.init is None:
             questions = load_samples(flags.data, "vqa", "train", **reading(flags))
@@ -336,7 +332,7 @@ def earlier_phase(number: int, flags: TrainConfig) -> Path | None:
     path = Path(flags.out) / f"phase{number}"
     if not path.is_dir() or (flags.resume and unfinished(path.parent, number)):
         return None
-    before = read_meta(path)[1]["flags"]
+    before = read_config(path)[1]["flags"]
     for name in SAME:
         if before.get(name) != to_dict(flags)[name]:
             typed = f"--{name.replace('_', '-')} {before.get(name)}"
@@ -347,13 +343,13 @@ def earlier_phase(number: int, flags: TrainConfig) -> Path | None:
 
 def run_phases(flags: TrainConfig, processes: Processes) -> None:
     """All phases up to --phase that are missing, then the evaluation."""
-    source = Path(flags.init) if flags.init else None
+    init = Path(flags.init) if flags.init else None
     first = flags.phase if flags.init else 1
     for number in range(first, flags.phase):
-        source = earlier_phase(number, flags) or run_phase(number, flags, source, processes)
+        init = earlier_phase(number, flags) or run_phase(number, flags, init, processes)
     if path := earlier_phase(flags.phase, flags) if flags.resume else None:
-        refuse_changed_flags(path, read_meta(path)[1]["flags"], flags)
-    path = path or run_phase(flags.phase, flags, source, processes)
+        refuse_changed_flags(path, read_config(path)[1]["flags"], flags)
+    path = path or run_phase(flags.phase, flags, init, processes)
     processes.end()
     if not processes.is_first:
         return
@@ -373,7 +369,7 @@ def run_phases(flags: TrainConfig, processes: Processes) -> None:
 @cli.user_errors
 def main(argv: list[str] | None = None) -> None:
     flags = resolve(cli.parse(TrainConfig, argv, "train.py"))
-    processes = start(flags.device)
+    processes = join_processes(flags.device)
     print(" ".join(f"{k}={v}" for k, v in asdict(flags).items()))
     Path(flags.out).mkdir(parents=True, exist_ok=True)
     with claim(Path(flags.out), processes):

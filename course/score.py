@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 
 import train
-from checkpoint import read_meta
+from checkpoint import read_config
 from config import MODALITIES, UserError, flag, one_line, preset, to_dict
 from course import contain, judge
 from course.vet import count_lines, read_submission, vet
@@ -195,7 +195,7 @@ def score(spec: str, flags: ScoreConfig, contract: str | None = None) -> dict:
     derived = derive(flags.student, secret, flags.seeds)
     if flags.init:
         base = Path(flags.init)
-        read_meta(base)
+        read_config(base)
     else:
         base = make_base(BUDGET, Path(flags.out))
     results = run_seeds(text, cls, where, derived, base, flags.limit)

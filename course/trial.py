@@ -23,7 +23,7 @@ from torch import Tensor
 
 import config
 import train
-from checkpoint import load_model, read_meta
+from checkpoint import load_model, read_config
 from config import MODALITIES, UserError, one_line
 from course import contain
 from data import Dataset, Sample, Text
@@ -145,7 +145,7 @@ def watch(job: dict, folder: Path) -> dict:
     """Import, train and measure under guard -> the numbers, or {"refused": reason}."""
     file = folder / contain.FILE
     # The model's sizes come from the checkpoint; steps, learning rate and batch from the job.
-    found, _ = read_meta(Path(job["init"]))
+    found, _ = read_config(Path(job["init"]))
     config.PRESETS["scored"] = replace(config.PRESETS["tiny"], model=replace(found, moe=None))
     refusals, before = contain.guard(folder, file), contain.snapshot()
     spec = f"{file}:{job['class']}"

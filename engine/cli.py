@@ -14,9 +14,10 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from config import DATA, MANY, MODEL, OPTIM, SAVE, SPEED, Common, TrainConfig, UserError, one_line
+import torch
 
-ORDER = ("", MODEL, OPTIM, DATA, SPEED, MANY, SAVE)  # of the groups in --help
+from config import GROUPS, Common, TrainConfig, UserError, one_line, preset
+from model import choose_device
 
 
 def parse(cls: type, argv: Sequence[str] | None, prog: str) -> Any:
@@ -25,11 +26,11 @@ def parse(cls: type, argv: Sequence[str] | None, prog: str) -> Any:
     Raises UserError for anything that is not one of them.
     """
     names = [(f.name.upper(), f.default) for f in fields(cls) if f.metadata.get("positional")]
-    usage = [prog, *(n if default is MISSING else f"[{n}]" for n, default in names)]
-    usage = " ".join([*usage, "[flags]"])
+    words = (n if default is MISSING else f"[{n}]" for n, default in names)
+    usage = " ".join([prog, *words, "[flags]"])
     parser = _Parser(prog=prog, usage=usage, description=cls.__doc__, allow_abbrev=False)
-    groups = {title: parser.add_argument_group(title) for title in ORDER[1:]} | {"": parser}
-    for f in sorted(fields(cls), key=lambda f: ORDER.index(f.metadata.get("group", ""))):
+    groups = {title: parser.add_argument_group(title) for title in GROUPS[1:]} | {"": parser}
+    for f in sorted(fields(cls), key=lambda f: GROUPS.index(f.metadata.get("group", ""))):
         outer, inner = get_origin(f.type), get_args(f.type)
         kind: dict[str, Any] = {"help": f.metadata.get("help")}
         if outer is Literal:
@@ -65,8 +66,20 @@ def at_least(flags: Common, **least: int) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
 
 
-def check_sparse(flags: TrainConfig) -> None:
-    """Raise UserError for flags of the sparse blocks that exclude each other."""
+def check_training(flags: TrainConfig) -> None:
+    """Raise UserError for numbers out of their range, and for flags that exclude each other."""
+    at_least(flags, accumulate=1, experts=0, save_every=1, keep=1, batch_size=1, steps=1,
+             router_images=1, expert_parallel=1, workers=0, max_missing=0)  # fmt: skip
+    decoder = preset(flags.preset).model.decoder
+    largest = min(decoder.d_model, decoder.d_ff)
+    if flags.json:
+        check_writable(Path(flags.json))
+    if flags.weights != "float32" and choose_device(flags.device, flags.dtype)[1] == torch.float32:
+        raise UserError(f"--weights {flags.weights}: needs --dtype bfloat16, not float32")
+    if not 0 <= flags.lora_rank <= largest:
+        raise UserError(f"--lora-rank {flags.lora_rank}: must be from 0 to {largest}, the width")
+    if flags.lora_rank and flags.trains == "released":
+        raise UserError("--lora-rank: --trains released trains whole FFNs; give one of the two")
     if flags.experts == 0 and (flags.lora_rank or flags.trains == "released"):
         raise UserError("--experts 0: trains its FFNs whole, without --lora-rank or --trains")
     if flags.start == "fresh" and not flags.meta:
@@ -116,14 +129,12 @@ def command_line(cls: type, values: dict, prog: str) -> str:
     """The command that sets these flags: those that differ from the dataclass's defaults."""
     words = ["python", prog]
     for f in fields(cls):
-        value, name = values.get(f.name, f.default), "--" + f.name.replace("_", "-")
-        if value in (f.default, None):
-            continue
-        if isinstance(value, bool):
-            words.append(name if value else f"--no-{name[2:]}")
-        else:
+        value, name = values.get(f.name, f.default), f.name.replace("_", "-")
+        if isinstance(value, bool) and value != f.default:
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value not in (f.default, None):
             for part in value if isinstance(value, list | tuple) else [value]:
-                words += [name, str(part)]
+                words += [f"--{name}", str(part)]
     return shlex.join(words)
 
 

@@ -16,13 +16,13 @@ from moe import MoE
 from routers import Hints, Routing
 
 
-def upgrade(meta: dict) -> None:
+def upgrade(info: dict) -> None:
     """Make config.json what it would be today, in place."""
-    if moe := meta["model"]["moe"]:
+    if moe := info["model"]["moe"]:
         moe.pop("every", None)  # always 2
         moe.pop("residual", None)  # has_residual tells
-    if isinstance(meta["flags"].get("router_labels"), int):  # became --router-images
-        meta["flags"]["router_labels"] = None
+    if isinstance(info["flags"].get("router_labels"), int):  # became --router-images
+        info["flags"]["router_labels"] = None
 
 
 class ResidualMoE(MoE):

@@ -54,7 +54,7 @@ class Processes:
 ALONE = Processes()
 
 
-def start(device: str) -> Processes:
+def join_processes(device: str) -> Processes:
     """Join the processes that torchrun started, if it did; the first alone prints.
 
     device: --device; with GPUs each process takes the one of its local rank.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from config import UserError
 from data import Batch
-from model import MedMoE, Step, sparse_layers
+from model import Generated, MedMoE, sparse_layers
 from routers import Hints, Router, Routing
 
 
@@ -38,7 +38,7 @@ class Route(NamedTuple):
 
 
 def record(routings: Sequence[Sequence[Routing]], mask: Tensor) -> list[Route]:
-    """The routings of each Step of generate(), and the prompts' mask (B, T) -> a Route a sample."""
+    """The routings of each step of generate(), and the prompts' mask (B, T) -> a Route a sample."""
     steps = [torch.stack([torch.stack(r[:2]) for r in step], dim=3) for step in routings]
     both = torch.cat(steps, dim=2).cpu()  # (2, B, T + steps - 1, L, E) gates and logits
     pads = (~mask).sum(dim=1).tolist()  # on the left
@@ -111,7 +111,9 @@ class RouteRecorder:
         routings = chain.from_iterable(replay([self.routes[i] for i in rows], batch.mask))
         return replaced_routers(model, [Replayed(router, routings) for router in routers])
 
-    def record(self, steps: list[Step], rows: Sequence[int], batch: Batch, eos_id: int) -> None:
+    def record(
+        self, steps: list[Generated], rows: Sequence[int], batch: Batch, eos_id: int
+    ) -> None:
         """Keep what was taken. Raises UserError if an answer went on where its route had ended."""
         if self.routes is not None:
             tokens = torch.stack([step.tokens for step in steps], dim=1)[:, :-1]  # that had routes

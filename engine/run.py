@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import ops
-from checkpoint import load_checkpoint, read_meta, save_checkpoint
+from checkpoint import load_checkpoint, read_config, save_checkpoint
 from config import IMAGE_ID, TrainConfig, UserError, to_dict, warn_once
 from data import Batch, Sample
 from engine.durable import agree, discard, in_first, locked, recover, sync, verify, write_file
@@ -45,9 +45,6 @@ MAY_DIFFER = {
     "cache_features", "cache_gb", "compile", "activation_checkpointing", "expert_parallel",
     "save_every", "keep", "resume", "eval",
 }  # fmt: skip
-# The resolved config must be the same. With another device or number of processes the run is
-# resumed with a warning, since results then differ in the last bits.
-WHERE = ("device", "processes")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -292,11 +289,11 @@ class Run:
             raise UserError(f"{found[-1]} is an unfinished run: --resume continues it; "
                             "or remove it, or choose another --out")  # fmt: skip
 
-    def save(self, path: Path, model: MedMoE, extra: dict, own: dict | None = None, **meta) -> None:
-        meta |= {"phase": self.number, "flags": to_dict(self.flags), "torch": torch.__version__,
+    def save(self, path: Path, model: MedMoE, extra: dict, own: dict | None = None, **info) -> None:
+        info |= {"phase": self.number, "flags": to_dict(self.flags), "torch": torch.__version__,
                  "run": self.resolved}  # fmt: skip
         with disk_errors(path):
-            save_checkpoint(path, model, model.config, meta, self.tokenizer, extra, own,
+            save_checkpoint(path, model, model.config, info, self.tokenizer, extra, own,
                             processes=self.processes)  # fmt: skip
 
     def save_step(self, step: int) -> None:
@@ -347,17 +344,17 @@ class Run:
         return 0
 
     def load(self, path: Path) -> int:
-        config, meta = read_meta(path)
-        refuse_changed_flags(path, meta["flags"], self.flags)
-        if "run" not in meta:
+        config, info = read_config(path)
+        refuse_changed_flags(path, info["flags"], self.flags)
+        if "run" not in info:
             raise Changed(f"{path}: of an older version, which kept too little to resume from")
         verify(path, "tokenizer.json")
         is_same = (path / "tokenizer.json").read_bytes() == self.tokenizer.read_bytes()
         if config != self.model.config or not is_same:
             raise Changed(f"{path}: began with another model or tokenizer than this run has now")
         for name, now in self.resolved.items():
-            before = meta["run"].get(name)
-            if name in WHERE and before != now:
+            before = info["run"].get(name)
+            if name in ("device", "processes") and before != now:
                 warn_once(f"{path}: {name} {before}, now {now}: resumed, but not bit for bit")
             elif before != now:
                 refuse(path, name, before, now)
@@ -369,7 +366,7 @@ class Run:
             self.optimizer.state[param][kind] = like(param, tensor)
         own = path / f"process{self.rank}.safetensors"
         states = dict(open_tensors(own)) if own.is_file() else {}
-        step = meta["step"]
+        step = info["step"]
         for param in self.params.values():
             self.optimizer.state[param]["step"] = torch.tensor(float(step), device=self.device)
         set_generators(states, self.device, f"{self.flags.seed} {step} {self.rank}")

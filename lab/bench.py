@@ -212,8 +212,7 @@ def bench_train(flags: BenchConfig) -> dict:
 
 
 def prompts(samples: Sequence[Sample], text: Text, config: ModelConfig) -> Batch:
-    limits = config.vision.n_patches, config.system, config.decoder.max_len
-    encoded = [encode_prompt(s.turns[0][0], s.image is not None, text, *limits) for s in samples]
+    encoded = [encode_prompt(s.turns[0][0], s.image is not None, text, config) for s in samples]
     return collate(samples, encoded, Images(config.vision.image_size), text.eos_id, side="left")
 
 

@@ -17,7 +17,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +35,7 @@ from config import (
     PHI_TINY,
     STABLELM_TINY,
     DecoderConfig,
+    ModelConfig,
     VisionConfig,
     flag,
 )
@@ -331,10 +332,11 @@ def make_decoders(
         (out / config.family).mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(out / config.family / "tokenizer.json"))
     text = Text(out / configs[0].family)
-    before = {s.image: encode_sample(s, text, 0, plain=True)[0] for s in captions}
+    blind = ModelConfig(replace(CLIP_TINY, image_size=0), configs[0])
+    before = {s.image: encode_sample(s, text, blind, plain=True)[0] for s in captions}
     texts = []
-    for sample in dialogues:  # n_patches = 0: the place of the image is empty
-        caption, (ids, labels) = before[sample.image], encode_sample(sample, text, 0)
+    for sample in dialogues:  # no patches: the place of the image is empty
+        caption, (ids, labels) = before[sample.image], encode_sample(sample, text, blind)
         texts.append((caption + ids, [IGNORE] * len(caption) + labels))
     for config in configs:
         write_decoder(out / config.family, pretrain_decoder(flags, config, texts, log), text)

@@ -31,11 +31,10 @@ microsoft/LLaVA-Med llava/eval/run_eval.py and llava/eval/eval_metrics/ @b9a98a7
 eval_metrics/ are the same, byte for byte. Read, not copied. BLEU is nltk's sentence_bleu.
 """
 
-import math
 import re
 from collections import Counter
 
-from metrics import Protocol
+from metrics import Protocol, unigram_bleu
 
 MARKS = ';/[]"{}()=+\\_-><@`,?!'  # glossary.py:143-165; no : ' . * % in it
 PERIODS_DELETED = 32  # glossary.py:177: the flag re.UNICODE stands where re.sub takes a count
@@ -110,11 +109,7 @@ def bleu1(answer: str, truth: str) -> float:
     Source: Med-MoE run_eval.py:45-50 @148cbd6, LLaVA-Med run_eval.py:75-76 @b9a98a7;
     nltk 3.8.1 and 3.10.4 agree.
     """
-    found, wanted = answer.split(), truth.split()
-    shared = (Counter(found) & Counter(wanted)).total()
-    if shared == 0:
-        return 0.0
-    return math.exp(min(0.0, 1 - len(wanted) / len(found))) * shared / len(found)
+    return unigram_bleu(answer.split(), truth.split()) if answer.split() else 0.0
 
 
 def med_moe_closed(answer: str, truth: str) -> float:

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
@@ -58,3 +59,9 @@ def losses(out):
         for r in records
         if "loss" in r
     ]
+
+
+def reads(n_patches, system="", max_len=10**6):
+    """What data.py needs of a ModelConfig."""
+    decoder, vision = SimpleNamespace(max_len=max_len), SimpleNamespace(n_patches=n_patches)
+    return SimpleNamespace(vision=vision, decoder=decoder, system=system)

@@ -21,7 +21,7 @@ from checkpoint import load_model, read_seen
 from config import MODALITIES, UserError
 from data import Sample, collate, encode_sample
 from engine.durable import seal
-from model import Step
+from model import Generated
 from routers import Routing
 from scoring import compare
 from sources.load import load_samples
@@ -46,7 +46,7 @@ def test_unpack_counts_routed_tokens_of_prompt_and_answer_but_not_of_padding_or_
     prompt = [routing([[0, 1, 1], [2, 2, 0]])] * n_layers
     later = [[routing([[e], [e]])] * n_layers for e in (2, 1)]
     tokens = [torch.tensor(t) for t in ([4, 5], [6, EOS], [EOS, 8])]
-    steps = [Step(t, r) for t, r in zip(tokens, [prompt, *later], strict=True)]
+    steps = [Generated(t, r) for t, r in zip(tokens, [prompt, *later], strict=True)]
     text = SimpleNamespace(eos_id=EOS, decode=lambda ids: " ".join(map(str, ids)))
     first, second = eval.unpack(steps, mask, text)
     assert (first.answer, second.answer) == ("4 6", "5")
@@ -120,7 +120,7 @@ def test_options_are_chosen_by_the_likelihood_of_the_whole_answer(checkpoint):
     expected = torch.zeros(7, 3)
     for (i, s), (j, option) in itertools.product(enumerate(samples), enumerate(options)):
         answered = replace(s, turns=((s.turns[0][0], option),))
-        encoded = encode_sample(answered, text, model.config.vision.n_patches)
+        encoded = encode_sample(answered, text, model.config)
         batch = collate([answered], [encoded], predictor.images, text.eos_id)
         with torch.no_grad():
             expected[i, j] = -model.loss(batch).total

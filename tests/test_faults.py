@@ -21,7 +21,7 @@ import torch
 from mini import losses, mini, same, weights
 
 import train
-from checkpoint import load_checkpoint, load_model, read_meta, read_seen
+from checkpoint import load_checkpoint, load_model, read_config, read_seen
 from config import PRESETS, TrainConfig, UserError
 from engine import durable
 from engine.cli import user_errors
@@ -242,7 +242,7 @@ def finished(preset, tmp_path_factory):
 def test_a_thousand_damages_are_refused_by_the_name_of_the_file(finished):
     rng = random.Random(0)
     files = sorted(finished.iterdir())
-    model = MedMoE(read_meta(finished)[0])
+    model = MedMoE(read_config(finished)[0])
     before = {n: p.clone() for n, p in model.named_parameters()}
     for i in range(1000):
         path = files[i % len(files)]
@@ -253,7 +253,7 @@ def test_a_thousand_damages_are_refused_by_the_name_of_the_file(finished):
         assert str(error.value).startswith(f"{path}: ")
         if path.name == "config.json":
             with pytest.raises(UserError, match=r"config\.json: damaged"):
-                read_meta(finished)
+                read_config(finished)
         if path.name == "seen.safetensors":
             with pytest.raises(UserError, match=r"seen\.safetensors: damaged"):
                 read_seen(finished)
@@ -335,7 +335,7 @@ def test_a_signal_saves_a_checkpoint_and_prints_how_to_go_on(preset, tmp_path, w
     go.touch()
     assert children.end(child) == 128 + number
     (path,) = unfinished(out, 1)
-    step = read_meta(path)[1]["step"]
+    step = read_config(path)[1]["step"]
     load_model(path, torch.device("cpu"))
     printed = output_of(out).read_text()
     assert "Traceback" not in printed and not (out / "phase1").exists()

@@ -8,7 +8,7 @@ from one_step import stopped_after_a_checkpoint
 from torch.func import functional_call
 
 import train
-from checkpoint import read_meta
+from checkpoint import read_config
 from config import IGNORE, IMAGE_ID, TrainConfig, UserError
 from engine.lora import add_lora, merge_lora
 from engine.optim import cast_weights
@@ -255,7 +255,7 @@ def test_a_run_changes_ffns_by_low_rank_and_leaves_no_additions(tmp_path, monkey
                     else:
                         assert torch.equal(ended, began)
     assert not [n for n in three if "lora" in n]
-    assert read_meta(tmp_path / "phase3")[1]["flags"]["lora_rank"] == 4
+    assert read_config(tmp_path / "phase3")[1]["flags"]["lora_rank"] == 4
 
 
 def rank_of(matrix):

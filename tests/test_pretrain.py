@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,10 +61,11 @@ def test_the_committed_decoders_answer_from_what_they_have_read(name):
     model = MedMoE(chosen.model)
     load_published(model, chosen.model, chosen.clip, chosen.llm)
     text, right = Text(chosen.llm), []
+    blind = replace(chosen.model, vision=replace(chosen.model.vision, image_size=0))
     captions = {s.image: s for s in load_samples(("phantoms:20",), "captions", "test")}
     for sample in load_samples(("phantoms:20",), "vqa", "test")[::8]:  # 499 of 3 991 questions
-        before = encode_sample(captions[sample.image], text, 0, plain=True)[0]
-        ids, labels = encode_sample(sample, text, 0)
+        before = encode_sample(captions[sample.image], text, blind, plain=True)[0]
+        ids, labels = encode_sample(sample, text, blind)
         ids = torch.tensor([before + ids])  # (1, T)
         with torch.no_grad():
             hidden, _ = model.decoder(model.decoder.embed(ids), ids >= 0, Hints())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mini import reads
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from config import LLAVA_SYSTEM, PRESETS, MoEConfig, UserError, preset
@@ -142,12 +143,13 @@ def test_the_chat_template_token_for_token(phi2_text):
         return phi2_text.tokenizer.encode(text).ids
 
     question, answer = "Is there a <image> fracture?<|endoftext|>", "no"
-    prompt, _ = encode_prompt(question, True, phi2_text, 3, LLAVA_SYSTEM)
+    config = reads(3, LLAVA_SYSTEM)
+    prompt, _ = encode_prompt(question, True, phi2_text, config)
     before = tokens(f"{LLAVA_SYSTEM} USER: ")
     after = tokens(f"\n{question} ASSISTANT:")
     assert prompt == before + [-200] * 3 + after
     sample = Sample("1", "x", "train", 1, ((question, answer), ("Why?", "because")))
-    ids, labels = encode_sample(sample, phi2_text, 3, LLAVA_SYSTEM)
+    ids, labels = encode_sample(sample, phi2_text, config)
     answer = [*tokens(" no"), 50256]
     rest = [*tokens("USER: Why? ASSISTANT:"), *tokens(" because"), 50256]
     assert ids == prompt + answer + rest

@@ -329,7 +329,7 @@ def test_another_number_of_processes_goes_on_with_a_warning(base, killed, capsys
     for processes in (Processes(), Second(1, 2)):
         model = load_model(killed / "phase1-step0000004", torch.device("cpu"))[0]
         place = Run(1, flags, killed / "phase1-step0000004" / "tokenizer.json", processes)
-        meta = run.read_meta(killed / "phase1-step0000004")[1]
+        meta = run.read_config(killed / "phase1-step0000004")[1]
         place.resolved = meta["run"] | {"processes": processes.world}
         named = {n: p for n, p in model.named_parameters() if n.startswith("projector.")}
         place.model, place.params = model, named
@@ -342,7 +342,7 @@ def test_another_number_of_processes_goes_on_with_a_warning(base, killed, capsys
 
 
 def read_flags(folder):
-    values = run.read_meta(unfinished(folder, 1)[-1])[1]["flags"]
+    values = run.read_config(unfinished(folder, 1)[-1])[1]["flags"]
     return TrainConfig(**values | {"data": tuple(values["data"]), "resume": True})
 
 

@@ -11,7 +11,7 @@ from checkpoint import load_model
 from config import PRESETS, UserError
 from engine import routes
 from eval import Predictor
-from model import Step, generate
+from model import Generated, generate
 from routers import Hints, Routing, TopKRouter
 from sources.load import load_samples
 
@@ -172,7 +172,7 @@ def test_an_answer_longer_than_its_route_is_refused():
     recorder.routes, recorder.file = [route], None
 
     def check(tokens):
-        steps = [Step(torch.tensor([token]), []) for token in tokens]
+        steps = [Generated(torch.tensor([token]), []) for token in tokens]
         recorder.record(steps, [0], None, eos_id=0)
 
     check([4, 5, 0, 0])

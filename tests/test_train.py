@@ -10,7 +10,7 @@ import torch
 from one_step import gradients, place
 
 import train
-from checkpoint import read_meta
+from checkpoint import read_config
 from config import ASSETS, PHASES, MoEConfig, Recipe, TrainConfig, UserError, preset, to_dict
 from data import Dataset, Text
 from engine.cli import parse
@@ -107,13 +107,13 @@ def test_one_command_runs_the_missing_phases_and_each_changes_only_its_own(name,
     assert {k for k in one if not torch.equal(one[k], two[k])} == trained(name, 2)
     kept = set(two) & set(three)
     assert all(torch.equal(two[k], three[k]) for k in kept)  # attention, norms, dense FFNs
-    config, meta = read_meta(tmp_path / "phase3")
+    config, meta = read_config(tmp_path / "phase3")
     assert config.moe == MoEConfig() and meta["phase"] == 3
     router = dict(open_tensors(tmp_path / "phase2" / "router.safetensors"))
     for layer in (0, 2):
         for key in ("weight", "bias"):
             assert torch.equal(three[f"decoder.blocks.{layer}.mlp.router.proj.{key}"], router[key])
-    report = read_meta(tmp_path / "phase2")[1]["router"]
+    report = read_config(tmp_path / "phase2")[1]["router"]
     assert 4 <= report["n"] <= 12 and sum(map(sum, report["confusion"])) == report["n"]
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(r["phase"], r["step"]) for r in records if "loss" in r] == [
@@ -126,7 +126,7 @@ def test_one_command_runs_the_missing_phases_and_each_changes_only_its_own(name,
 def prepared(**flags) -> tuple:
     flags = train.resolve(TrainConfig(data=("phantoms:24",), dtype="float32", **flags))
     torch.manual_seed(3)
-    model, tokenizer, _ = train.start_model(1, flags, None)
+    model, tokenizer, _ = train.initial_model(1, flags, None)
     freeze_all_but(model, PHASES[2].trains)
     samples = load_samples(flags.data, "instructions", "train")
     images = Images(model.config.vision.image_size)

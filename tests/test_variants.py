@@ -11,7 +11,7 @@ from mini import mini, weights
 from torch import nn
 
 import train
-from checkpoint import load_model, read_meta
+from checkpoint import load_model, read_config
 from config import IMAGE_ID, MODALITIES, PRESETS, named_layers
 from data import Sample
 from lab.controls import Everyone, Hash, Wrong
@@ -46,7 +46,7 @@ def changed(path, before):
 
 def test_without_experts_phase_3_trains_the_ffns_of_the_same_blocks(run):
     path = run("no-experts", "--experts", "0")
-    config, meta = read_meta(path)
+    config, meta = read_config(path)
     assert config.moe is None and meta["flags"]["experts"] == 0
     before = path.parent.with_name("dense") / "phase2"
     parts = [f"fc{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")]
@@ -55,7 +55,7 @@ def test_without_experts_phase_3_trains_the_ffns_of_the_same_blocks(run):
 
 def test_without_a_meta_expert_there_is_none(run):
     path = run("no-meta", "--no-meta")
-    assert read_meta(path)[0].moe.meta is False
+    assert read_config(path)[0].moe.meta is False
     assert not any(".meta." in name for name in weights(path))
     model, _, _ = load_model(path, CPU)
     assert model.decoder.blocks[0].mlp.meta is None

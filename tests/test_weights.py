@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 import data
-from checkpoint import load_checkpoint, load_model, read_meta, save_checkpoint
+from checkpoint import load_checkpoint, load_model, read_config, save_checkpoint
 from config import MoEConfig, UserError, model_config, to_dict
 from engine.durable import seal
 from engine.published import CLIP, DECODERS, clip_table, fill, load_published, rename
@@ -371,7 +371,7 @@ def test_a_checkpoint_is_read_back_bitwise_with_its_config(build, tmp_path, toke
     files.append("tokenizer.json")
     assert sorted(p.name for p in folder.iterdir()) == files
     assert [p.name for p in folder.parent.iterdir()] == ["phase3"]
-    config, meta = read_meta(folder)
+    config, meta = read_config(folder)
     assert config == model.config
     assert meta == META
     other = MedMoE(config)
@@ -402,7 +402,7 @@ def test_what_an_interrupted_save_left_is_ignored_and_cleared(build, tmp_path, t
         (tmp_path / left / "junk").write_bytes(b"half")
     folder, model = tmp_path / "phase3", build()
     with pytest.raises(UserError, match="no such directory"):
-        read_meta(folder)
+        read_config(folder)
     for _ in range(2):
         save(folder, model, tokenizer)
         assert [p.name for p in tmp_path.iterdir()] == ["phase3"]
