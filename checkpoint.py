@@ -14,7 +14,6 @@ A run's folder holds phase1, phase2, phase3 (finished), phaseN-stepS (to resume 
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -90,19 +89,16 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict]:
         raise UserError(f"{file}: not a checkpoint of this project: {error}") from error
 
 
-def load_checkpoint(
-    model: nn.Module, directory: Path, put: Callable[[Tensor, Tensor], object] = Tensor.copy_
-) -> None:
+def load_checkpoint(model: nn.Module, directory: Path) -> None:
     """Fill every parameter and persistent buffer from model.safetensors, each exactly once.
 
-    put    copies a tensor of the file into a parameter
     Raises UserError, before anything is filled, if any file of the checkpoint is not as written.
     """
     verify(directory)
     if older.has_residual(header(file := directory / "model.safetensors")):
         older.add_residual(model)
     try:
-        fill(model, "", open_tensors(file), table=None, put=put)
+        fill(model, "", open_tensors(file), table=None)
     except (KeyError, ValueError) as error:
         raise UserError(f"{file}: {error.args[0]}") from error
 
@@ -146,7 +142,7 @@ def read_seen(directory: Path) -> Tensor | None:
     tensors = dict(open_tensors(file))
     if "pairs" in tensors:  # an older version's, in another form
         return None
-    seen = tensors.get("seen")
-    if seen is None or seen.dtype != torch.int64 or seen.shape[1:] != (6,):
+    rows = tensors.get("rows")
+    if rows is None or rows.dtype != torch.int64 or rows.shape[1:] != (6,):
         raise UserError(f"{file}: not a record of what was seen in training")
-    return seen
+    return rows

@@ -11,6 +11,7 @@ The letters used for shapes in the whole project, and their sizes in three prese
     N = B*T tokens of a batch           C positions a query can look at: cached + new
     L sparse layers                     G heads of keys and values, H if not shared
                                         (sizes: tiny / phi2 / stablelm2)
+    mask (B, T) True on real positions  attn_mask (B, 1, T, C) 0 or -inf, added to scores
 """
 
 import functools
@@ -122,7 +123,7 @@ class Phase:
     """One stage. `trains` are patterns over parameter names; everything else is frozen."""
 
     title: str
-    data: str  # which samples of a source: sources/load.py
+    task: str  # which samples of a source: sources/load.py
     plain: bool  # caption after image (True) or the chat template (False)
     trains: tuple[str, ...]
 
@@ -135,6 +136,7 @@ CLIP_L = VisionConfig(image_size=336, patch_size=14, width=1024, n_layers=24, n_
 CLIP_TINY = VisionConfig(image_size=112, patch_size=16, width=128, n_layers=6, n_heads=4, d_ff=512)
 
 # fmt: off
+#                            family     vocabulary D     layers heads F
 PHI2      = DecoderConfig("phi",       51200, 2560, 32, 32, 10240, rotary_dim=32, dropout=0.1)
 STABLELM2 = DecoderConfig("stablelm", 100352, 2048, 24, 32,  5632, rotary_dim=16, max_len=4096)
 SMOLLM2   = DecoderConfig("llama",     49152,  576, 30,  9,  1536, rotary_dim=64, max_len=8192,
@@ -161,14 +163,15 @@ PRESETS = {
 }
 
 # What a phase trains. train.trained_patterns changes it for flags that ask for more or less.
-EXPERTS = ("decoder.*.mlp.experts.*", "decoder.*.mlp.meta.*")
+EXPERTS_AND_META = ("decoder.*.mlp.experts.*", "decoder.*.mlp.meta.*")
 PHASES = {
     1: Phase("alignment",          "captions",     True,  ("projector.*",)),
     2: Phase("instruction tuning", "instructions", False, ("projector.*", "decoder.*")),
-    3: Phase("MoE tuning",         "vqa",          False, EXPERTS),
+    3: Phase("MoE tuning",         "vqa",          False, EXPERTS_AND_META),
 }
-# What the released code trains as well in phase 3, by name match: dense FFNs and the projector.
-RELEASED_EXTRA = ("projector.*", "decoder.blocks.*.mlp.[fgud]*")  # fc1, fc2; gate, up, down
+# What the released code trains as well in phase 3: the projector, and the dense FFNs by the first
+# letters of fc1, fc2, gate, up, down (not of experts, meta, router).
+RELEASED_EXTRA = ("projector.*", "decoder.blocks.*.mlp.[fgud]*")
 # fmt: on
 
 
@@ -205,6 +208,9 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise UserError(f"--preset {name}: not one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+# Below are the flags of the command line. Skip them on first reading.
 
 
 def flag(default: Any, help: str, group: str = "") -> Any:

@@ -110,7 +110,7 @@ def caption(turns: Turns, has_image: bool) -> Iterator[Segment]:
 
 
 def encode(segments: Iterable[Segment], text: Text, n_patches: int) -> Encoded:
-    """Segments -> token ids, with IMAGE_ID once a patch, and labels, IGNORE where unsupervised."""
+    """Segments -> token ids, n_patches times IMAGE_ID an image; labels, IGNORE if unsupervised."""
     ids, labels = [], []
     for segment, is_supervised in segments:
         if isinstance(segment, str):
@@ -123,14 +123,16 @@ def encode(segments: Iterable[Segment], text: Text, n_patches: int) -> Encoded:
 
 
 def encode_sample(sample: Sample, text: Text, config: ModelConfig, plain: bool = False) -> Encoded:
-    """A sample with its answers -> ids, with IMAGE_ID once a patch, and labels.
+    """A sample with its answers -> token ids and labels.
 
     plain: a caption in phase 1's form. Cut on the right to the decoder's max_len. Raises UserError,
     naming the sample, if no supervised token is left.
     """
     turns, has_image, max_len = sample.turns, sample.image is not None, config.decoder.max_len
-    template = chat(turns, has_image, config.system, text.eos_id)
-    segments = caption(turns, has_image) if plain else template
+    if plain:
+        segments = caption(turns, has_image)
+    else:
+        segments = chat(turns, has_image, config.system, text.eos_id)
     ids, labels = encode(segments, text, config.vision.n_patches)
     if len(ids) > max_len:
         warn_once(f"--data: samples are cut to {max_len} positions, all that the model reads")
@@ -165,6 +167,10 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(t.to(device, non_blocking=True) for t in self))
+
+    def n_supervised(self) -> int:
+        """Tokens with a label; the first token is never predicted."""
+        return int((self.labels[:, 1:] != IGNORE).sum())
 
     def prompt(self) -> Tensor:
         """(B, T) bool: real positions before the first answer token."""

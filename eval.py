@@ -77,7 +77,7 @@ class Prediction(NamedTuple):
 
 
 def unpack(steps: list[Generated], mask: Tensor, text: Text) -> list[Prediction]:
-    """The Steps of a batch, and its prompts' mask (B, T) -> one Prediction a sample."""
+    """What generate() gave for a batch, and its prompts' mask (B, T) -> one Prediction a sample."""
     tokens = torch.stack([step.tokens for step in steps], dim=1)  # (B, steps)
     alive = (tokens != text.eos_id).cumprod(dim=1).bool()  # (B, steps) part of the answer
     rows = zip(tokens, alive, strict=True)
@@ -166,7 +166,7 @@ class Predictor:
 
 
 def load_questions(flags: Any, known: dict) -> tuple[Any, list[Sample]]:
-    """The questions to answer. Without --data they are those of `known`, read as it says.
+    """The questions to answer. Without --data they are those of `known`, read with its flags.
 
     flags: a Common with `split` and `limit`, returned with the values taken from `known`
     known: the flags about data of a checkpoint or a result (sources.load.how_read), or {}
@@ -332,14 +332,8 @@ def main(argv: list[str] | None = None) -> dict:
     cli.at_least(flags, limit=1, max_new=1, batch_size=1, max_missing=0)
     if (flags.answers or flags.record_routes or flags.replay_routes) and not flags.checkpoint:
         raise UserError("--answers and routes: only for a checkpoint")
-    written = [Path(f) for f in (flags.json, flags.answers, flags.record_routes) if f]
-    inputs = flags.predictions, flags.replay_routes, *(flags.compare or ())
-    read = [Path(file) for file in inputs if file]
-    for file in written:
-        cli.check_writable(file)
-    places = [file.absolute() for file in written + read]
-    if any(places.count(file.absolute()) > 1 for file in written):
-        raise UserError(f"{written[0]}: would be written over another file of this command")
+    read = flags.predictions, flags.replay_routes, *(flags.compare or ())
+    cli.check_outputs((flags.json, flags.answers, flags.record_routes), read)
     if flags.compare:
         result = compare_answers(flags)
     elif flags.predictions:

@@ -2,7 +2,7 @@
 
     patches = projector(vision(images))                   (n_images, P, D)
     x       = splice(embed(ids), patches)                 (B, T, D)
-    h, routings = decoder(x)                              (B, T, D), one routing a sparse block
+    h, routings = decoder(x)                              (B, T, D), one routing per sparse block
     loss    = cross_entropy(lm_head(h[t]), ids[t + 1])    where labels are not IGNORE
 
 Shapes: B batch, T positions, P patches, W tower width, D d_model, V vocabulary, E experts.
@@ -23,27 +23,6 @@ from decoder import Cache, Decoder
 from moe import upcycle
 from routers import Hints, Router, Routing, get_router
 from vision import Projector, VisionTower
-
-
-def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """--device, --dtype -> where to compute, and in what precision matmuls run.
-
-    "auto" takes bf16 where it is fast: on a GPU, and on CPUs that multiply it in hardware.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here")
-    if dtype == "auto":
-        able = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = device == "cuda" or able.get("avx512_bf16") or able.get("amx_bf16")
-        dtype = "bfloat16" if fast else "float32"
-    return torch.device(device), getattr(torch, dtype)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """A context in which matmuls run in dtype; weights, norms and routers stay in fp32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 class Loss(NamedTuple):
@@ -84,7 +63,7 @@ class MedMoE(nn.Module):
         self, ids: Tensor, mask: Tensor, images: Tensor, hints: Hints = Hints(),
         cache: Cache | None = None,
     ) -> tuple[Tensor, list[Routing]]:  # fmt: skip
-        """Next to the Batch's ids, mask and images: what routers may know, and a cache to extend.
+        """ids, mask and images as in Batch; what routers may know; a cache of positions, to extend.
 
         -> hidden states (B, T, D) after the final norm, which lm_head scores; routings.
         """
@@ -190,14 +169,13 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator=None) -> Te
     return order.gather(-1, chosen).squeeze(-1)
 
 
-def freeze_all_but(model: MedMoE, trains: tuple[str, ...]) -> list[str]:
-    """Set requires_grad by pattern; returns the trained names. A pattern without a match raises."""
+def freeze_all_but(model: MedMoE, trains: tuple[str, ...]) -> None:
+    """Set requires_grad by pattern. Raises ValueError for a pattern without a match."""
     names = [name for name, _ in model.named_parameters()]
     if dead := [p for p in trains if not any(fnmatchcase(n, p) for n in names)]:
         raise ValueError(f"no parameter matches {dead}")
     for name, param in model.named_parameters():
         param.requires_grad_(any(fnmatchcase(name, p) for p in trains))
-    return [name for name, param in model.named_parameters() if param.requires_grad]
 
 
 def count_parameters(model: MedMoE) -> dict[str, int]:
@@ -213,3 +191,24 @@ def count_parameters(model: MedMoE) -> dict[str, int]:
     activated = total - experts + experts * moe.top_k // moe.n_experts
     ffns = 0 if moe.meta else experts // moe.n_experts  # the dense ones, if meta is not that
     return {"total": total, "activated": activated, "dense_base": total - experts - routers + ffns}
+
+
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """--device, --dtype -> where to compute, and in what precision matmuls run.
+
+    "auto" takes bf16 where it is fast: on a GPU, and on CPUs that multiply it in hardware.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here")
+    if dtype == "auto":
+        able = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = device == "cuda" or able.get("avx512_bf16") or able.get("amx_bf16")
+        dtype = "bfloat16" if fast else "float32"
+    return torch.device(device), getattr(torch, dtype)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """A context in which matmuls run in dtype; weights, norms and routers stay in fp32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

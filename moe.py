@@ -43,7 +43,8 @@ class GatedMLP(nn.Module):
 class Experts(nn.Module):
     """E FFNs that start as copies of one, with each parameter stacked along a first axis.
 
-    A parameter `fc1.weight` (F, D) of the FFN becomes `fc1.weight` (E, F, D) here.
+    A parameter `fc1.weight` (F, D) of the FFN becomes `fc1.weight` (E, F, D) here, so that ops.py
+    can multiply all experts at once.
     """
 
     def __init__(self, mlp: nn.Module, n_experts: int):
@@ -54,8 +55,8 @@ class Experts(nn.Module):
                 copies = param.detach().expand(n_experts, *param.shape).clone()
                 stacked.register_parameter(key, nn.Parameter(copies))
             self.add_module(name, stacked)
-        # What one expert computes, on torch's meta device: without weights of its own. In a list,
-        # so that it is no submodule.
+        # One FFN without weights of its own: `functional_call` lends it those of an expert. In a
+        # list, so that it is no submodule.
         self.ffn = [copy.deepcopy(mlp).to("meta")]
 
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
@@ -63,12 +64,12 @@ class Experts(nn.Module):
 
         The definition. ops.py computes the same with the tokens sorted by expert.
         """
-        names = [name for name, _ in self.named_parameters()]
+        by_expert = {name: param.unbind() for name, param in self.named_parameters()}
         y = torch.zeros_like(x)
-        for e, params in enumerate(zip(*(p.unbind() for p in self.parameters()), strict=True)):
+        for e in range(gates.shape[1]):
             token = gates[:, e].nonzero().squeeze(1)  # (n,) the tokens routed to expert e
-            weights = dict(zip(names, params, strict=True))  # (F, D) and the like
-            out = functional_call(self.ffn[0], weights, x[token])  # (n, D)
+            weights = {name: params[e] for name, params in by_expert.items()}  # (F, D) and the like
+            out = functional_call(self.ffn[0], weights, x[token])  # expert_e(x), (n, D)
             y.index_add_(0, token, (gates[token, e, None] * out).to(y.dtype))
         return y
 
@@ -86,7 +87,7 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """The sparse FFN of one block. meta=False is MoE-LLaVA's layer, without the first term.
 
-    A token whose gates are all 0, such as padding, gets meta(x) alone.
+    A token whose gates are all 0, such as padding, gets meta(x) alone, or 0 without a meta expert.
     """
 
     def __init__(self, mlp: nn.Module, router: Router, n_experts: int, meta: bool = True):
@@ -106,13 +107,15 @@ class MoE(nn.Module):
 
 @torch.no_grad()
 def upcycle(mlp: nn.Module, router: Router, n_experts: int, start: str, meta: bool = True) -> MoE:
-    """A trained dense FFN -> a sparse one: it becomes the meta expert, the experts are copies.
+    """A trained dense FFN -> a sparse layer: the FFN becomes the meta expert, E copies the experts.
 
-    start "preserving": the layer first computes FFN(x), as before. Where the gates of a token add
-        up to 1, every output layer is halved (FFN/2 + FFN/2); else those of the experts start at
-        0. Without a meta expert, plain copies preserve it if the gates add up to 1.
-    start "released": plain copies, so the layer first computes (1 + sum of gates) * FFN(x).
-    start "fresh": FFN(x), by the meta expert; experts are re-initialised, output layers are 0.
+    What the layer computes before its first step of training, by `start`:
+
+    preserving  FFN(x)   gates sum to 1:   FFN/2 (meta) + 1 * FFN/2 (experts)
+                         else:             FFN (meta) + gates * 0: the experts' output layers are 0
+                         no meta expert:   gates * FFN, the same only if they sum to 1
+    released    (1 + sum of gates) * FFN(x): plain copies
+    fresh       FFN(x)   by the meta expert; experts re-initialised, their output layers 0
     """
     moe = MoE(mlp, router, n_experts, meta)
     if start == "fresh":

@@ -239,8 +239,7 @@ def build(device: torch.device) -> None:
         log = folder / "build.log"
         log.write_text(str(error))
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        errors = [line for line in lines if re.search(r"\berror\b:", line)]
-        first = [*errors, *lines, "no reason given"][0]
+        first = next((line for line in lines if re.search(r"\berror\b:", line)), lines[0])
         raise UserError(f"cuda/ cannot be built: {first} (all in {log})") from None
 
 

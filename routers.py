@@ -1,6 +1,6 @@
 """Routers: which tokens go to which experts. To write your own, subclass Router, override `gate`.
 
-Shapes: B batch, T positions, D d_model, E experts, k experts per token, N tokens that are real.
+Shapes: B batch, T positions, D d_model, E experts, k experts per token, R real tokens of a batch.
 """
 
 import importlib.util
@@ -31,22 +31,23 @@ class Hints(NamedTuple):
 
 
 class Router(nn.Module):
-    """Scores every expert for every token. To write your own, subclass and override `gate`.
+    """Scores every expert for every token.
 
     `penalty` and `update` are there to balance the load, by a loss or without one. `gate` and
     `penalty` must not change the router: activation checkpointing computes them twice.
 
-    level "token" decides for each position; "sequence" once a sample, on the mean of its prompt,
+    level "token" decides for each position; "sequence" once per sample, on the mean of its prompt,
     and keeps that decision while the answer is generated: its tokens all go to the same k experts.
     """
 
-    causal = True  # False if gates at t may depend on answer tokens after t; generate() refuses
-    batch_invariant = True  # False if gates of one sample may depend on the others in the batch
     frozen = False  # True: phase 3 does not train it
+    needs: ClassVar[tuple[str, ...]] = ()  # fields of Hints that `gate` takes as well, by name
     sums_to_one = False  # True if the gates of every real token add up to 1: see moe.upcycle
+    causal = True  # False if gates at t may depend on answer tokens after t; generate() refuses
+    # What only tests and the course check:
+    batch_invariant = True  # False if gates of one sample may depend on the others in the batch
     at_most_k = True  # False if a token may be routed to more than top_k experts
     may_drop = False  # True if a real token may be routed to no expert, also in evaluation
-    needs: ClassVar[tuple[str, ...]] = ()  # fields of Hints that `gate` takes as well, by name
 
     def __init__(self, d_model: int, n_experts: int, top_k: int = 2, level: str = "token"):
         super().__init__()
@@ -74,20 +75,19 @@ class Router(nn.Module):
         if self.level == "sequence" and hints.previous is not None:  # decided on the prompt
             gates, logits, _ = hints.previous
             return Routing(*(t.expand(-1, x.shape[1], -1) for t in (gates, logits)))
-        real = mask
         with torch.autocast(x.device.type, enabled=False):  # fp32: bf16 rounding flips close calls
-            x = x.float()
-            if self.level == "sequence":
-                x = pool(x, mask if hints.prompt is None else mask & hints.prompt)  # (B, 1, D)
-                mask = torch.ones_like(mask[:, :1])
-            logits = F.linear(x, self.proj.weight.float(), self.proj.bias.float())  # (B, T or 1, E)
+            h, real = x.float(), mask  # what is decided on: each position,
+            if self.level == "sequence":  # or the mean of the prompt, (B, 1, D)
+                h = pool(h, mask if hints.prompt is None else mask & hints.prompt)
+                real = torch.ones_like(mask[:, :1])
+            logits = F.linear(h, self.proj.weight.float(), self.proj.bias.float())  # (B, T or 1, E)
             extra = {name: getattr(hints, name) for name in self.needs}
             # Not a product: gates on padding may be anything, even NaN, and must become 0.
-            gates = self.gate(logits, mask, x, **extra).masked_fill(~mask[..., None], 0.0)
-            penalty = self.penalty(gates, logits, mask, x) if self.training else 0.0
+            gates = self.gate(logits, real, h, **extra).masked_fill(~real[..., None], 0.0)
+            penalty = self.penalty(gates, logits, real, h) if self.training else 0.0
         if self.level == "sequence":  # the same decision at all positions
-            logits = logits.expand(-1, real.shape[1], -1)
-            gates = gates.expand_as(logits).masked_fill(~real[..., None], 0.0)
+            logits = logits.expand(-1, x.shape[1], -1)
+            gates = gates.expand_as(logits).masked_fill(~mask[..., None], 0.0)
         return Routing(gates, logits, penalty)
 
 
@@ -180,7 +180,7 @@ def load_balancing_loss(routing: Routing, mask: Tensor) -> Tensor:
     Fedus et al. 2021, equation 4, over the real tokens of mask (B, T); with k experts a token,
     each of them counts 1/k.
     """
-    gates, logits = routing.gates[mask], routing.logits[mask]  # both (N, E)
+    gates, logits = routing.gates[mask], routing.logits[mask]  # both (R, E)
     routed = (gates != 0).float().sum(dim=0)  # (E,) tokens of each expert
     share = routed / routed.sum().clamp(min=1)
     return gates.shape[-1] * (share * logits.softmax(dim=-1).mean(dim=0)).sum()

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -40,15 +41,7 @@ from engine.optim import cast_weights, make_optimizer
 from engine.processes import ALONE, Processes, join_processes
 from engine.published import load_published
 from engine.run import Run, claim, refuse_changed_flags, seed_all, unfinished
-from model import (
-    Loss,
-    MedMoE,
-    autocast,
-    freeze_all_but,
-    make_router,
-    make_sparse,
-    sparse_layers,
-)
+from model import Loss, MedMoE, autocast, freeze_all_but, make_router, make_sparse, sparse_layers
 from router_training import learn_router
 from routers import get_router, load_balancing_loss, router_z_loss
 from scoring import leaks
@@ -56,23 +49,6 @@ from sources.images import Images, jitter
 from sources.load import has_splits, load_samples, reading
 from sources.records import read_json
 from sources.tensorfiles import open_tensors
-
-
-def trained_patterns(flags: TrainConfig, number: int, config: ModelConfig) -> tuple[str, ...]:
-    """Which parameters phase `number` trains, as patterns over their names: PHASES, and flags."""
-    trains = lora.TRAINS[number] if flags.lora_rank else PHASES[number].trains
-    if number < 3:
-        return trains + (("vision.*",) if flags.tune_vision else ())
-    if config.moe is None:  # --experts 0: the FFNs that would be sparse
-        layers = sparse_layers(config, sparse_config(flags, config))
-        return tuple(f"decoder.blocks.{i}.mlp.*" for i in layers)
-    if not config.moe.meta:
-        trains = tuple(pattern for pattern in trains if ".meta." not in pattern)
-    if flags.trains == "released":
-        trains += RELEASED_EXTRA
-    if not get_router(config.moe.router).frozen:
-        trains += ("decoder.*.mlp.router.*",)
-    return trains
 
 
 def lr_scale(step: int, n_steps: int) -> float:
@@ -118,19 +94,19 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
     per_epoch = len(data.epoch(recipe.batch_size, flags.seed, 0))
     n_steps = flags.steps or max(1, round(recipe.epochs * per_epoch))
     # --resume: weights, optimizer and random generators become those of the last checkpoint.
-    first = run.begin(model, optimizer, data.samples, n_steps, per_epoch,
-                      lr=recipe.lr, batch_size=recipe.batch_size)  # fmt: skip
+    first_step = run.begin(model, optimizer, data.samples, n_steps, per_epoch,
+                           lr=recipe.lr, batch_size=recipe.batch_size)  # fmt: skip
     model.train()
     with run.interruptible():  # Ctrl-C lets a step finish
-        for step in range(first, n_steps):
-            if step == first or step % per_epoch == 0:
+        for step in range(first_step, n_steps):
+            if step == first_step or step % per_epoch == 0:
                 order = data.epoch(recipe.batch_size, flags.seed, step // per_epoch)
             rows = order[step % per_epoch]
             data.prefetch(order[step % per_epoch + 1 :][:2])  # in threads
             batches = micro_batches(data, rows, flags.accumulate, run)
-            # The mean over all supervised tokens of the step: neither accumulation nor the number
-            # of processes changes the loss.
-            (n_tokens,) = run.sum(sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches))
+            # One mean over all supervised tokens of the step: micro-batches and processes change
+            # nothing of the cross-entropy.
+            (n_tokens,) = run.sum(sum(batch.n_supervised() for batch in batches))
             loss = 0.0
             for batch in batches:
                 batch = batch.to(run.device)
@@ -138,9 +114,8 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
                     batch = batch._replace(images=jitter(batch.images))
                 with autocast(run.device, run.dtype):
                     out = model.loss(batch)
-                # Router losses are means over the tokens, out.total is a sum.
-                part = out.total + out.n_tokens * router_losses(out, batch.mask, flags)
-                part = part / n_tokens
+                router_loss = router_losses(out, batch.mask, flags)  # a mean; out.total is a sum
+                part = (out.total + out.n_tokens * router_loss) / n_tokens
                 part.backward()
                 loss += part.item()
                 run.count(batch, out)  # positions, and tokens routed to each expert
@@ -164,17 +139,24 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
     model.eval()
 
 
-def describe(model: MedMoE) -> str:
-    """One line for each family of parameters: trained or frozen, and how many."""
-    families: dict[tuple[bool, str], int] = {}
-    for name, param in model.named_parameters():
-        parts = re.sub(r"\.\d+\.", ".*.", name).split(".")[:-1]  # without weight, bias
-        if len(parts) > 2 and not parts[-1].startswith("ln"):
-            parts.pop()  # q, k, v, o in one line; fc1 and fc2 in one line
-        key = (param.requires_grad, "vision" if parts[0] == "vision" else ".".join(parts))
-        families[key] = families.get(key, 0) + param.numel()
-    rows = sorted((not trains, name, n) for (trains, name), n in families.items())
-    return "\n".join(f"  {'frozen' if f else 'trains'}  {name:<32}{n:>14,}" for f, name, n in rows)
+# The model of a phase: what it starts from, and what is trained.
+
+
+def sparse_config(flags: TrainConfig, config: ModelConfig) -> MoEConfig:
+    return MoEConfig(
+        flags.experts, flags.top_k, flags.router, flags.router_level, flags.start,
+        named_layers(flags.moe_layers, config.decoder.n_layers), flags.meta,
+    )  # fmt: skip
+
+
+def pretrained(flags: TrainConfig) -> tuple[Path, Path]:
+    """The directories of the tower and decoder to start from: the user's, or the preset's."""
+    chosen, found = preset(flags.preset), []
+    for name in ("clip", "llm"):
+        if (where := getattr(flags, name) or getattr(chosen, name)) is None:
+            raise UserError(f"--preset {flags.preset} comes without weights: give --{name} DIR")
+        found.append(Path(where))
+    return found[0], found[1]
 
 
 def initial_model(number: int, flags: TrainConfig, init: Path | None) -> tuple[MedMoE, Path, dict]:
@@ -196,39 +178,73 @@ def initial_model(number: int, flags: TrainConfig, init: Path | None) -> tuple[M
         make_sparse(model, config.moe)
     load_checkpoint(model, init)
     file = init / "router.safetensors"
-    router = dict(open_tensors(file)) if file.is_file() else {}
-    return model, init / "tokenizer.json", router
+    router_weights = dict(open_tensors(file)) if file.is_file() else {}
+    return model, init / "tokenizer.json", router_weights
 
 
-def sparse_config(flags: TrainConfig, config: ModelConfig) -> MoEConfig:
-    return MoEConfig(
-        flags.experts, flags.top_k, flags.router, flags.router_level, flags.start,
-        named_layers(flags.moe_layers, config.decoder.n_layers), flags.meta,
-    )  # fmt: skip
-
-
-def go_sparse(model: MedMoE, flags: TrainConfig, router: dict[str, Tensor]) -> None:
+def go_sparse(model: MedMoE, flags: TrainConfig, router_weights: dict[str, Tensor]) -> None:
     """The dense model of phase 2 -> experts and meta expert, phase 2's router in every layer."""
     if flags.router != "modality":
-        router = None  # stays as initialised
-    elif not router:
+        router_weights = None  # routers stay as initialised
+    elif not router_weights:
         raise UserError("--router modality: the checkpoint has no router.safetensors of phase 2")
-    elif (n := len(router["bias"])) != flags.experts:
+    elif (n := len(router_weights["bias"])) != flags.experts:
         raise UserError(f"--experts {flags.experts}: phase 2's router has {n} outputs")
-    make_sparse(model, sparse_config(flags, model.config), router)
+    make_sparse(model, sparse_config(flags, model.config), router_weights)
+
+
+def trained_patterns(flags: TrainConfig, number: int, config: ModelConfig) -> tuple[str, ...]:
+    """Which parameters phase `number` trains, by name: PHASES, and what flags add or take away."""
+    trains = lora.TRAINS[number] if flags.lora_rank else PHASES[number].trains
+    if number < 3:
+        return trains + (("vision.*",) if flags.tune_vision else ())
+    if config.moe is None:  # --experts 0: the FFNs that would be sparse
+        layers = sparse_layers(config, sparse_config(flags, config))
+        return tuple(f"decoder.blocks.{i}.mlp.*" for i in layers)
+    if not config.moe.meta:
+        trains = tuple(pattern for pattern in trains if ".meta." not in pattern)
+    if flags.trains == "released":
+        trains += RELEASED_EXTRA
+    if not get_router(config.moe.router).frozen:
+        trains += ("decoder.*.mlp.router.*",)
+    return trains
 
 
 def prepare(number: int, flags: TrainConfig, init: Path | None) -> tuple[MedMoE, Path]:
     """-> the model with the parameters of this phase trainable, and its tokenizer's file."""
-    model, tokenizer, router = initial_model(number, flags, init)
+    model, tokenizer, router_weights = initial_model(number, flags, init)
     if flags.weights != "float32":
         cast_weights(model, torch.bfloat16)
     if number == 3 and model.config.moe is None and flags.experts:
-        go_sparse(model, flags, router)
+        go_sparse(model, flags, router_weights)
     if flags.lora_rank:
         lora.add_lora(model, flags.lora_rank, number)
     freeze_all_but(model, trained_patterns(flags, number, model.config))
     return model, tokenizer
+
+
+def describe(model: MedMoE) -> str:
+    """One line for each family of parameters: trained or frozen, and how many."""
+    families: Counter[tuple[bool, str]] = Counter()
+    for name, param in model.named_parameters():
+        parts = re.sub(r"\.\d+\.", ".*.", name).split(".")[:-1]  # without weight, bias
+        if len(parts) > 2 and not parts[-1].startswith("ln"):
+            parts.pop()  # q, k, v, o in one line; fc1 and fc2 in one line
+        family = "vision" if parts[0] == "vision" else ".".join(parts)
+        families[param.requires_grad, family] += param.numel()
+    rows = sorted((not trains, name, n) for (trains, name), n in families.items())
+    return "\n".join(f"  {'frozen' if f else 'trains'}  {name:<32}{n:>14,}" for f, name, n in rows)
+
+
+# One phase, and all phases.
+
+
+def choose_recipe(flags: TrainConfig, number: int) -> Recipe:
+    """The preset's recipe of this phase, with what the flags change."""
+    chosen = preset(flags.preset)
+    recipe = (chosen.long if flags.tune_vision else chosen.recipes)[number]
+    given = {k: getattr(flags, k) for k in ("lr", "epochs", "batch_size")}
+    return replace(recipe, **{k: v for k, v in given.items() if v is not None})
 
 
 def run_phase(
@@ -242,18 +258,18 @@ def run_phase(
     run = Run(number, flags, tokenizer, processes)
     run.refuse_leftovers()
     run.place(model)
-    samples = load_samples(flags.data, phase.data, "train", **reading(flags))
+    samples = load_samples(flags.data, phase.task, "train", **reading(flags))
     # As released: training crops the images of captions, and pads all others.
     images = Images(model.config.vision.image_size, pad=not phase.plain, workers=flags.workers)
     data = Dataset(samples, text, model.config, phase.plain, images)
     print(f"\nphase {number}, {phase.title}: {len(samples)} samples, {recipe}")
     print(f"  on {run.device}, matmuls in {run.dtype}; starts from {init or 'pretrained parts'}")
     print(summary)
-    extra, info = {}, {}
-    seen = [read_seen(init)] if init else []
-    if all(part is not None for part in seen):  # else nobody knows what it was trained on
-        extra["seen"] = {"seen": leaks.merge(*seen, leaks.seen_by(samples))}
+    before = read_seen(init) if init else leaks.seen_by([])  # None: init has no record of it
+    rows = None if before is None else leaks.merge(before, leaks.seen_by(samples))
+    extra = {} if rows is None else {"seen": {"rows": rows}}
     train(model, data, flags, recipe, run)
+    info = {}
     if number == 2:
         questions = load_samples(flags.data, "vqa", "train", **reading(flags))
         layers = sparse_layers(model.config, sparse_config(flags, model.config))
@@ -269,22 +285,55 @@ def run_phase(
     return path
 
 
-def choose_recipe(flags: TrainConfig, number: int) -> Recipe:
-    """The preset's recipe of this phase, with what the flags change."""
-    chosen = preset(flags.preset)
-    recipe = (chosen.long if flags.tune_vision else chosen.recipes)[number]
-    given = {k: getattr(flags, k) for k in ("lr", "epochs", "batch_size")}
-    return replace(recipe, **{k: v for k, v in given.items() if v is not None})
+# Flags that must be the same for an earlier phase to be reused.
+SAME = ("preset", "data", "lang", "clip", "llm", "tune_vision", "image_folder", "router_labels")
 
 
-def pretrained(flags: TrainConfig) -> tuple[Path, Path]:
-    """The directories of the tower and decoder to start from: the user's, or the preset's."""
-    chosen, found = preset(flags.preset), []
-    for name in ("clip", "llm"):
-        if (where := getattr(flags, name) or getattr(chosen, name)) is None:
-            raise UserError(f"--preset {flags.preset} comes without weights: give --{name} DIR")
-        found.append(Path(where))
-    return found[0], found[1]
+def earlier_phase(number: int, flags: TrainConfig) -> Path | None:
+    """The finished checkpoint of this phase in --out, if its flags were those of this run.
+
+    None if there is none, or if --resume is to continue a later run of the phase.
+    """
+    path = Path(flags.out) / f"phase{number}"
+    if not path.is_dir() or (flags.resume and unfinished(path.parent, number)):
+        return None
+    before = read_config(path)[1]["flags"]
+    for name in SAME:
+        if before.get(name) != to_dict(flags)[name]:
+            typed = f"--{name.replace('_', '-')} {before.get(name)}"
+            raise UserError(f"{path} was trained with {typed}: choose another --out")
+    print(f"phase {number}: done before, {path}")
+    return path
+
+
+def run_phases(flags: TrainConfig, processes: Processes) -> None:
+    """All phases up to --phase that are missing, then the evaluation."""
+    init = Path(flags.init) if flags.init else None
+    first_phase = flags.phase if flags.init else 1
+    for number in range(first_phase, flags.phase):
+        init = earlier_phase(number, flags) or run_phase(number, flags, init, processes)
+    path = earlier_phase(flags.phase, flags) if flags.resume else None
+    if path is None:
+        path = run_phase(flags.phase, flags, init, processes)
+    else:
+        refuse_changed_flags(path, read_config(path)[1]["flags"], flags)
+    processes.end()
+    if not processes.is_first:
+        return
+    if flags.eval and not any(has_splits(spec) for spec in flags.data):
+        print(f"{' '.join(flags.data)} has no held-out split: name one with eval.py {path} --data")
+    elif flags.eval:
+        command = [str(Path(__file__).with_name("eval.py")), str(path), "--blind"]
+        command += ["--device", flags.device, "--dtype", flags.dtype]
+        command += ["--json", flags.json] if flags.json else []
+        print(f"\npython eval.py {' '.join(command[1:])}", flush=True)
+        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        if code := subprocess.run([sys.executable, *command], env=alone).returncode:
+            raise SystemExit(code)
+    print(f"\ntry it: python chat.py {path}")
+
+
+# Flags: the defaults that depend on other flags. Skip on first reading.
 
 
 def is_new_to_the_tower(flags: TrainConfig) -> bool:
@@ -312,58 +361,12 @@ def resolve(flags: TrainConfig) -> TrainConfig:
         make_router(model, sparse_config(flags, model))
         if flags.router == "modality" and flags.init is None:
             questions = load_samples(flags.data, "vqa", "train", **reading(flags))
-            if len(known := {s.modality for s in questions} - {None}) < 2:
-                found = f"only one modality, {known.pop()}" if known else "no modalities"
-                raise UserError(f"--router modality: {' '.join(flags.data)} has {found}: use "
-                                "--router topk, or label the images with --router-labels "
-                                "FILE")  # fmt: skip
+            if len({s.modality for s in questions} - {None}) < 2:
+                raise UserError(
+                    f"--router modality: fewer than two in {' '.join(flags.data)}: use "
+                    "--router topk, or label the images by --router-labels FILE"
+                )
     return flags
-
-
-# Flags that must be the same for an earlier phase to be reused.
-SAME = ("preset", "data", "lang", "clip", "llm", "tune_vision", "image_folder", "router_labels")
-
-
-def earlier_phase(number: int, flags: TrainConfig) -> Path | None:
-    """The finished checkpoint of this phase in --out, if its flags were those of this run.
-
-    None if there is none, or if --resume is to continue a later run of the phase.
-    """
-    path = Path(flags.out) / f"phase{number}"
-    if not path.is_dir() or (flags.resume and unfinished(path.parent, number)):
-        return None
-    before = read_config(path)[1]["flags"]
-    for name in SAME:
-        if before.get(name) != to_dict(flags)[name]:
-            typed = f"--{name.replace('_', '-')} {before.get(name)}"
-            raise UserError(f"{path} was trained with {typed}: choose another --out")
-    print(f"phase {number}: done before, {path}")
-    return path
-
-
-def run_phases(flags: TrainConfig, processes: Processes) -> None:
-    """All phases up to --phase that are missing, then the evaluation."""
-    init = Path(flags.init) if flags.init else None
-    first = flags.phase if flags.init else 1
-    for number in range(first, flags.phase):
-        init = earlier_phase(number, flags) or run_phase(number, flags, init, processes)
-    if path := earlier_phase(flags.phase, flags) if flags.resume else None:
-        refuse_changed_flags(path, read_config(path)[1]["flags"], flags)
-    path = path or run_phase(flags.phase, flags, init, processes)
-    processes.end()
-    if not processes.is_first:
-        return
-    if flags.eval and not any(has_splits(spec) for spec in flags.data):
-        print(f"{' '.join(flags.data)} has no held-out split: name one with eval.py {path} --data")
-    elif flags.eval:
-        command = [str(Path(__file__).with_name("eval.py")), str(path), "--blind"]
-        command += ["--device", flags.device, "--dtype", flags.dtype]
-        command += ["--json", flags.json] if flags.json else []
-        print(f"\npython eval.py {' '.join(command[1:])}", flush=True)
-        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        if code := subprocess.run([sys.executable, *command], env=alone).returncode:
-            raise SystemExit(code)
-    print(f"\ntry it: python chat.py {path}")
 
 
 @cli.user_errors

@@ -27,10 +27,10 @@ def quick_gelu(x: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """softmax(q k' / sqrt(K) + attn_mask) v; q (B, H, T, K), k, v (B, H, C, K) -> (B, H, T, K).
 
-    attn_mask (B, 1, T, C): 0 where a query may look, else -inf; None: everywhere. For training on
-    a CPU it is written out: torch's fused kernel takes 4 times as long for its backward in bf16.
+    attn_mask (B, 1, T, C): 0 where a query may look, else -inf; None: everywhere.
     """
     if q.device.type != "cpu" or not q.requires_grad:
+        # The same, fused. On a CPU its backward in bf16 would take 4 times as long.
         mask = None if attn_mask is None else attn_mask.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, C)

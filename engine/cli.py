@@ -14,8 +14,6 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import torch
-
 from config import GROUPS, Common, TrainConfig, UserError, one_line, preset
 from model import choose_device
 
@@ -74,7 +72,7 @@ def check_training(flags: TrainConfig) -> None:
     largest = min(decoder.d_model, decoder.d_ff)
     if flags.json:
         check_writable(Path(flags.json))
-    if flags.weights != "float32" and choose_device(flags.device, flags.dtype)[1] == torch.float32:
+    if flags.weights != "float32" and choose_device(flags.device, flags.dtype)[1].itemsize == 4:
         raise UserError(f"--weights {flags.weights}: needs --dtype bfloat16, not float32")
     if not 0 <= flags.lora_rank <= largest:
         raise UserError(f"--lora-rank {flags.lora_rank}: must be from 0 to {largest}, the width")
@@ -94,6 +92,15 @@ def check_writable(file: Path) -> None:
     """Before long work: raise UserError where its result could not be written."""
     if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
         raise UserError(f"{file}: cannot be written there")
+
+
+def check_outputs(written: Sequence[str | None], read: Sequence[str | None]) -> None:
+    """The same for several, none of which may be another file of this command."""
+    places = [Path(f).absolute() for f in (*written, *read) if f]
+    for file in (Path(f) for f in written if f):
+        check_writable(file)
+        if places.count(file.absolute()) > 1:
+            raise UserError(f"{file}: would be written over another file of this command")
 
 
 def user_errors(main: Callable) -> Callable:

@@ -99,8 +99,8 @@ def compile_blocks(model: MedMoE) -> None:
 
 def copy_cache(cache: Cache) -> Cache:
     """A cache that is extended on its own; no tensor is copied, as they are only replaced."""
-    other = Cache(0)
-    other.mask, other.layers = cache.mask, [copy.copy(layer) for layer in cache.layers]
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
     return other
 
 

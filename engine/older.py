@@ -21,8 +21,6 @@ def upgrade(info: dict) -> None:
     if moe := info["model"]["moe"]:
         moe.pop("every", None)  # always 2
         moe.pop("residual", None)  # has_residual tells
-    if isinstance(info["flags"].get("router_labels"), int):  # became --router-images
-        info["flags"]["router_labels"] = None
 
 
 class ResidualMoE(MoE):

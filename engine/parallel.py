@@ -9,7 +9,6 @@ Shapes: E experts, n processes that share them, R routed tokens of this process,
 """
 
 import warnings
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from config import IMAGE_ID, UserError
 from engine.processes import Processes
 from model import MedMoE
-from ops import DispatchPlan, SortedExperts, local
+from ops import DispatchPlan, SortedExperts
 
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
@@ -80,7 +79,9 @@ def shard(model: MedMoE, processes: Processes, device: torch.device, expert_para
     for block in model.decoder.blocks:
         if block.is_sparse and n > 1:
             shard_experts(block.mlp.experts, mesh)
-        fully_shard(block, mesh=every, shard_placement_fn=placement(every.size()))
+        # Stacked experts are sharded along their rows, as E may be less than the processes.
+        fully_shard(block, mesh=every, shard_placement_fn=lambda param: Shard(
+            1 if param.dim() == 3 and param.shape[1] % every.size() == 0 else 0))  # fmt: skip
     tower = set()
     if any(p.requires_grad for p in model.vision.parameters()):
         for block in model.vision.blocks:
@@ -118,21 +119,3 @@ def shard_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
     experts.__class__ = ParallelExperts
     experts.group, experts.n = mesh["part"].get_group(), mesh["part"].size()
     fully_shard(experts, mesh=mesh["copy"], shard_placement_fn=lambda _: Shard(1))
-
-
-def placement(n: int) -> Callable[[nn.Parameter], Shard]:
-    """Along which axis to shard a parameter: stacked experts by their rows, as E may be below n."""
-    return lambda param: Shard(1 if param.dim() == 3 and param.shape[1] % n == 0 else 0)
-
-
-def put(place: Tensor, tensor: Tensor) -> None:
-    """Copy a whole tensor, as read from a file, into a parameter that may be sharded."""
-    local(place).copy_(local(like(place, tensor)))
-
-
-def like(place: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor, sharded as `place` is, on its device."""
-    tensor = tensor.to(place.device)
-    if not isinstance(place, DTensor):
-        return tensor
-    return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)

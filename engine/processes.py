@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from config import UserError
+from ops import local
 
 
 class Processes:
@@ -75,6 +76,21 @@ def join_processes(device: str) -> Processes:
     if rank := dist.get_rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
     return Processes(rank, world)
+
+
+def like(place: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor on the device of `place`; this process's share of it if `place` is sharded."""
+    tensor = tensor.to(place.device)
+    if not hasattr(place, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # it takes half a second
+
+    return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
+
+
+def put(place: Tensor, tensor: Tensor) -> None:
+    """Copy a whole tensor, as read from a file, into a parameter that may be sharded."""
+    local(place).copy_(local(like(place, tensor)))
 
 
 def write_tensors(values: dict[str, Tensor], file: Path) -> None:

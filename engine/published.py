@@ -5,7 +5,7 @@ tensors are read one at a time. config.json must agree with the preset.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import filter as matches
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from config import DecoderConfig, ModelConfig, UserError, VisionConfig
+from engine.processes import put
 from sources.records import read_json
 from sources.tensorfiles import read_tensors
 
@@ -135,7 +136,6 @@ def slots(
 def fill(
     module: nn.Module, prefix: str | tuple[str, ...], tensors: Iterable[tuple[str, Tensor]],
     table: Table | None, optional: Sequence[str] = (),
-    put: Callable[[Tensor, Tensor], Any] = Tensor.copy_,
 ) -> None:  # fmt: skip
     """Copy a checkpoint into what is stored under `prefix`, each exactly once. No table: our names.
 

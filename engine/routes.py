@@ -94,10 +94,9 @@ class RouteRecorder:
     """Replays the routes of one file, or records those that are taken to another; or both."""
 
     def __init__(self, model: MedMoE, ids: list[str], replayed: str | None, recorded: str | None):
-        if (moe := model.config.moe) is None:
-            raise UserError("--record-routes, --replay-routes: a dense model has no routes")
-        if torch.distributed.is_initialized():
-            raise UserError("--record-routes, --replay-routes: for one process")
+        if (moe := model.config.moe) is None or torch.distributed.is_initialized():
+            raise UserError("--record-routes, --replay-routes: a dense model has no routes, and "
+                            "several processes cannot record them")  # fmt: skip
         shape = len(sparse_layers(model.config, moe)), moe.n_experts
         self.routes = load_routes(Path(replayed), ids, shape) if replayed else None
         self.ids, self.file, self.taken = ids, recorded, {}

@@ -33,8 +33,8 @@ from engine.durable import agree, discard, in_first, locked, recover, sync, veri
 from engine.features import cache_features
 from engine.flops import matmul_rate, model_flops
 from engine.inference import compile_blocks
-from engine.parallel import like, put, shard
-from engine.processes import ALONE, Processes
+from engine.parallel import shard
+from engine.processes import ALONE, Processes, like
 from model import Loss, MedMoE, choose_device
 from sources.records import parse
 from sources.tensorfiles import open_tensors
@@ -269,9 +269,9 @@ class Run:
     def interruptible(self) -> Iterator[None]:
         """Around the loop: the first Ctrl-C or kill lets the step finish, a second one does not."""
         self.noted = 0
-        found = {number: signal.getsignal(number) for number in SIGNALS}
         # nohup wants SIGHUP ignored, a script's & SIGINT; None belongs to somebody else.
-        before = {n: h for n, h in found.items() if h not in (signal.SIG_IGN, None)}
+        alone = signal.SIG_IGN, None
+        before = {n: h for n in SIGNALS if (h := signal.getsignal(n)) not in alone}
         try:
             for number in before:
                 signal.signal(number, self.note)
@@ -346,19 +346,17 @@ class Run:
     def load(self, path: Path) -> int:
         config, info = read_config(path)
         refuse_changed_flags(path, info["flags"], self.flags)
-        if "run" not in info:
-            raise Changed(f"{path}: of an older version, which kept too little to resume from")
         verify(path, "tokenizer.json")
         is_same = (path / "tokenizer.json").read_bytes() == self.tokenizer.read_bytes()
         if config != self.model.config or not is_same:
             raise Changed(f"{path}: began with another model or tokenizer than this run has now")
         for name, now in self.resolved.items():
-            before = info["run"].get(name)
+            before = info.get("run", {}).get(name)
             if name in ("device", "processes") and before != now:
                 warn_once(f"{path}: {name} {before}, now {now}: resumed, but not bit for bit")
             elif before != now:
                 refuse(path, name, before, now)
-        load_checkpoint(self.model, path, put)
+        load_checkpoint(self.model, path)
         for key, tensor in open_tensors(path / "trainer.safetensors"):
             kind, _, name = key.partition(".")
             if (param := self.params.get(name)) is None:

@@ -5,7 +5,7 @@
 
 A row is a set's name, or a row's. Each phase and each evaluation is kept in --out under a hash of
 all that it depends on, so rows share phases, and a second run, or one after a kill, trains only
-what is missing. --minutes N begins nothing new after N minutes; the same command goes on.
+what is missing. --minutes N begins nothing new after N minutes; the same command continues.
 
 Every row answers the same questions with every seed. The table has mean and standard deviation
 over the seeds and the paired difference to another row, question by question, with two 95 %
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     text = table(value)
     print(f"\n{text}")
     if missing:
-        print(f"not finished: {', '.join(missing)}; the same command goes on")
+        print(f"not finished: {', '.join(missing)}; the same command continues")
     base = results / value["name"]
     write_json(base.with_suffix(".json"), value)
     write_text(base.with_suffix(".md"), text, "--results")

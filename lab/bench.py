@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import ops
 from config import (
-    EXPERTS,
+    EXPERTS_AND_META,
     IMAGE_ID,
     Common,
     DecoderConfig,
@@ -113,7 +113,7 @@ def start(flags: BenchConfig) -> tuple[MedMoE, Text]:
     for name, param in model.named_parameters():
         if name.endswith("router.proj.weight"):
             nn.init.normal_(param)  # wide enough that every expert gets tokens
-    freeze_all_but(model, EXPERTS)
+    freeze_all_but(model, EXPERTS_AND_META)
     device, _ = choose_device(flags.device, flags.dtype)
     place_experts(model, device)
     return model.to(device), Text(chosen.llm)

@@ -56,7 +56,7 @@ class ReportConfig(Common):
 
     checkpoint: str = argument("DIR of a finished phase")
     out: str = flag("report.html", "the page, FILE.html")
-    pictures: int = flag(8, "examples to show")
+    images: int = flag(8, "examples to show")
     split: Literal["test", "val", "train"] = flag("test", "which questions")
     limit: int | None = flag(None, "only the first N questions")
     max_new: int = flag(48, "longest answer, in tokens")
@@ -97,7 +97,7 @@ def measure(predictor: Predictor, flags: ReportConfig, meta: dict) -> tuple[dict
     numbers["saturation"] = saturation(checkpoint, meta, predictor, samples)
     numbers["steps"] = read_steps(checkpoint, meta["phase"])
     numbers["ablations"] = read_ablations(Path(flags.ablations))
-    chosen = choose(samples, answers, flags.pictures)
+    chosen = choose(samples, answers, flags.images)
     return numbers, [explain(predictor, samples[i]) for i in chosen]
 
 
@@ -156,7 +156,7 @@ def render(numbers: dict, examples: Sequence[Example], model: MedMoE, meta: dict
 @user_errors
 def main(argv: list[str] | None = None) -> dict:
     flags = parse(ReportConfig, argv, "python -m lab.report")
-    at_least(flags, pictures=1, limit=1, max_new=1, batch_size=1, max_missing=0)
+    at_least(flags, images=1, limit=1, max_new=1, batch_size=1, max_missing=0)
     for file in filter(None, (flags.out, flags.json)):
         check_writable(Path(file))
     if flags.json and Path(flags.json).absolute() == Path(flags.out).absolute():

@@ -124,11 +124,8 @@ def plan(seed: int) -> tuple[np.random.Generator, dict, list, list]:
     return rng, truth, groups[1], groups[0]
 
 
-def draw(seed: int, size: int = 112, with_findings: bool = True) -> Phantom:
-    """The image of a seed and its truth, the same bytes every time.
-
-    with_findings=False leaves the findings out of the image and changes nothing else.
-    """
+def draw(seed: int, size: int = 112) -> Phantom:
+    """The image of a seed and its truth, the same bytes every time."""
     rng, truth, findings, normal = plan(seed)
     canvas = Canvas(rng, size)
     turn, zoom, dx, dy = rng.uniform((-0.08, 0.95, -2, -2), (0.08, 1.03, 2, 2)).tolist()
@@ -139,7 +136,7 @@ def draw(seed: int, size: int = 112, with_findings: bool = True) -> Phantom:
     light, dark = (0.0, 1.4) if inks else (0.9, 0.08)
     for spot in normal:
         canvas.ellipse(*spot, dark if bright else light)
-    for spot in findings if with_findings else ():
+    for spot in findings:
         canvas.ellipse(*spot, light if bright else dark)
     planes = stain(canvas.image, canvas.eosin) if inks else canvas.image[None]
     gain, lift = rng.uniform((0.9, 0.0), (1.02, 0.04)).tolist()

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from config import EXPERTS, IGNORE, IMAGE_ID
+from config import EXPERTS_AND_META, IGNORE, IMAGE_ID
 from lab import bench
 from model import freeze_all_but, generate
 
@@ -27,7 +27,7 @@ def _pair(build):
 
     def make(family, **moe):
         ours = build(family, {"router": "random", **moe})
-        freeze_all_but(ours, EXPERTS)
+        freeze_all_but(ours, EXPERTS_AND_META)
         return ours, bench.assembled(ours).eval()
 
     return make

@@ -237,9 +237,9 @@ def test_a_planted_test_question_is_found_and_another_split_is_clean(tmp_path, c
     [
         lambda seen: {},
         lambda seen: {"other": seen},
-        lambda seen: {"seen": seen.float()},
-        lambda seen: {"seen": seen[:, :5].contiguous()},
-        lambda seen: {"seen": seen.flatten()},
+        lambda seen: {"rows": seen.float()},
+        lambda seen: {"rows": seen[:, :5].contiguous()},
+        lambda seen: {"rows": seen.flatten()},
         lambda seen: b"damaged",
     ],
 )

@@ -26,7 +26,7 @@ def load(family):
     config = ModelConfig(published_vision(clip), published_decoder(llm))
     model = MedMoE(config)
     load_published(model, config, clip, llm)
-    return model.eval(), load_file(llm / "said.safetensors")
+    return model.eval(), load_file(llm / "outputs.safetensors")
 
 
 def logits_of(model, ids, mask, cache=None):
@@ -37,7 +37,7 @@ def logits_of(model, ids, mask, cache=None):
 
 def test_the_tower_gives_their_last_hidden_state_but_one():
     model, _ = load("phi")
-    golden = load_file(GOLDEN / "clip" / "said.safetensors")
+    golden = load_file(GOLDEN / "clip" / "outputs.safetensors")
     with torch.no_grad():
         hidden, patches = model.vision.hidden(golden["images"]), model.vision(golden["images"])
     torch.testing.assert_close(hidden, golden["hidden"], atol=1e-5, rtol=0)

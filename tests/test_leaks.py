@@ -191,8 +191,8 @@ def test_what_was_seen_is_stored_without_doubles_in_one_order(tmp_path):
     seen, back = seen_by(samples), seen_by(samples[::-1] + samples, workers=1)
     assert torch.equal(seen, back) and seen.dtype == torch.int64
     assert len(seen) == check(samples, seen)["images"] == 3
-    save_file({"seen": seen}, tmp_path / "seen.safetensors")
-    stored = load_file(tmp_path / "seen.safetensors")["seen"]
+    save_file({"rows": seen}, tmp_path / "seen.safetensors")
+    stored = load_file(tmp_path / "seen.safetensors")["rows"]
     assert check(samples, stored) == check(samples, seen)
 
 

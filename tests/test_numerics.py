@@ -404,7 +404,7 @@ def test_what_a_phase_trains_can_memorise_a_batch(phase, lr, end, tmp_path):
     if phase == 3:
         train.go_sparse(model, flags, {})
     freeze_all_but(model, PHASES[phase].trains)
-    samples = load_samples(flags.data, PHASES[phase].data, "train")
+    samples = load_samples(flags.data, PHASES[phase].task, "train")
     images = Images(model.config.vision.image_size, pad=phase != 1)
     data = Dataset(samples, Text(tokenizer), model.config, phase == 1, images)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)

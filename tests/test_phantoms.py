@@ -27,7 +27,10 @@ def abnormal(n: int) -> list[int]:
 def change(seed: int, size: int = 112) -> np.ndarray:
     """(S, S) how much brighter the findings make each pixel."""
     there = phantoms.draw(seed, size).image.astype(int)
-    without = phantoms.draw(seed, size, with_findings=False).image.astype(int)
+    rng, truth, _, normal = phantoms.plan(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phantoms, "plan", lambda seed: (rng, truth, [], normal))
+        without = phantoms.draw(seed, size).image.astype(int)
     return (there - without).mean(2)
 
 

@@ -275,7 +275,7 @@ def ablation(title="Med-MoE"):
 def test_ablations_are_shown_as_they_are(run, tmp_path):
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "core.json").write_text(json.dumps(ablation()))
-    _, text = show(run / "phase3", tmp_path, "--pictures", "1")
+    _, text = show(run / "phase3", tmp_path, "--images", "1")
     check(text)
     assert "92.0 ± 0.3" in text and "-1.2 [-2.0, +0.1] against medmoe" in text
     assert ">50.0<" in text and "3,000,000" in text
@@ -320,7 +320,7 @@ def test_data_without_modality_or_image(run, tmp_path, monkeypatch):
                        for i, s in enumerate(samples)]  # fmt: skip
 
     monkeypatch.setattr(report, "load_questions", unknown)
-    numbers, text = show(run / "phase3", tmp_path, "--pictures", "24")
+    numbers, text = show(run / "phase3", tmp_path, "--images", "24")
     check(text)
     assert list(numbers["load"]["modality"]) == ["unknown"]
     assert "has no modality labels" in text and "This question has no image" in text
@@ -344,14 +344,14 @@ def test_saturation_compares_with_the_points_that_are_there(run, shown, tmp_path
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     shutil.copytree(run / "phase3", copy / "phase3-step0000001")
-    numbers, text = show(copy / "phase3", tmp_path, "--pictures", "1")
+    numbers, text = show(copy / "phase3", tmp_path, "--images", "1")
     check(text)
     start, same = numbers["saturation"]
     assert same["step"] == 1 and same["same"] == [1.0, 1.0]
     assert start["same"][0] == 1.0, "before the first sparse block nothing was trained"
     shutil.rmtree(copy / "phase2")
     shutil.rmtree(copy / "phase3-step0000001")
-    numbers, text = show(copy / "phase3", tmp_path, "--pictures", "1")
+    numbers, text = show(copy / "phase3", tmp_path, "--images", "1")
     assert numbers["saturation"] == [] and "No earlier point" in text
 
 

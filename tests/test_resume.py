@@ -306,7 +306,7 @@ def test_an_older_checkpoint_is_not_gone_on_from_by_guess(base, killed, capsys):
         (path / "config.json").write_text(json.dumps(meta))
         seal(path)
     line = refused(capsys, 1, base, killed, *STEPS, "--resume")
-    assert "phase1-step0000004: of an older version" in line
+    assert "phase1-step0000004: began with --dtype None" in line
 
 
 def test_samples_that_differ_in_anything_or_their_order_are_others():

@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def copy_of(family, tmp_path):
     """A golden model in a directory as its owners publish it."""
     shutil.copytree(GOLDEN / family, tmp_path / family)
-    (tmp_path / family / "said.safetensors").unlink()
+    (tmp_path / family / "outputs.safetensors").unlink()
     return tmp_path / family
 
 

@@ -145,7 +145,7 @@ def main() -> None:
                 golden[f"{side}.logits"] = their_logits(model, ids, mask)
             golden["greedy"] = their_greedy(model, *padded(SIZES[family]["vocab_size"], "left"))
         save_file(
-            {name: t.contiguous() for name, t in golden.items()}, directory / "said.safetensors"
+            {name: t.contiguous() for name, t in golden.items()}, directory / "outputs.safetensors"
         )
     print(sum(p.stat().st_size for p in HERE.rglob("*") if p.is_file()), "bytes")
 
