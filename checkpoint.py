@@ -80,10 +80,10 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict]:
     info = read_json(file := directory / "config.json", dict)
     try:
         older.upgrade(info)
-        config, flags, phase = model_config(info.pop("model")), info["flags"], info["phase"]
-        if not isinstance(phase, int) or not isinstance(flags["seed"] + 0, int):
+        config, flags = model_config(info.pop("model")), info["flags"]
+        if not isinstance(info["phase"], int) or not isinstance(flags["seed"], int):
             raise TypeError("phase and seed must be numbers")
-        how_read(flags, file)
+        how_read(flags, file)  # only to check them
         return config, info
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a checkpoint of this project: {error}") from error

@@ -83,7 +83,7 @@ class DecoderConfig:
 class MoEConfig:
     """The sparse layers. A model whose `moe` is None is dense."""
 
-    n_experts: int = 4
+    n_experts: int = len(MODALITIES)
     top_k: int = 2
     router: str = "modality"
     level: str = "token"
@@ -169,9 +169,8 @@ PHASES = {
     2: Phase("instruction tuning", "instructions", False, ("projector.*", "decoder.*")),
     3: Phase("MoE tuning",         "vqa",          False, EXPERTS_AND_META),
 }
-# What the released code trains as well in phase 3: the projector, and the dense FFNs by the first
-# letters of fc1, fc2, gate, up, down (not of experts, meta, router).
-RELEASED_EXTRA = ("projector.*", "decoder.blocks.*.mlp.[fgud]*")
+# What the released code trains as well in phase 3: the projector and the dense FFNs.
+RELEASED_EXTRA = ("projector.*", "decoder.*.mlp.[!emr]*")  # all but experts, meta, router
 # fmt: on
 
 
@@ -262,7 +261,7 @@ class TrainConfig(Common):
     router_level: Literal["token", "sequence"] = flag("token", "decide per token or sample", MODEL)
     router_images: int = flag(1000, "images whose modality label trains the router", DATA)
     router_noise: float = flag(0.0, "share of those labels to replace by wrong ones", DATA)
-    experts: int = flag(4, "experts in a sparse block; 0: it stays dense", MODEL)
+    experts: int = flag(len(MODALITIES), "experts in a sparse block; 0: it stays dense", MODEL)
     top_k: int = flag(2, "experts per token", MODEL)
     meta: bool = flag(True, "an always-on expert", MODEL)
     moe_layers: str = flag("every-second", "or first-half, second-half, all, 0,2,...", MODEL)

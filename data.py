@@ -36,7 +36,7 @@ class Packed(NamedTuple):
     index: int
 
 
-Image = Path | Packed | int  # a file, a row of an npz, a phantom's seed
+Image = Path | Packed | int  # a file, a row of an npz, the seed of an embedded image (phantom)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def encode_sample(sample: Sample, text: Text, config: ModelConfig, plain: bool =
     if len(ids) > max_len:
         warn_once(f"--data: samples are cut to {max_len} positions, all that the model reads")
         ids, labels = ids[:max_len], labels[:max_len]
-    if set(labels[1:]) <= {IGNORE}:  # the first token is never predicted
+    if all(label == IGNORE for label in labels[1:]):  # the first token is never predicted
         name = f"{sample.source} {sample.split} sample {sample.id}"
         raise UserError(f"{name}: nothing to learn in its first {len(ids)} positions")
     return ids, labels
@@ -248,8 +248,7 @@ class Dataset:
     ):  # fmt: skip
         self.samples, self.images, self.eos_id = samples, images, text.eos_id
         self.encoded = [encode_sample(s, text, config, plain) for s in samples]
-        # The length of image and questions alone. Sorted by their answers' lengths too, a batch of
-        # a classification would hold a single class.
+        # Of image and questions alone: sorted by their answers too, a batch would hold one class.
         self.lengths = [labels.count(IGNORE) for _, labels in self.encoded]
         self.weights = [s.weight for s in samples]
 

@@ -50,7 +50,9 @@ def rope(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tens
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first rotary_dim channels of x (B, H, T, K); the others pass through."""
+    """With a, b the halves of the first rotary_dim channels of x (B, H, T, K): (a cos - b sin,
+    b cos + a sin). The others pass through; sin carries the minus already.
+    """
     n = cos.shape[-1]
     rotated, passed = x[..., :n].float(), x[..., n:]
     rotated = rotated * cos + rotated.roll(n // 2, dims=-1) * sin

@@ -111,21 +111,20 @@ def upcycle(mlp: nn.Module, router: Router, n_experts: int, start: str, meta: bo
 
     What the layer computes before its first step of training, by `start`:
 
-    preserving  FFN(x)   gates sum to 1:   FFN/2 (meta) + 1 * FFN/2 (experts)
-                         else:             FFN (meta) + gates * 0: the experts' output layers are 0
-                         no meta expert:   gates * FFN, the same only if they sum to 1
+    preserving  still FFN(x). Where the gates of a token sum to 1, the output layers of meta and
+                experts are halved; else meta stays whole and those of the experts start at 0.
     released    (1 + sum of gates) * FFN(x): plain copies
-    fresh       FFN(x)   by the meta expert; experts re-initialised, their output layers 0
+    fresh       FFN(x), by meta alone: experts are re-initialised, their output layers are 0
+
+    Without a meta expert: (sum of gates) * FFN(x), which is FFN(x) only if they sum to 1.
     """
     moe = MoE(mlp, router, n_experts, meta)
     if start == "fresh":
         moe.experts.reset_parameters()
     if start == "preserving" and meta:
         share = 0.5 if router.sums_to_one else 0.0
-        *_, experts_out = moe.experts.children()  # fc2, or down
-        *_, meta_out = moe.meta.children()
-        for param in experts_out.parameters():
-            param.mul_(share)
-        for param in meta_out.parameters():
-            param.mul_(1 - share)
+        for ffn, factor in ((moe.experts, share), (moe.meta, 1 - share)):
+            *_, output_layer = ffn.children()  # fc2, or down
+            for param in output_layer.parameters():
+                param.mul_(factor)
     return moe

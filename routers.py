@@ -76,8 +76,8 @@ class Router(nn.Module):
             gates, logits, _ = hints.previous
             return Routing(*(t.expand(-1, x.shape[1], -1) for t in (gates, logits)))
         with torch.autocast(x.device.type, enabled=False):  # fp32: bf16 rounding flips close calls
-            h, real = x.float(), mask  # what is decided on: each position,
-            if self.level == "sequence":  # or the mean of the prompt, (B, 1, D)
+            h, real = x.float(), mask  # (B, T, D), for a decision at each position
+            if self.level == "sequence":  # (B, 1, D), for one on the mean of the prompt
                 h = pool(h, mask if hints.prompt is None else mask & hints.prompt)
                 real = torch.ones_like(mask[:, :1])
             logits = F.linear(h, self.proj.weight.float(), self.proj.bias.float())  # (B, T or 1, E)

@@ -121,7 +121,7 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
                 run.count(batch, out)  # positions, and tokens routed to each expert
             # Sums over the processes, as FSDP has summed the gradients. load (L, E): tokens routed
             # to each expert, per real position.
-            loss, load = run.reduce(loss)
+            loss, load = run.sum_loss_and_load(loss)
             norm = run.clip_gradients(flags.clip_grad)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 ids = ", ".join(data.samples[r].id for r in rows)
@@ -143,10 +143,9 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
 
 
 def sparse_config(flags: TrainConfig, config: ModelConfig) -> MoEConfig:
-    return MoEConfig(
-        flags.experts, flags.top_k, flags.router, flags.router_level, flags.start,
-        named_layers(flags.moe_layers, config.decoder.n_layers), flags.meta,
-    )  # fmt: skip
+    layers = named_layers(flags.moe_layers, config.decoder.n_layers)
+    return MoEConfig(n_experts=flags.experts, top_k=flags.top_k, router=flags.router, layers=layers,
+                     level=flags.router_level, start=flags.start, meta=flags.meta)  # fmt: skip
 
 
 def pretrained(flags: TrainConfig) -> tuple[Path, Path]:
@@ -159,7 +158,7 @@ def pretrained(flags: TrainConfig) -> tuple[Path, Path]:
     return found[0], found[1]
 
 
-def initial_model(number: int, flags: TrainConfig, init: Path | None) -> tuple[MedMoE, Path, dict]:
+def initial_model(flags: TrainConfig, init: Path | None) -> tuple[MedMoE, Path, dict]:
     """-> the model as the phase begins, its tokenizer's file, phase 2's router if there is one.
 
     init: the checkpoint to start from; None: the pretrained tower and decoder.
@@ -212,7 +211,7 @@ def trained_patterns(flags: TrainConfig, number: int, config: ModelConfig) -> tu
 
 def prepare(number: int, flags: TrainConfig, init: Path | None) -> tuple[MedMoE, Path]:
     """-> the model with the parameters of this phase trainable, and its tokenizer's file."""
-    model, tokenizer, router_weights = initial_model(number, flags, init)
+    model, tokenizer, router_weights = initial_model(flags, init)
     if flags.weights != "float32":
         cast_weights(model, torch.bfloat16)
     if number == 3 and model.config.moe is None and flags.experts:

@@ -214,7 +214,7 @@ class Run:
         for routed, routing in zip(self.routed, out.routings, strict=True):
             routed += (routing.gates != 0).sum(dim=(0, 1)).cpu()
 
-    def reduce(self, loss: float) -> tuple[float, Tensor]:
+    def sum_loss_and_load(self, loss: float) -> tuple[float, Tensor]:
         """Sum the step's loss and counts over the processes -> loss, load (L, E) per position."""
         loss, *counts = self.sum(loss, *self.counts.tolist(), *self.routed.flatten().tolist())
         self.counts, self.routed = counts[:6], torch.tensor(counts[6:]).view(self.load_shape)

@@ -23,13 +23,13 @@ def gradients(model, data, rows, flags, run):
 
     run.counts then has images, patches, samples, positions, pairs and supervised tokens.
     """
-    reduce, found = run.reduce, []
+    reduce, found = run.sum_loss_and_load, []
 
     def stop(loss):
         found.append(reduce(loss))
         raise Stop
 
-    data.epoch, run.reduce, mode = lambda *_: [list(rows)], stop, model.training
+    data.epoch, run.sum_loss_and_load, mode = lambda *_: [list(rows)], stop, model.training
     model.train = lambda *_: model  # the caller has chosen
     try:
         train.train(model, data, replace(flags, steps=1), Recipe(1e-3, 1, len(rows)), run)
@@ -37,7 +37,7 @@ def gradients(model, data, rows, flags, run):
         pass
     finally:
         del data.epoch, model.train
-        run.reduce = reduce
+        run.sum_loss_and_load = reduce
     assert model.training == mode
     return found[0]
 
@@ -45,32 +45,32 @@ def gradients(model, data, rows, flags, run):
 @contextmanager
 def losses_of_steps():
     """The loss of every step of every run while this is open."""
-    reduce, losses = Run.reduce, []
+    reduce, losses = Run.sum_loss_and_load, []
 
     def noting(run, loss):
         found = reduce(run, loss)
         losses.append(found[0])
         return found
 
-    Run.reduce = noting
+    Run.sum_loss_and_load = noting
     try:
         yield losses
     finally:
-        Run.reduce = reduce
+        Run.sum_loss_and_load = reduce
 
 
 @contextmanager
 def stopped_after_a_checkpoint():
     """Ctrl-C in the first step after a checkpoint was saved."""
-    reduce = Run.reduce
+    reduce = Run.sum_loss_and_load
 
     def stop(run, loss):
         if list(run.folder.glob("*step*")):
             raise KeyboardInterrupt
         return reduce(run, loss)
 
-    Run.reduce = stop
+    Run.sum_loss_and_load = stop
     try:
         yield
     finally:
-        Run.reduce = reduce
+        Run.sum_loss_and_load = reduce

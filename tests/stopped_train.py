@@ -15,7 +15,7 @@ from engine.run import Run
 
 
 def main(n: int, argv: list[str]) -> None:
-    reduce, calls = Run.reduce, []
+    reduce, calls = Run.sum_loss_and_load, []
 
     def stop_at_the_nth(run, loss):
         calls.append(1)
@@ -23,7 +23,7 @@ def main(n: int, argv: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return reduce(run, loss)
 
-    Run.reduce = stop_at_the_nth
+    Run.sum_loss_and_load = stop_at_the_nth
     train.main(argv)
 
 

@@ -17,8 +17,8 @@ import pytest
 from trace_calls import sparse_layer
 
 ROOT = Path(__file__).parent.parent
-PATH = ("config", "vision", "data", "routers", "moe", "decoder", "model", "metrics",
-        "router_training", "checkpoint", "train", "eval", "chat")  # fmt: skip
+PATH = ("config", "vision", "data", "routers", "moe", "decoder", "model", "train",
+        "router_training", "checkpoint", "metrics", "eval", "chat")  # fmt: skip
 SCRIPTS = ("train", "eval", "chat")
 TOP = (*PATH, "ops")
 MODULES = tuple(name for name in TOP if name not in SCRIPTS)

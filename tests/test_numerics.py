@@ -400,7 +400,7 @@ def test_what_a_phase_trains_can_memorise_a_batch(phase, lr, end, tmp_path):
         TrainConfig(phase=phase, router="topk", data=("phantoms:8",), dtype="float32", device="cpu")
     )
     torch.manual_seed(0)
-    model, tokenizer, _ = train.initial_model(phase, flags, None)
+    model, tokenizer, _ = train.initial_model(flags, None)
     if phase == 3:
         train.go_sparse(model, flags, {})
     freeze_all_but(model, PHASES[phase].trains)

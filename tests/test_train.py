@@ -127,7 +127,7 @@ def test_one_command_runs_the_missing_phases_and_each_changes_only_its_own(name,
 def prepared(**flags) -> tuple:
     flags = train.resolve(TrainConfig(data=("phantoms:24",), dtype="float32", **flags))
     torch.manual_seed(3)
-    model, tokenizer, _ = train.initial_model(1, flags, None)
+    model, tokenizer, _ = train.initial_model(flags, None)
     freeze_all_but(model, PHASES[2].trains)
     samples = load_samples(flags.data, "instructions", "train")
     images = Images(model.config.vision.image_size)
