@@ -136,7 +136,7 @@ CLIP_L = VisionConfig(image_size=336, patch_size=14, width=1024, n_layers=24, n_
 CLIP_TINY = VisionConfig(image_size=112, patch_size=16, width=128, n_layers=6, n_heads=4, d_ff=512)
 
 # fmt: off
-#                            family     vocabulary D     layers heads F
+#                       family vocabulary     D layers heads F
 PHI2      = DecoderConfig("phi",       51200, 2560, 32, 32, 10240, rotary_dim=32, dropout=0.1)
 STABLELM2 = DecoderConfig("stablelm", 100352, 2048, 24, 32,  5632, rotary_dim=16, max_len=4096)
 SMOLLM2   = DecoderConfig("llama",     49152,  576, 30,  9,  1536, rotary_dim=64, max_len=8192,
@@ -145,7 +145,7 @@ PHI_TINY      = DecoderConfig("phi",      1024, 128, 4, 4, 512, rotary_dim=12, m
 STABLELM_TINY = DecoderConfig("stablelm", 1024, 128, 4, 4, 344, rotary_dim=8,  max_len=512)
 
 PAPER = {1: Recipe(1e-3, 1, 64), 2: Recipe(2e-5, 3, 64), 3: Recipe(2e-5, 9, 64)}  # Table 11
-# Phase 3 is kept short, so that all three take about four minutes on two cores.
+# Phase 3 is kept short, so that all three take about three minutes on two cores.
 SMALL = {1: Recipe(3e-3, 1, 64), 2: Recipe(1e-3, 2, 64), 3: Recipe(1e-3, 0.25, 64)}
 LONG  = {1: Recipe(1e-3, 10, 64), 2: Recipe(1e-3, 24, 64), 3: Recipe(5e-4, 4, 64)}
 
@@ -234,7 +234,7 @@ class Common:
 
     data: tuple[str, ...] = flag((), "SOURCE or SOURCE@WEIGHT; repeatable (sources/README.md)")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
-    batch_size: int | None = flag(None, "samples a step (default: the phase's)")
+    batch_size: int | None = flag(None, "samples per step (default: the phase's)")
     max_missing: int = flag(0, "image files of a source that may be missing", DATA)
     image_folder: str | None = flag(None, "the folder with the images of llava:FILE.json", DATA)
     router_labels: str | None = flag(None, 'FILE.json of {"image": "CT", ...} to use', DATA)
@@ -273,7 +273,7 @@ class TrainConfig(Common):
     jitter: bool | None = flag(None, "augment the images (default: as --tune-vision)", DATA)
     lr: float | None = flag(None, "peak learning rate (default: the phase's)", OPTIM)
     epochs: float | None = flag(None, "passes over the data (default: the phase's)", OPTIM)
-    accumulate: int = flag(1, "micro-batches a step, which share the batch size", OPTIM)
+    accumulate: int = flag(1, "micro-batches per step, which share the batch size", OPTIM)
     clip_grad: float = flag(1.0, "largest gradient norm; 0: no clipping", OPTIM)
     workers: int = flag(2, "threads that read the images of the next batches", SPEED)
     cache_features: bool = flag(False, "keep the frozen tower's features in memory", SPEED)

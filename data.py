@@ -4,7 +4,7 @@ Labels are built together with the ids, segment by segment, so that they cover e
 model learns to generate: each answer and the token that ends it. LLaVA's code tokenises a dialogue
 whole, measures where its answers should lie, and loses a sample wherever the two disagree.
 
-Shapes: B batch, T positions (text tokens + patches), P patches an image, S image side.
+Shapes: B batch, T positions (text tokens + patches), P patches per image, S image side.
 """
 
 import math
@@ -110,7 +110,7 @@ def caption(turns: Turns, has_image: bool) -> Iterator[Segment]:
 
 
 def encode(segments: Iterable[Segment], text: Text, n_patches: int) -> Encoded:
-    """Segments -> token ids, n_patches times IMAGE_ID an image; labels, IGNORE if unsupervised."""
+    """Segments -> token ids, n_patches IMAGE_IDs per image; labels, IGNORE if unsupervised."""
     ids, labels = [], []
     for segment, is_supervised in segments:
         if isinstance(segment, str):

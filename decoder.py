@@ -50,8 +50,9 @@ def rope(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tens
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """With a, b the halves of the first rotary_dim channels of x (B, H, T, K): (a cos - b sin,
-    b cos + a sin). The others pass through; sin carries the minus already.
+    """Rotate the first rotary_dim channels of x (B, H, T, K); the others pass through.
+
+    With a and b their halves: (a cos - b sin, b cos + a sin); sin carries the minus already.
     """
     n = cos.shape[-1]
     rotated, passed = x[..., :n].float(), x[..., n:]

@@ -77,7 +77,7 @@ class Prediction(NamedTuple):
 
 
 def unpack(steps: list[Generated], mask: Tensor, text: Text) -> list[Prediction]:
-    """What generate() gave for a batch, and its prompts' mask (B, T) -> one Prediction a sample."""
+    """What generate() gave for a batch, and its prompts' mask (B, T) -> a Prediction each."""
     tokens = torch.stack([step.tokens for step in steps], dim=1)  # (B, steps)
     alive = (tokens != text.eos_id).cumprod(dim=1).bool()  # (B, steps) part of the answer
     rows = zip(tokens, alive, strict=True)

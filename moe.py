@@ -116,7 +116,7 @@ def upcycle(mlp: nn.Module, router: Router, n_experts: int, start: str, meta: bo
     released    (1 + sum of gates) * FFN(x): plain copies
     fresh       FFN(x), by meta alone: experts are re-initialised, their output layers are 0
 
-    Without a meta expert: (sum of gates) * FFN(x), which is FFN(x) only if they sum to 1.
+    Without a meta expert ("fresh" needs one): (sum of gates) * FFN(x), or FFN(x) if they sum to 1.
     """
     moe = MoE(mlp, router, n_experts, meta)
     if start == "fresh":

@@ -177,7 +177,7 @@ def get_router(spec: str) -> type[Router]:
 def load_balancing_loss(routing: Routing, mask: Tensor) -> Tensor:
     """E * sum over e of (share of routed tokens) * (mean probability): 1 if balanced, E if not.
 
-    Fedus et al. 2021, equation 4, over the real tokens of mask (B, T); with k experts a token,
+    Fedus et al. 2021, equation 4, over the real tokens of mask (B, T); with k experts per token,
     each of them counts 1/k.
     """
     gates, logits = routing.gates[mask], routing.logits[mask]  # both (R, E)

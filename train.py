@@ -265,8 +265,9 @@ def run_phase(
     print(f"  on {run.device}, matmuls in {run.dtype}; starts from {init or 'pretrained parts'}")
     print(summary)
     before = read_seen(init) if init else leaks.seen_by([])  # None: init has no record of it
-    rows = None if before is None else leaks.merge(before, leaks.seen_by(samples))
-    extra = {} if rows is None else {"seen": {"rows": rows}}
+    extra = {}
+    if before is not None:
+        extra["seen"] = {"rows": leaks.merge(before, leaks.seen_by(samples))}
     train(model, data, flags, recipe, run)
     info = {}
     if number == 2:

@@ -66,10 +66,10 @@ def join_processes(device: str) -> Processes:
         return ALONE
     backend, n_gpus = "gloo", torch.cuda.device_count()
     if device != "cpu" and n_gpus:
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= n_gpus:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= n_gpus:
             raise UserError(f"--nproc-per-node: this machine has {n_gpus} GPUs")
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(minutes=30))

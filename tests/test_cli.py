@@ -86,6 +86,7 @@ def fails(capsys, main, *argv: str) -> str:
 )
 def test_train_names_the_mistake(argv, named, capsys, tmp_path):
     line = fails(capsys, train.main, "--out", str(tmp_path / "out"), *argv)
+    assert named
     for part in named:
         assert part in line
 

@@ -292,11 +292,19 @@ def test_one_per_image_alternates_between_modalities_and_takes_no_image_twice():
     assert chosen != router_training.one_per_image(crowd(), 30, seed=1)
 
 
+def test_the_first_token_is_never_counted_as_supervised():
+    """A caption without an image begins with one that has a label, and nothing predicts it."""
+    labels = torch.tensor([[5, 6, IGNORE], [IGNORE, 7, 8]])
+    batch = data.Batch(labels, labels != 0, labels, torch.zeros(0), torch.zeros(2))
+    assert batch.n_supervised() == 3
+
+
 @needs_sets
 def test_every_real_sample_can_be_encoded(text):
     specs = [f"slake:{REAL / 'slake'}", f"vqa-rad:{REAL / 'vqa_rad'}"]
     for what in ("captions", "vqa"):
         samples = load_samples(specs, what, "test", lang="all")
+        assert len(samples) > 100
         for s in samples:
             _, labels = data.encode_sample(s, text, reads(P))
             (run,) = supervised(labels)

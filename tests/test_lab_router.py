@@ -254,6 +254,7 @@ def test_a_broken_router_shows_in_naming_calibration_and_confusion(reports):
 
 @pytest.mark.slow
 def test_a_broken_router_shows_at_every_level(reports):
+    assert reports["sound"]["levels"]
     for sound, broken in zip(reports["sound"]["levels"], reports["broken"]["levels"], strict=True):
         assert sound["pooled"].low > broken["pooled"].high
         assert sound["image"].low > broken["image"].high
@@ -262,6 +263,7 @@ def test_a_broken_router_shows_at_every_level(reports):
 
 @pytest.mark.slow
 def test_a_broken_router_shows_in_the_information(reports):
+    assert reports["sound"]["information"]
     pairs = zip(reports["sound"]["information"], reports["broken"]["information"], strict=True)
     for sound, broken in pairs:
         assert sound["bits"].low > broken["bits"].high

@@ -180,6 +180,7 @@ def test_each_row_of_what_was_seen_belongs_together(tmp_path):
     files = [saved(photo(n), tmp_path / f"{n}.png") for n in range(5)]
     seen = merge(seen_by([qa(f, "Which?", f.name) for f in files[:3]]),
                  seen_by([qa(f, "Which?", f.name) for f in files[2:]]))  # fmt: skip
+    assert len(seen) == len(files) == 5
     for file in files:
         alone = seen_by([qa(file, "Which?", file.name)])
         assert alone[0].tolist() in seen.tolist()

@@ -75,6 +75,7 @@ def test_parameters_gradients_and_optimizer_are_those_of_the_model_at_full_size(
     wide = plan(MemoryConfig(preset=name))["phases"]
     narrow = plan(MemoryConfig(preset=name, weights="bf16"))["phases"]
     stochastic = plan(MemoryConfig(preset=name, weights="bf16-stochastic"))["phases"]
+    assert set(wide) == set(PHASES) == {1, 2, 3}
     for phase in PHASES:
         model = on_paper(name, phase)
         trained = learnt(model)
@@ -352,6 +353,7 @@ def test_gpus_share_what_is_stored_and_gather_two_blocks_and_what_is_in_none():
             {"gpus": 4, "expert_parallel": 4},
         )
     )
+    assert set(alone) == set(PHASES) == {1, 2, 3}
     for phase in PHASES:
         for key in ("parameters", "gradients", "optimizer"):
             assert eight[phase][key] == -(-alone[phase][key] // 8)

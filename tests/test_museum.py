@@ -202,6 +202,7 @@ def test_the_named_check_finds_the_bug(file, repaired):
 
 @pytest.mark.parametrize("file", ANSWERS)
 def test_the_repaired_router_fulfils_the_whole_contract(file, repaired):
+    assert LEVELS
     for level in LEVELS:
         case = Case(f"{repaired / file}:{ANSWERS[file].name}", level, group(repaired))
         assert failures(case, CHECKS) == {}, "the repair is not enough"

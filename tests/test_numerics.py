@@ -128,6 +128,7 @@ def test_routers_compute_in_fp32_whatever_the_matmuls_are_in():
         router.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with autocast(torch.device("cpu"), torch.bfloat16):
         routings = model.loss(batch).routings
+    assert len(routings) == 2
     for router, x, routing in zip(routers, seen, routings, strict=True):
         logits = F.linear(x.float(), router.proj.weight, router.proj.bias)
         gates = router.gate(logits, batch.mask, x).masked_fill(~batch.mask[..., None], 0.0)

@@ -21,6 +21,7 @@ def examples() -> list[phantoms.Phantom]:
 
 def abnormal(n: int) -> list[int]:
     found = [seed for seed in range(4 * n) if phantoms.plan(seed)[1]["count"]]
+    assert len(found) >= n
     return found[:n]
 
 
@@ -134,6 +135,7 @@ def test_every_finding_stands_out_from_what_is_behind_it():
     for seed in abnormal(100):
         _, _, findings, _ = phantoms.plan(seed)
         difference = np.abs(change(seed))
+        assert findings
         for x, y, _, _ in findings:
             centre = difference[
                 int(y + 56) - 1 : int(y + 56) + 2, int(x + 56) - 1 : int(x + 56) + 2
