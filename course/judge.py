@@ -14,8 +14,8 @@ from typing import NamedTuple
 from config import UserError, one_line
 from course import contain
 
-CONTRACT = contain.ROOT / "tests" / "test_router.py"
-ASSIGNMENTS = contain.ROOT / "tests" / "test_assignments.py"
+CONTRACT = contain.ROOT / "course" / "tests" / "test_router.py"
+ASSIGNMENTS = contain.ROOT / "course" / "tests" / "test_assignments.py"
 LIMIT_S = 180.0
 
 

@@ -8,12 +8,6 @@ from data import Batch
 from engine.older import add_residual
 from model import MedMoE
 
-
-def pytest_addoption(parser):
-    parser.addoption("--router", help="FILE.py:Class to be judged, instead of all that are known")
-    parser.addoption("--assignment", type=int, help="test_assignments.py: judge this one alone")
-
-
 # What is computed here is so small that a second thread would only wait; and sums come out the
 # same every time, so that runs can be compared bit for bit.
 torch.set_num_threads(1)

@@ -5,12 +5,12 @@ the GPU itself where there is a Hopper; with outputs that begin as NaN. tests/mu
 breaks the kernels and checks that these tests fail.
 """
 
-import cuda_on_cpu
 import pytest
 import torch
 import torch.nn.functional as F
 
 import ops
+from tests import cuda_on_cpu
 
 pytestmark = pytest.mark.skipif(
     cuda_on_cpu.missing() is not None, reason=f"kernels on a CPU: {cuda_on_cpu.missing()}"

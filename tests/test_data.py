@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mini import reads
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -21,6 +20,7 @@ from data import Packed, Sample
 from sources import phantoms
 from sources.images import Images
 from sources.load import load_samples
+from tests.mini import reads
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
 needs_sets = pytest.mark.skipif(

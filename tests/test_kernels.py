@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import cuda_on_cpu
 import pytest
 import torch
 from torch.utils import cpp_extension
@@ -18,6 +17,7 @@ import ops
 from config import UserError
 from moe import MLP, GatedMLP
 from ops import SortedExperts
+from tests import cuda_on_cpu
 
 CUDA = Path(ops.SOURCES)
 needs_stand_in = pytest.mark.skipif(

@@ -14,7 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from trace_calls import sparse_layer
+
+from tests.trace_calls import sparse_layer
 
 ROOT = Path(__file__).parent.parent
 PATH = ("config", "vision", "data", "routers", "moe", "decoder", "model", "train",

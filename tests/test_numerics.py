@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 import torch.nn.functional as F
-from one_step import gradients, losses_of_steps, place
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -40,6 +39,7 @@ from router_training import ffn_inputs
 from routers import Hints, TopKRouter, load_balancing_loss
 from sources.images import Images
 from sources.load import load_samples
+from tests.one_step import gradients, losses_of_steps, place
 
 VISION = VisionConfig(image_size=32, patch_size=16, width=32, n_layers=3, n_heads=4, d_ff=64)
 DECODER = DecoderConfig("phi", 1024, 32, 3, 4, 64, rotary_dim=4, max_len=128, dropout=0.1)

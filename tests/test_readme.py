@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_layout import PATH
 
 import chat
 import eval as evaluation
@@ -18,6 +17,7 @@ import train
 from engine.cli import parse
 from routers import get_router
 from sources.load import parse_spec
+from tests.test_layout import PATH
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "results/README.md", "engine/README.md", "sources/README.md",

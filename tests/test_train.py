@@ -7,7 +7,6 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from one_step import gradients, place
 
 import train
 from checkpoint import read_config
@@ -19,6 +18,7 @@ from model import MedMoE, freeze_all_but, make_sparse
 from sources.images import Images
 from sources.load import load_samples
 from sources.tensorfiles import open_tensors
+from tests.one_step import gradients, place
 
 PRESETS = ("tiny", "tiny-stablelm")
 FFN = {"tiny": ("fc1", "fc2"), "tiny-stablelm": ("gate", "up", "down")}
