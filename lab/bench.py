@@ -6,12 +6,16 @@
     python -m lab.bench memory --preset phi2        what training takes of a GPU: lab/memory.py
     python -m lab.bench kernels                     the sparse layer's matmuls: lab/bench_kernels.py
 
-train, generate: same weights, same batches, same precision; the other model is lab/assembled.py
+train, generate: same weights, same batches, same precision; the other model is Assembled below
 (pip install transformers). --preset mid --batch-size 8 --steps 2: 111 M random parameters.
 In each round every way is timed once; medians over the rounds, without the first, which warms up.
 Ratios are computed within a round. The last line is JSON.
+
+Shapes: B batch, T positions, P patches, W tower width, D d_model, N = B*T, E experts, k experts per
+token, R tokens routed to one expert.
 """
 
+import copy
 import json
 import statistics
 import sys
@@ -41,12 +45,19 @@ from config import (
 )
 from data import Batch, Dataset, Sample, Text, collate, encode_prompt
 from engine.cli import at_least, parse, user_errors
-from engine.flops import model_flops
+from engine.flops import matmul_rate, model_flops
 from engine.inference import prepare
-from engine.published import load_published
-from lab import bench_kernels, memory
-from model import MedMoE, autocast, choose_device, freeze_all_but, generate, make_sparse
-from ops import place_experts
+from engine.published import clip_table, decoder_table, load_published, slots
+from lab.convert import publish
+from model import (
+    MedMoE,
+    autocast,
+    choose_device,
+    freeze_all_but,
+    generate,
+    make_sparse,
+    sparse_layers,
+)
 from sources.images import Images
 from sources.load import load_samples, reading
 from vision import normalise
@@ -69,34 +80,48 @@ class BenchConfig(Common):
     new_tokens: int = flag(64, "generate: tokens an answer")
 
 
-def interleave(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call each way once a round -> its rate per second, one value a round.
+# Timing
 
-    A way returns how much it did: tokens, images, floating-point operations.
-    """
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+
+def interleave(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Call each way once a round -> its seconds, one value a round. The first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(rounds + 1):
         for name, run in ways.items():
             start = time.perf_counter()
-            n = run()
+            run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if round_:  # the first one warms up
-                rates[name].append(n / (time.perf_counter() - start))
-    return rates
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def ratios(rates: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    """How many times as fast, round by round."""
-    return summary([rate / other for rate, other in zip(rates, others, strict=True)])
+def ratios(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
+    """a / b, round by round."""
+    return summary([x / y for x, y in zip(a, b, strict=True)])
 
 
 def show(values: dict[str, float], digits: int = 2) -> str:
     return "{median:.{d}f} ({min:.{d}f} to {max:.{d}f})".format(**values, d=digits)
+
+
+def compare(ours: Callable, theirs: Callable, n: int, rounds: int, title: str) -> dict:
+    """n tokens each -> tokens a second, and how many times as fast ours is."""
+    seconds = interleave({"ours": ours, "transformers": theirs}, rounds)
+    speeds = {name: summary([n / s for s in row]) for name, row in seconds.items()}
+    ratio = ratios(seconds["transformers"], seconds["ours"])
+    for name, values in speeds.items():
+        print(f"{title}, {name:<13}{show(values, 0)} tokens/s")
+    print(f"{title}: ours is {show(ratio)} times as fast")
+    return {"tokens_per_s": speeds, "ratio": ratio}
+
+
+# Models
 
 
 def start(flags: BenchConfig) -> tuple[MedMoE, Text]:
@@ -115,14 +140,135 @@ def start(flags: BenchConfig) -> tuple[MedMoE, Text]:
             nn.init.normal_(param)  # wide enough that every expert gets tokens
     freeze_all_but(model, EXPERTS_AND_META)
     device, _ = choose_device(flags.device, flags.dtype)
-    place_experts(model, device)
+    ops.place_experts(model, device)
     return model.to(device), Text(chosen.llm)
 
 
-def assembled(ours: MedMoE) -> nn.Module:
-    from lab.assembled import Assembled  # transformers, which nothing else here needs
+class SparseMLP(nn.Module):
+    """transformers' MixtralSparseMoeBlock over copies of the decoder's own MLP, and a meta expert.
 
-    return Assembled(ours).to(next(ours.parameters()).device)
+    fp32 softmax, top-k, gates rescaled, a loop over the experts that get tokens, index_add.
+    """
+
+    def __init__(self, mlp: nn.Module, d_model: int, n_experts: int, top_k: int):
+        super().__init__()
+        self.top_k = top_k
+        self.gate = nn.Linear(d_model, n_experts)
+        self.experts = nn.ModuleList(copy.deepcopy(mlp) for _ in range(n_experts))
+        self.meta = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        rows = x.flatten(0, 1)  # (N, D)
+        with torch.autocast(x.device.type, enabled=False):  # our routers use fp32 as well
+            probs = self.gate(rows.float()).softmax(dim=-1)  # (N, E)
+        top_p, top_e = probs.topk(self.top_k, dim=-1)  # both (N, k)
+        if self.top_k > 1:
+            top_p = top_p / top_p.sum(dim=-1, keepdim=True)
+        with torch.no_grad():
+            routed = nn.functional.one_hot(top_e, len(self.experts)).permute(2, 1, 0)  # (E, k, N)
+            used = routed.sum(dim=(1, 2)).nonzero().flatten().tolist()
+        y = self.meta(rows)
+        for e in used:
+            place, row = torch.where(routed[e])  # both (R,)
+            out = self.experts[e](rows[row]) * top_p[row, place, None]
+            y.index_add_(0, row, out.to(y.dtype))
+        return y.view_as(x)
+
+
+def their_parts(v: VisionConfig, d: DecoderConfig) -> tuple[nn.Module, nn.Module]:
+    """transformers' tower and decoder, as the library has them.
+
+    In its favour the tower lacks its last layer: the last hidden state is the hidden_states[-2]
+    that is read. Padding is routed too, as its blocks do not pass the mask to an FFN.
+    """
+    try:
+        import transformers as hf
+    except ImportError as error:
+        raise UserError("lab.bench compares with transformers: pip install transformers") from error
+    tower = hf.CLIPVisionConfig(
+        image_size=v.image_size, patch_size=v.patch_size, hidden_size=v.width,
+        num_hidden_layers=v.n_layers - 1, num_attention_heads=v.n_heads, intermediate_size=v.d_ff,
+    )  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": d.rope_theta}
+    sizes = {
+        "vocab_size": d.vocab_size, "hidden_size": d.d_model, "intermediate_size": d.d_ff,
+        "num_hidden_layers": d.n_layers, "num_attention_heads": d.n_heads,
+        "num_key_value_heads": d.n_kv_heads or d.n_heads, "max_position_embeddings": d.max_len,
+        "tie_word_embeddings": d.tied, "rope_parameters": rope,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    if d.family == "llama":
+        sizes |= {"rms_norm_eps": d.norm_eps}
+    else:
+        rope["partial_rotary_factor"] = d.rotary_dim * d.n_heads / d.d_model
+        sizes |= {"layer_norm_eps": d.norm_eps, "use_qkv_bias": True,
+                  "resid_pdrop": d.dropout, "hidden_dropout": d.dropout}  # fmt: skip
+    config = hf.AutoConfig.for_model(d.family, **sizes)
+    return hf.CLIPVisionModel(tower), hf.AutoModelForCausalLM.from_config(config)
+
+
+class Assembled(nn.Module):
+    """A sparse model of ours, weights copied, in transformers' modules; experts and meta learn.
+
+    CLIPVisionModel -> Linear, GELU, Linear -> masked_scatter into the token embeddings, as
+    transformers' Llava does -> Phi, StableLM or Llama for causal language modelling.
+    """
+
+    def __init__(self, ours: MedMoE):
+        super().__init__()
+        config, moe = ours.config, ours.config.moe
+        self.vision, self.decoder = their_parts(config.vision, config.decoder)
+        width, d_model = config.vision.width, config.decoder.d_model
+        fc1, fc2 = nn.Linear(width, d_model), nn.Linear(d_model, d_model)
+        self.projector = nn.Sequential(fc1, nn.GELU(), fc2)
+        for layer in sparse_layers(config, moe):
+            block = self.decoder.model.layers[layer]
+            block.mlp = SparseMLP(block.mlp, d_model, moe.n_experts, moe.top_k)
+        copy_weights(ours, self)
+        for name, param in self.named_parameters():
+            param.requires_grad_(".mlp.experts." in name or ".mlp.meta." in name)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """(B, T, D): token embeddings, patches where they belong."""
+        is_patch = batch.ids == IMAGE_ID  # (B, T)
+        x = self.decoder.get_input_embeddings()(batch.ids.masked_fill(is_patch, 0))
+        with torch.no_grad():  # the frozen tower and projector keep no graph
+            states = self.vision(batch.images).last_hidden_state  # (n_images, P + 1, W)
+            patches = self.projector(states[:, 1:])  # (n_images, P, D)
+        return x.masked_scatter(is_patch[..., None], patches.to(x.dtype))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """() mean cross-entropy of the supervised tokens."""
+        inputs = {"inputs_embeds": self.embed(batch), "attention_mask": batch.mask.long()}
+        return self.decoder(**inputs, labels=batch.labels, use_cache=False).loss
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, max_new: int) -> Tensor:
+        """(B, max_new) greedy tokens, without a test for the end; batch is padded on the left."""
+        inputs = {"inputs_embeds": self.embed(batch), "attention_mask": batch.mask.long()}
+        return self.decoder.generate(**inputs, do_sample=False, max_new_tokens=max_new)
+
+
+def copy_weights(ours: MedMoE, theirs: Assembled) -> None:
+    """Every tensor by its published name; what transformers has no name for, by SparseMLP's."""
+    config = ours.config
+    tower = publish(slots(ours, "vision."), clip_table(config.vision), torch.float32)
+    tower = {name.removeprefix("vision_model."): t for name, t in tower.items()}
+    theirs.vision.load_state_dict(theirs.vision.state_dict() | tower)  # its last norm is not used
+    theirs.projector[0].load_state_dict(ours.projector.fc1.state_dict())
+    theirs.projector[2].load_state_dict(ours.projector.fc2.state_dict())
+    table = {"model.layers.{}.mlp.gate.*": "decoder.blocks.{}.mlp.router.proj.*"}
+    for name, our_name in decoder_table(config.decoder).items():
+        table[name] = our_name
+        if ".mlp." in name:  # a dense FFN's name; of experts and meta expert it is longer
+            for place, our_place in (("experts.{}", "experts[{}]"), ("meta", "meta")):
+                deeper = name.replace(".mlp.", f".mlp.{place}.")
+                table[deeper] = our_name.replace(".mlp.", f".mlp.{our_place}.")
+    decoder = publish(slots(ours, "decoder.", by_expert=True), table, torch.float32)
+    if config.decoder.tied:
+        decoder["lm_head.weight"] = decoder["model.embed_tokens.weight"]
+    theirs.decoder.load_state_dict(decoder)
 
 
 def stepper(model: nn.Module, loss: Callable[[Batch], Tensor], dtype: torch.dtype) -> Callable:
@@ -159,143 +305,96 @@ def flops_of(model: MedMoE, batch: Batch) -> int:
     return sum(int(n) * cost for n, cost in zip(counts, (*costs, *routed), strict=True))
 
 
-def matmul(device: torch.device, dtype: torch.dtype, n: int = 1024) -> Callable[[], float]:
-    """-> a function that multiplies square matrices and returns how many operations that was."""
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+def prompts(samples: Sequence[Sample], text: Text, config: ModelConfig) -> Batch:
+    encoded = [encode_prompt(s.turns[0][0], s.image is not None, text, config) for s in samples]
+    return collate(samples, encoded, Images(config.vision.image_size), text.eos_id, side="left")
 
-    def run(times: int = 20) -> float:
-        for _ in range(times):
-            a @ b
-        return times * 2 * n**3
 
-    return run
+def batches_of(flags: BenchConfig, text: Text, config: ModelConfig) -> list[Batch]:
+    """--steps batches of --data, in the order of training."""
+    samples = load_samples(flags.data or ("phantoms:512",), "vqa", "train", **reading(flags))
+    images = Images(config.vision.image_size)
+    data = Dataset(samples, text, config, plain=False, images=images)
+    order = data.epoch(flags.batch_size or 64, flags.seed, 0)[: flags.steps]
+    return [data.batch(rows) for rows in order]
+
+
+# What is measured
 
 
 def bench_train(flags: BenchConfig) -> dict:
     device, dtype = choose_device(flags.device, flags.dtype)
     ours, text = start(flags)
-    theirs = assembled(ours)
-    samples = load_samples(flags.data or ("phantoms:512",), "vqa", "train", **reading(flags))
-    images = Images(ours.config.vision.image_size)
-    data = Dataset(samples, text, ours.config, plain=False, images=images)
-    order = data.epoch(flags.batch_size or 64, flags.seed, 0)[: flags.steps]
-    batches = [data.batch(rows).to(device) for rows in order]
+    theirs = Assembled(ours).to(device)
+    batches = [batch.to(device) for batch in batches_of(flags, text, ours.config)]
+    steps = [stepper(ours.train(), lambda batch: mean_loss(ours, batch), dtype),
+             stepper(theirs.train(), theirs.loss, dtype)]  # fmt: skip
     n_tokens = sum(int(batch.mask.sum()) for batch in batches)
-    our_step = stepper(ours.train(), lambda batch: mean_loss(ours, batch), dtype)
-    their_step = stepper(theirs.train(), theirs.loss, dtype)
-
-    def run(step: Callable[[Batch], None]) -> int:
-        for batch in batches:
-            step(batch)
-        return n_tokens
-
+    ways = [lambda step=step: [step(batch) for batch in batches] for step in steps]
+    result = compare(*ways, n_tokens, flags.rounds, "train")
     n_flops = sum(flops_of(ours, batch) for batch in batches)
-    ways = {"ours": lambda: run(our_step), "transformers": lambda: run(their_step)}
-    rates = interleave(ways | {"matmul": matmul(device, dtype)}, flags.rounds)
-    work = [rate * n_flops / n_tokens for rate in rates["ours"]]  # operations a second
-    shares = [w / peak for w, peak in zip(work, rates["matmul"], strict=True)]
-    result = {
-        "tokens_per_s": {name: summary(rates[name]) for name in ways},
-        "ratio": ratios(rates["ours"], rates["transformers"]),
-        "flops_per_step": n_flops // len(batches),
-        "matmul_flops_per_s": summary(rates["matmul"]),
-        "mfu": summary(shares),
-    }
-    for name in ways:
-        print(f"{name:<13}{show(result['tokens_per_s'][name], 0)} tokens/s")
-    print(f"ours is {show(result['ratio'])} times as fast")
+    rate = {k: n_flops / n_tokens * v for k, v in result["tokens_per_s"]["ours"].items()}
+    mfu = {k: v / matmul_rate(device, dtype) for k, v in rate.items()}
     print(f"{n_flops / len(batches) / 1e9:.1f} GFLOP a step, "
-          f"{show(summary([w / 1e9 for w in work]), 0)} GFLOP/s: {show(result['mfu'])} of what a "
-          f"{dtype} product of 1024 x 1024 matrices reaches")  # fmt: skip
-    sizes = {"batch_size": len(order[0]), "positions": batches[0].ids.shape[1]}
-    return result | sizes
-
-
-def prompts(samples: Sequence[Sample], text: Text, config: ModelConfig) -> Batch:
-    encoded = [encode_prompt(s.turns[0][0], s.image is not None, text, config) for s in samples]
-    return collate(samples, encoded, Images(config.vision.image_size), text.eos_id, side="left")
+          f"{show({k: v / 1e9 for k, v in rate.items()}, 0)} GFLOP/s: {show(mfu)} of what a {dtype} "
+          "product of large matrices reaches")  # fmt: skip
+    return result | {"flops_per_step": n_flops // len(batches), "mfu": mfu,
+                     "positions": batches[0].ids.shape[1]}  # fmt: skip
 
 
 def bench_generate(flags: BenchConfig) -> dict:
     """Full answers, image and prompt included; neither side stops at an end of sentence."""
     device, dtype = choose_device(flags.device, flags.dtype)
     ours, text = start(flags)
-    theirs = assembled(ours)
+    theirs = Assembled(ours).to(device)
     for model in (ours, theirs):
         model.eval().requires_grad_()  # as loaded; autocast keeps no copies of frozen weights
     prepare(ours, device, dtype)  # as load_model does
-    samples = load_samples(flags.data or ("phantoms:512",), "vqa", "train", **reading(flags))
-    result = {}
+    samples, result = load_samples(flags.data or ("phantoms:512",), "vqa", "train"), {}
     for size in (1, 8):
         batch = prompts(samples[:size], text, ours.config).to(device)
 
-        def by_us(batch: Batch = batch) -> int:
+        def by_us(batch: Batch = batch) -> None:
             with autocast(device, dtype):
-                steps = list(generate(ours, batch, eos_id=-1, max_new=flags.new_tokens))
-            return len(steps) * len(batch.ids)
+                list(generate(ours, batch, eos_id=-1, max_new=flags.new_tokens))
 
-        def by_them(batch: Batch = batch) -> int:
+        def by_them(batch: Batch = batch) -> None:
             with autocast(device, dtype):
-                return theirs.generate(batch, flags.new_tokens).numel()
+                theirs.generate(batch, flags.new_tokens)
 
-        rates = interleave({"ours": by_us, "transformers": by_them}, flags.rounds)
-        speeds = {name: summary(values) for name, values in rates.items()}
-        ratio = ratios(rates["ours"], rates["transformers"])
-        for name, values in speeds.items():
-            print(f"batch {size}, {name:<13}{show(values, 0)} tokens/s")
-        print(f"batch {size}: ours is {show(ratio)} times as fast")
-        result[f"batch_{size}"] = {"tokens_per_s": speeds, "ratio": ratio}
-    return result | {"new_tokens": flags.new_tokens}
+        n, title = size * flags.new_tokens, f"batch {size}"
+        result[f"batch_{size}"] = compare(by_us, by_them, n, flags.rounds, title)
+    return result
 
 
-def read_all(samples: Sequence[Sample], size: int, workers: int) -> int:
-    """Every different image once, from its file to what the tower takes -> how many."""
-    images = Images(size)
-    different = list(dict.fromkeys(s.image for s in samples if s.image is not None))
-    with ThreadPoolExecutor(workers) as pool:
-        for pixels in pool.map(images.read, different):
-            normalise(pixels[None])
-    return len(different)
-
-
-def training(flags: BenchConfig, samples: Sequence[Sample]) -> Callable[[], int]:
-    """-> a function that trains for some steps, tower included -> how many images."""
+def bench_loader(flags: BenchConfig) -> dict:
+    """Images decoded, padded, resized and normalised with 1 and 2 threads, and trained on."""
     chosen = preset(flags.preset)
     device, dtype = choose_device(flags.device, flags.dtype)
     model = MedMoE(chosen.model)
     load_published(model, chosen.model, chosen.clip, chosen.llm)
-    model.to(device).train()
-    freeze_all_but(model, ("projector.*", "decoder.*", "vision.*"))
+    freeze_all_but(model.to(device).train(), ("projector.*", "decoder.*", "vision.*"))
     step = stepper(model, lambda batch: mean_loss(model, batch), dtype)
-    images = Images(chosen.model.vision.image_size)
-    data = Dataset(samples, Text(chosen.llm), chosen.model, plain=False, images=images)
-    order = data.epoch(flags.batch_size or 64, flags.seed, 0)[: flags.steps]
-    for rows in order:
-        data.batch(rows)  # into memory, as after the first epoch
-
-    def run() -> int:
-        for rows in order:
-            step(data.batch(rows).to(device))
-        return sum(map(len, order))
-
-    return run
-
-
-def bench_loader(flags: BenchConfig) -> dict:
-    """Images that are decoded, padded, resized and normalised with 1 and 2 threads."""
+    batches = [b.to(device) for b in batches_of(flags, Text(chosen.llm), chosen.model)]
     samples = load_samples(flags.data or ("phantoms:512",), "vqa", "train", **reading(flags))
-    size = preset(flags.preset).model.vision.image_size
-    ways = {
-        "1 thread": lambda: read_all(samples, size, 1),
-        "2 threads": lambda: read_all(samples, size, 2),
-        "training": training(flags, samples),
-    }
-    rates = interleave(ways, flags.rounds)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+    different = list(dict.fromkeys(s.image for s in samples if s.image is not None))
+
+    def read(threads: int) -> None:
+        images = Images(chosen.model.vision.image_size)
+        with ThreadPoolExecutor(threads) as pool:
+            for pixels in pool.map(images.read, different):
+                normalise(pixels[None])
+
+    ways = {"1 thread": lambda: read(1), "2 threads": lambda: read(2),
+            "training": lambda: [step(batch) for batch in batches]}  # fmt: skip
+    amounts = [len(different), len(different), sum(len(batch.images) for batch in batches)]
+    seconds = interleave(ways, flags.rounds)
+    rates = {name: summary([n / s for s in seconds[name]])
+             for name, n in zip(ways, amounts, strict=True)}  # fmt: skip
     for name, values in rates.items():
-        ratio = medians[name] / medians["training"]
-        print(f"{name:<10}{show(summary(values), 0)} images/s, {ratio:.1f} x training")
-    return {"size": size, "images_per_s": medians}
+        ratio = values["median"] / rates["training"]["median"]
+        print(f"{name:<10}{show(values, 0)} images/s, {ratio:.1f} x training")
+    return {"images_per_s": rates}
 
 
 BENCHES = {"train": bench_train, "generate": bench_generate, "loader": bench_loader}
@@ -305,6 +404,8 @@ BENCHES = {"train": bench_train, "generate": bench_generate, "loader": bench_loa
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["memory"], ["kernels"]):
+        from lab import bench_kernels, memory  # which import this file
+
         return {"memory": memory, "kernels": bench_kernels}[argv[0]].main(argv[1:])
     flags = parse(BenchConfig, argv, "lab.bench")
     at_least(flags, rounds=1, steps=1, new_tokens=1, batch_size=1)

@@ -2,9 +2,10 @@
 
     python -m lab.cost                       phi2, stablelm2 counted; tiny, mid counted and timed
     python -m lab.cost --measure tiny --rounds 9
-    python -m lab.cost --checkpoint runs/tiny/phase3     and which experts its answers touch
 
-lab/counts.py has the variants and counts what they cost. The variants are timed with random
+The variants differ in the FFNs of every second block: one FFN, experts with or without a meta
+expert, or one FFN three or five times as wide, which has the parameters that top-2 and meta
+activate, or has in all. Counted is the model as built, with tower and projector. Timed are random
 weights, interleaved, after one round of warm-up; a ratio is of two times of one round. Routers are
 initialised with large weights, so that every expert gets tokens. Memory is the growth of the peak
 of resident bytes in a fresh process.
@@ -12,26 +13,53 @@ of resident bytes in a fresh process.
 
 import json
 import multiprocessing
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from torch import nn
 
-from checkpoint import load_model
-from config import UserError, flag, preset
+from config import ModelConfig, MoEConfig, UserError, flag, preset
 from data import Batch, Dataset, Text
 from engine.cli import at_least, parse, user_errors, write_json
+from engine.flops import model_flops
 from engine.inference import prepare
-from lab.bench import mean_loss, prompts, stepper, summary
-from lab.counts import ANSWER, VARIANTS, build, count, dimensions, show_counts
-from model import MedMoE, autocast, choose_device, freeze_all_but, generate
+from lab.bench import MID, interleave, mean_loss, prompts, stepper, summary
+from model import (
+    MedMoE,
+    autocast,
+    choose_device,
+    count_parameters,
+    freeze_all_but,
+    generate,
+    make_sparse,
+)
 from ops import place_experts
 from sources.images import Images
 from sources.load import load_samples
+
+SEVEN_B = 7_000_000_000  # the model whose cost the paper compares with
+PROMPT, ANSWER = 64, 16  # text positions of a question at full size, tokens of its answer
+
+
+class Variant(NamedTuple):
+    """What stands in every second block."""
+
+    title: str
+    moe: MoEConfig | None = None
+    width: int = 1  # of a dense FFN, in FFNs
+
+
+VARIANTS = {
+    "dense": Variant("dense"),
+    "medmoe": Variant("top-2 of 4 and meta", MoEConfig(router="topk")),
+    "top-1": Variant("top-1 of 4 and meta", MoEConfig(router="topk", top_k=1)),
+    "no-meta": Variant("top-2 of 4", MoEConfig(router="topk", meta=False)),
+    "wide-3": Variant("dense, 3 wide: as many activated", width=3),
+    "wide-5": Variant("dense, 5 wide: as many in all", width=5),
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +68,6 @@ class CostConfig:
 
     measure: tuple[str, ...] = flag((), "time this size: tiny, mid; repeatable (default: both)")
     count: tuple[str, ...] = flag((), "count this preset (default: phi2, stablelm2, and --measure)")
-    checkpoint: str | None = flag(None, "DIR: also which experts its answers touch")
     rounds: int = flag(5, "repetitions, interleaved")
     memory: bool = flag(True, "measure memory as well")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
@@ -48,38 +75,77 @@ class CostConfig:
     json: str | None = flag(None, "also write the results to this FILE")
 
 
-def answer(model: MedMoE, batch: Batch, dtype: torch.dtype) -> tuple[float, float]:
-    """-> seconds until the first token, and for each of the following ones."""
-    wait = torch.cuda.synchronize if batch.ids.is_cuda else lambda: None
-    with autocast(batch.ids.device, dtype):
-        start = time.perf_counter()
-        steps = generate(model, batch, eos_id=-1, max_new=ANSWER)
-        next(steps)
-        wait()
-        first = time.perf_counter()
-        n = sum(1 for _ in steps)
-        wait()
-    return first - start, (time.perf_counter() - first) / n
+def dimensions(name: str) -> ModelConfig:
+    return MID if name == "mid" else preset(name).model
 
 
-def ready(name: str, key: str, device: torch.device, dtype: torch.dtype) -> MedMoE:
-    """As load_model returns one: without gradients, matmuls in dtype, q, k and v fused."""
+def build(config: ModelConfig, variant: Variant, device: str = "cpu") -> MedMoE:
+    """Random weights. On "meta" nothing is initialised or allocated."""
     torch.manual_seed(0)
+    with torch.device(device):
+        model, d = MedMoE(config), config.decoder
+        for block in model.decoder.blocks[::2]:
+            if variant.width > 1:
+                block.mlp = type(block.mlp)(d.d_model, variant.width * d.d_ff)
+        if variant.moe:
+            make_sparse(model, variant.moe)
+    for name, param in model.named_parameters():
+        if name.endswith("router.proj.weight"):
+            nn.init.normal_(param)
+    return model
+
+
+def count(name: str) -> dict[str, dict]:
+    """Every variant's parameters, GFLOP of a prompt and of a token, and shares of activated ones.
+
+    The token's are the mean over the answer's length.
+    """
+    config, found = dimensions(name), {}
+    length = config.vision.n_patches + PROMPT
+    for key, variant in VARIANTS.items():
+        model = build(config, variant, "meta").requires_grad_(False)
+        size, cost = count_parameters(model), model_flops(model)
+        routed = sum(cost.routed) * (variant.moe.top_k if variant.moe else 0)
+        prefill = cost.image + config.vision.n_patches * cost.patch + length**2 * cost.pair
+        prefill += length * (cost.position + routed) + cost.answer
+        token = cost.position + routed + (length + (ANSWER + 1) / 2) * cost.pair + cost.answer
+        activated = size["activated"]
+        base = found["dense"]["total"] if found else size["total"]
+        found[key] = {
+            "total": size["total"], "activated": activated,
+            "prefill": prefill / 1e9, "token": token / 1e9, "of own total": activated / size["total"],
+            "of dense": activated / base, "of 7 B": activated / SEVEN_B,
+        }  # fmt: skip
+    return found
+
+
+def show_counts(name: str, found: dict) -> str:
+    lines = [f"{name}: parameters in millions; GFLOP of an image with {PROMPT} tokens and of a "
+             "token of the answer; the activated share",
+             " " * 34 + "".join(f"{column:>14}" for column in found["dense"])]  # fmt: skip
+    for key, row in found.items():
+        sizes = "".join(f"{row[column] / 1e6:>14,.2f}" for column in ("total", "activated"))
+        work = f"{row['prefill']:>14,.3f}{row['token']:>14,.4f}"
+        shares = "".join(f"{row[c]:>14.1%}" for c in ("of own total", "of dense", "of 7 B"))
+        lines.append(f"  {VARIANTS[key].title:<32}{sizes}{work}{shares}")
+    return "\n".join(lines)
+
+
+def answering(name: str, key: str, device: torch.device, dtype: torch.dtype) -> MedMoE:
+    """As load_model returns one: without gradients, matmuls in dtype, q, k and v fused."""
     model = build(dimensions(name), VARIANTS[key]).requires_grad_(False)
     prepare(model, device, dtype)
     return model
 
 
-def trainable(name: str, key: str, device: torch.device) -> MedMoE:
+def learning(name: str, key: str, device: torch.device) -> MedMoE:
     """What phase 3 trains: experts and meta; of dense models the FFNs in their place."""
-    torch.manual_seed(0)
     model = build(dimensions(name), VARIANTS[key]).to(device).train()
     place_experts(model, device)
-    moe = VARIANTS[key].moe
-    patterns = ["decoder.*.mlp.experts.*"] if moe else [
-        f"decoder.blocks.{i}.mlp.*" for i in range(0, len(model.decoder.blocks), 2)
-    ]  # fmt: skip
-    freeze_all_but(model, (*patterns, *(["decoder.*.mlp.meta.*"] if moe and moe.meta else [])))
+    patterns = [f"decoder.blocks.{i}.mlp.*" for i in range(0, len(model.decoder.blocks), 2)]
+    if moe := VARIANTS[key].moe:
+        patterns = ["decoder.*.mlp.experts.*"] + ["decoder.*.mlp.meta.*"] * moe.meta
+    freeze_all_but(model, patterns)
     return model
 
 
@@ -93,34 +159,44 @@ def batches(name: str, device: torch.device) -> dict[str, Batch]:
     return {key: batch.to(device) for key, batch in found.items()}
 
 
+def answer(model: MedMoE, batch: Batch, dtype: torch.dtype, n: int) -> int:
+    """Generate n tokens for each prompt."""
+    with autocast(batch.ids.device, dtype):
+        return len(list(generate(model, batch, eos_id=-1, max_new=n)))
+
+
 def measure(name: str, flags: CostConfig) -> dict[str, dict]:
-    """Variant -> milliseconds, and their ratio to the dense model's of the same round."""
+    """What -> variant -> milliseconds, and their ratio to the dense model's of the same round.
+
+    A token's time is that of ANSWER more tokens after the first, divided by their number.
+    """
     device, dtype = choose_device(flags.device, flags.dtype)
-    inputs = batches(name, device)
-    seconds: dict[str, dict[str, list[float]]] = {}
-    models = {key: ready(name, key, device, dtype) for key in VARIANTS}
-    for round_ in range(flags.rounds + 1):
-        for key, model in models.items():
-            for size in ("1", "8"):
-                part = answer(model, inputs[size], dtype)
-                for what, value in zip(("prefill", "token"), part, strict=True):
-                    row = seconds.setdefault(key, {}).setdefault(f"{what}, batch {size}", [])
-                    row += [value] if round_ else []
-    models = {key: trainable(name, key, device) for key in VARIANTS}
-    steps = {key: stepper(model, lambda b, m=model: mean_loss(m, b), dtype)
-             for key, model in models.items()}  # fmt: skip
-    for round_ in range(flags.rounds + 1):
-        for key, step in steps.items():
-            start = time.perf_counter()
-            step(inputs["train"])
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            row = seconds[key].setdefault("training step", [])
-            row += [time.perf_counter() - start] if round_ else []
-    return {key: {what: {"ms": summary([1000 * s for s in row]),
-                         "ratio": summary([a / b for a, b in
-                                           zip(row, seconds["dense"][what], strict=True)])}
-                  for what, row in rows.items()} for key, rows in seconds.items()}  # fmt: skip
+    inputs, found = batches(name, device), {}
+
+    def compare(what: str, ways: dict, n: int = 1) -> None:
+        seconds = interleave(ways, flags.rounds)
+        times = {key: [1000 * s for s in row] for key, row in seconds.items()}
+        found[what] = {
+            key: {"ms": summary(row),
+                  "ratio": summary([a / b for a, b in zip(row, times["dense"], strict=True)])}
+            for key, row in times.items()
+        }  # fmt: skip
+
+    models = {key: answering(name, key, device, dtype) for key in VARIANTS}
+    for size in ("1", "8"):
+        for what, n in (("first token", 1), (f"{ANSWER + 1} tokens", ANSWER + 1)):
+            compare(f"{what}, batch {size}", {
+                key: lambda m=model, n=n, size=size: answer(m, inputs[size], dtype, n) and 1
+                for key, model in models.items()
+            })  # fmt: skip
+    steps = {}
+    for key in VARIANTS:
+        model = learning(name, key, device)
+        steps[key] = stepper(model, lambda b, m=model: mean_loss(m, b), dtype)
+    compare("training step", {
+        key: lambda step=step: step(inputs["train"]) or 1 for key, step in steps.items()
+    })  # fmt: skip
+    return found
 
 
 def grown(name: str, key: str, what: str, device: str, dtype: str) -> int:
@@ -129,10 +205,10 @@ def grown(name: str, key: str, what: str, device: str, dtype: str) -> int:
     inputs = batches(name, chosen[0])
     build(preset("tiny").model, VARIANTS["dense"])  # what torch itself loads with its first use
     before = peak(chosen[0])
-    if what == "answer":
-        answer(ready(name, key, *chosen), inputs["8"], chosen[1])
+    if what == "8 answers":
+        answer(answering(name, key, *chosen), inputs["8"], chosen[1], ANSWER)
     else:
-        model = trainable(name, key, chosen[0])
+        model = learning(name, key, chosen[0])
         stepper(model, lambda b: mean_loss(model, b), chosen[1])(inputs["train"])
     return peak(chosen[0]) - before
 
@@ -148,51 +224,24 @@ def peak(device: torch.device) -> int:
 
 
 def measure_memory(name: str, flags: CostConfig) -> dict[str, dict[str, int]]:
+    """What -> variant -> bytes."""
     context, found = multiprocessing.get_context("spawn"), {}
-    for key in VARIANTS:
-        for what in ("answer", "training step"):
+    for what in ("8 answers", "training step"):
+        for key in VARIANTS:
             with context.Pool(1) as pool:
                 args = name, key, what, flags.device, flags.dtype
-                found.setdefault(key, {})[what] = pool.apply(grown, args)
-    return found
-
-
-def touched(directory: Path, flags: CostConfig, n: int = 200) -> dict[str, dict[str, float]]:
-    """Level -> experts used in a layer: by a prompt, a token of the answer, a whole question."""
-    device, dtype = choose_device(flags.device, flags.dtype)
-    samples, found = load_samples(("phantoms",), "vqa", "test")[:n], {}
-    for level in ("token", "sequence"):
-        model, text, _ = load_model(directory, device, dtype, level=level)
-        if model.config.moe is None:
-            raise UserError(f"--checkpoint {directory}: a dense model")
-        seen = {"prompt": [], "answer": [], "token": []}
-        for start in range(0, len(samples), 50):
-            batch = prompts(samples[start : start + 50], text, model.config).to(device)
-            with autocast(device, dtype):
-                steps = [s.routings for s in generate(model, batch, -1, 4)]
-            for i in range(len(steps[0])):  # sparse layers
-                gates = [routings[i].gates != 0 for routings in steps]  # (B, T, E), then (B, 1, E)
-                each = torch.stack([g.any(dim=1) for g in gates])  # (steps, B, E)
-                seen["prompt"] += each[0].sum(dim=-1).tolist()
-                seen["answer"] += each.any(dim=0).sum(dim=-1).tolist()
-                seen["token"] += each[1:].sum(dim=-1).flatten().tolist()
-        found[level] = {key: statistics.mean(values) for key, values in seen.items()}
+                found.setdefault(what, {})[key] = pool.apply(grown, args)
     return found
 
 
 def show_measured(name: str, times: dict, sizes: dict) -> str:
-    columns = list(next(iter(times.values())))
-    lines = [f"{name}: milliseconds, and their ratio to the dense model's"]
-    lines.append(" " * 34 + "".join(f"{column:>22}" for column in columns))
-    for key, rows in times.items():
-        cells = "".join(f"{row['ms']['median']:>9.1f}  x {row['ratio']['median']:<9.2f}"
-                        for row in rows.values())  # fmt: skip
-        lines.append(f"  {VARIANTS[key].title:<32}{cells}")
-    if sizes:
-        lines.append("memory, MB: 8 answers; a training step")
-        lines += [f"  {VARIANTS[key].title:<32}"
-                  + "".join(f"{n / 1e6:>9,.0f}" for n in row.values())
-                  for key, row in sizes.items()]  # fmt: skip
+    lines = [f"{name}: milliseconds, and their ratio to the dense model's; memory in MB"]
+    lines.append(" " * 34 + "".join(f"{what:>22}" for what in (*times, *sizes)))
+    for key, variant in VARIANTS.items():
+        cells = "".join(f"{row[key]['ms']['median']:>12.1f}  x {row[key]['ratio']['median']:<6.2f}"
+                        for row in times.values())  # fmt: skip
+        cells += "".join(f"{row[key] / 1e6:>22,.0f}" for row in sizes.values())
+        lines.append(f"  {variant.title:<32}{cells}")
     return "\n".join(lines)
 
 
@@ -213,11 +262,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     for name in timed:
         result["measured"][name] = measure(name, flags)
         result["memory"][name] = measure_memory(name, flags) if flags.memory else {}
-        print(show_measured(name, result["measured"][name], result["memory"][name]) + "\n",
-              flush=True)  # fmt: skip
-    if flags.checkpoint:
-        result["touched"] = touched(Path(flags.checkpoint), flags)
-        print(f"{flags.checkpoint}: experts used in a sparse layer {result['touched']}")
+        print(show_measured(name, result["measured"][name], result["memory"][name]), flush=True)
     if flags.json:
         write_json(Path(flags.json), result)
     print(json.dumps(result))
