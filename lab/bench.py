@@ -45,7 +45,6 @@ from config import (
 )
 from data import Batch, Dataset, Sample, Text, collate, encode_prompt
 from engine.cli import at_least, parse, user_errors
-from engine.flops import matmul_rate, model_flops
 from engine.inference import prepare
 from engine.published import clip_table, decoder_table, load_published, slots
 from lab.convert import publish
@@ -292,19 +291,6 @@ def mean_loss(model: MedMoE, batch: Batch) -> Tensor:
     return out.total / out.n_tokens
 
 
-def flops_of(model: MedMoE, batch: Batch) -> int:
-    """FLOPs of a training step on this batch, forward and backward."""
-    *costs, routed = model_flops(model)
-    with torch.no_grad():
-        out = model.loss(batch)
-    lengths = batch.mask.sum(dim=1)  # of real positions
-    counts = [
-        len(batch.images), (batch.ids == IMAGE_ID).sum(), len(lengths), lengths.sum(),
-        lengths.square().sum(), out.n_tokens, *((r.gates != 0).sum() for r in out.routings),
-    ]  # fmt: skip
-    return sum(int(n) * cost for n, cost in zip(counts, (*costs, *routed), strict=True))
-
-
 def prompts(samples: Sequence[Sample], text: Text, config: ModelConfig) -> Batch:
     encoded = [encode_prompt(s.turns[0][0], s.image is not None, text, config) for s in samples]
     return collate(samples, encoded, Images(config.vision.image_size), text.eos_id, side="left")
@@ -331,15 +317,7 @@ def bench_train(flags: BenchConfig) -> dict:
              stepper(theirs.train(), theirs.loss, dtype)]  # fmt: skip
     n_tokens = sum(int(batch.mask.sum()) for batch in batches)
     ways = [lambda step=step: [step(batch) for batch in batches] for step in steps]
-    result = compare(*ways, n_tokens, flags.rounds, "train")
-    n_flops = sum(flops_of(ours, batch) for batch in batches)
-    rate = {k: n_flops / n_tokens * v for k, v in result["tokens_per_s"]["ours"].items()}
-    mfu = {k: v / matmul_rate(device, dtype) for k, v in rate.items()}
-    print(f"{n_flops / len(batches) / 1e9:.1f} GFLOP a step, "
-          f"{show({k: v / 1e9 for k, v in rate.items()}, 0)} GFLOP/s: {show(mfu)} of what a {dtype} "
-          "product of large matrices reaches")  # fmt: skip
-    return result | {"flops_per_step": n_flops // len(batches), "mfu": mfu,
-                     "positions": batches[0].ids.shape[1]}  # fmt: skip
+    return compare(*ways, n_tokens, flags.rounds, "train")
 
 
 def bench_generate(flags: BenchConfig) -> dict:

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,10 +24,10 @@ from torch import nn
 
 from config import ModelConfig, MoEConfig, UserError, flag, preset
 from data import Batch, Dataset, Text
-from engine.cli import at_least, parse, user_errors, write_json
+from engine.cli import at_least, parse, user_errors
 from engine.flops import model_flops
 from engine.inference import prepare
-from lab.bench import MID, interleave, mean_loss, prompts, stepper, summary
+from lab.bench import MID, interleave, mean_loss, prompts, ratios, stepper, summary
 from model import (
     MedMoE,
     autocast,
@@ -72,7 +73,6 @@ class CostConfig:
     memory: bool = flag(True, "measure memory as well")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "matmul precision")
-    json: str | None = flag(None, "also write the results to this FILE")
 
 
 def dimensions(name: str) -> ModelConfig:
@@ -131,21 +131,21 @@ def show_counts(name: str, found: dict) -> str:
     return "\n".join(lines)
 
 
-def answering(name: str, key: str, device: torch.device, dtype: torch.dtype) -> MedMoE:
-    """As load_model returns one: without gradients, matmuls in dtype, q, k and v fused."""
+def ready(name: str, key: str, device: torch.device, dtype: torch.dtype | None) -> MedMoE:
+    """To answer: as load_model returns one, matmuls in dtype. Without a dtype: to be trained.
+
+    Phase 3 trains experts and meta; in dense models the FFNs in their place.
+    """
     model = build(dimensions(name), VARIANTS[key]).requires_grad_(False)
-    prepare(model, device, dtype)
-    return model
-
-
-def learning(name: str, key: str, device: torch.device) -> MedMoE:
-    """What phase 3 trains: experts and meta; of dense models the FFNs in their place."""
-    model = build(dimensions(name), VARIANTS[key]).to(device).train()
-    place_experts(model, device)
-    patterns = [f"decoder.blocks.{i}.mlp.*" for i in range(0, len(model.decoder.blocks), 2)]
-    if moe := VARIANTS[key].moe:
-        patterns = ["decoder.*.mlp.experts.*"] + ["decoder.*.mlp.meta.*"] * moe.meta
-    freeze_all_but(model, patterns)
+    if dtype is not None:
+        prepare(model, device, dtype)
+        return model
+    place_experts(model.to(device).train(), device)
+    ffns = [f"decoder.blocks.{i}.mlp.*" for i in range(0, len(model.decoder.blocks), 2)]
+    freeze_all_but(model, ffns)
+    for block in model.decoder.blocks:
+        if block.is_sparse:
+            block.mlp.router.requires_grad_(False)
     return model
 
 
@@ -166,37 +166,32 @@ def answer(model: MedMoE, batch: Batch, dtype: torch.dtype, n: int) -> int:
 
 
 def measure(name: str, flags: CostConfig) -> dict[str, dict]:
-    """What -> variant -> milliseconds, and their ratio to the dense model's of the same round.
-
-    A token's time is that of ANSWER more tokens after the first, divided by their number.
-    """
+    """What -> variant -> milliseconds, and their ratio to the dense model's of the same round."""
     device, dtype = choose_device(flags.device, flags.dtype)
-    inputs, found = batches(name, device), {}
-
-    def compare(what: str, ways: dict, n: int = 1) -> None:
-        seconds = interleave(ways, flags.rounds)
-        times = {key: [1000 * s for s in row] for key, row in seconds.items()}
-        found[what] = {
-            key: {"ms": summary(row),
-                  "ratio": summary([a / b for a, b in zip(row, times["dense"], strict=True)])}
-            for key, row in times.items()
-        }  # fmt: skip
-
-    models = {key: answering(name, key, device, dtype) for key in VARIANTS}
+    inputs = batches(name, device)
+    models = {key: ready(name, key, device, dtype) for key in VARIANTS}
+    seconds = {}
     for size in ("1", "8"):
-        for what, n in (("first token", 1), (f"{ANSWER + 1} tokens", ANSWER + 1)):
-            compare(f"{what}, batch {size}", {
-                key: lambda m=model, n=n, size=size: answer(m, inputs[size], dtype, n) and 1
-                for key, model in models.items()
-            })  # fmt: skip
+        ways = {(key, n): partial(answer, model, inputs[size], dtype, n)
+                for key, model in models.items() for n in (1, ANSWER + 1)}  # fmt: skip
+        times = interleave(ways, flags.rounds)
+        first = {key: times[key, 1] for key in VARIANTS}
+        seconds[f"prefill, batch {size}"] = first
+        seconds[f"a token, batch {size}"] = {
+            key: [(s - f) / ANSWER for s, f in zip(times[key, ANSWER + 1], first[key], strict=True)]
+            for key in VARIANTS
+        }
     steps = {}
     for key in VARIANTS:
-        model = learning(name, key, device)
-        steps[key] = stepper(model, lambda b, m=model: mean_loss(m, b), dtype)
-    compare("training step", {
-        key: lambda step=step: step(inputs["train"]) or 1 for key, step in steps.items()
-    })  # fmt: skip
-    return found
+        model = ready(name, key, device, None)
+        step = stepper(model, lambda b, m=model: mean_loss(m, b), dtype)
+        steps[key] = partial(step, inputs["train"])
+    seconds["training step"] = interleave(steps, flags.rounds)
+    return {
+        what: {key: {"ms": summary([1000 * s for s in row]), "ratio": ratios(row, rows["dense"])}
+               for key, row in rows.items()}
+        for what, rows in seconds.items()
+    }  # fmt: skip
 
 
 def grown(name: str, key: str, what: str, device: str, dtype: str) -> int:
@@ -206,9 +201,9 @@ def grown(name: str, key: str, what: str, device: str, dtype: str) -> int:
     build(preset("tiny").model, VARIANTS["dense"])  # what torch itself loads with its first use
     before = peak(chosen[0])
     if what == "8 answers":
-        answer(answering(name, key, *chosen), inputs["8"], chosen[1], ANSWER)
+        answer(ready(name, key, *chosen), inputs["8"], chosen[1], ANSWER)
     else:
-        model = learning(name, key, chosen[0])
+        model = ready(name, key, chosen[0], None)
         stepper(model, lambda b: mean_loss(model, b), chosen[1])(inputs["train"])
     return peak(chosen[0]) - before
 
@@ -263,8 +258,6 @@ def main(argv: Sequence[str] | None = None) -> dict:
         result["measured"][name] = measure(name, flags)
         result["memory"][name] = measure_memory(name, flags) if flags.memory else {}
         print(show_measured(name, result["measured"][name], result["memory"][name]), flush=True)
-    if flags.json:
-        write_json(Path(flags.json), result)
     print(json.dumps(result))
     return result
 

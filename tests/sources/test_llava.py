@@ -1,0 +1,98 @@
+"""LLaVA's JSON, in which LLaVA-Med and Med-MoE keep captions, dialogues and questions."""
+
+import re
+
+import pytest
+
+from config import UserError
+from data import Sample
+from sources.load import load_samples
+from tests.sources.written import llava, llava_item, save_image
+
+HUMAN, GPT = {"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}
+
+
+def test_items_become_captions_dialogues_and_questions(tmp_path):
+    long = llava_item("long", question="What is it?\n<image>")
+    long["conversations"] += [HUMAN | {"value": "Is it large?"}, GPT | {"value": "Yes."}]
+    misspelt = llava_item(2, answer="left", answer_type="CLOSE", modality="x-ray")
+    misspelt["conversatons"] = misspelt.pop("conversations")
+    spec, image = llava(tmp_path, long, misspelt), tmp_path / "images" / "x.jpg"
+    captions, dialogues, questions = (
+        load_samples([spec], what, "train") for what in ("captions", "instructions", "vqa")
+    )
+    first, second = ("What is it?", "A lung."), ("Is it large?", "Yes.")
+    assert [s.turns for s in captions] == [(("", "A lung."),), (("", "left"),)]
+    assert dialogues[0] == Sample("long", "llava/test", "train", image, (first, second))
+    assert questions == [
+        Sample(name, "llava/test", "train", image, (turn,), modality, answer_type, "question")
+        for name, turn, modality, answer_type in (
+            ("long", first, None, "open"), ("long-1", second, None, "closed"),
+            ("2", ("What is it?", "left"), "X-ray", "closed"))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("domain", "modality"),
+    [({"chest_xray": True, "mri": False}, "X-ray"), ({"mri": True}, "MRI"), ("mri", None),
+     ({"ct_scan": True}, "CT"), ({"histology": True, "gross": True}, "pathology"),
+     ({"mri": True, "ct_scan": True}, None), ({"other": True}, None), ({"mri": "yes"}, None)],
+)  # fmt: skip
+def test_llava_meds_domain_flags_label_an_image_where_they_agree(tmp_path, domain, modality):
+    spec = llava(tmp_path, llava_item(domain=domain), llava_item("2", domain=domain, modality="CT"))
+    assert [s.modality for s in load_samples([spec], "captions", "train")] == [modality, "CT"]
+
+
+def test_a_folder_has_splits_and_images_may_lie_beside_the_file_or_elsewhere(tmp_path):
+    for split in ("train", "test"):
+        llava(tmp_path, llava_item(question=split), file=f"{split}.json")
+        (sample,) = load_samples([f"llava:{tmp_path}"], "vqa", split)
+        assert sample.turns[0][0] == split and sample.source == f"llava/{tmp_path.name}"
+    other = save_image(tmp_path / "other" / "x.jpg")
+    (sample,) = load_samples([f"llava:{tmp_path}"], "vqa", "test", image_folder=str(other.parent))
+    assert sample.image == other
+    with pytest.raises(UserError, match=r"--image-folder .*nowhere: no such folder"):
+        load_samples([f"llava:{tmp_path}"], "vqa", "test", image_folder=str(tmp_path / "nowhere"))
+    (tmp_path / "images").rename(tmp_path / "pictures")
+    beside = save_image(tmp_path / "x.jpg")
+    assert load_samples([f"llava:{tmp_path}"], "vqa", "test")[0].image == beside
+
+
+def test_an_item_without_an_image_is_text_only_and_one_without_an_id_is_numbered(tmp_path):
+    text = llava_item(question="What is CT?")
+    del text["image"], text["id"]
+    (first, second) = load_samples([llava(tmp_path, llava_item("a"), text)], "vqa", "test")
+    assert (first.id, second.id, second.image) == ("a", "1", None)
+    marked = text | {"conversations": [HUMAN | {"value": "What is it? <image>"}, GPT]}
+    with pytest.raises(UserError, match='"image" is missing; must be there, as its question has'):
+        load_samples([llava(tmp_path, marked)], "vqa", "test")
+
+
+def test_an_id_that_occurs_twice_is_numbered_in_training_and_refused_in_a_test(tmp_path):
+    spec = llava(tmp_path, llava_item("a"), llava_item("a"))
+    assert [s.id for s in load_samples([spec], "vqa", "train")] == ["a", "a#1"]
+    with pytest.raises(UserError, match=r'record 1 .* "id" "a"; must be another than .* record 0'):
+        load_samples([spec], "vqa", "test")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("conversations", [], "a list of turns"),
+        ("conversations", None, "a list of turns"),
+        ("conversations", ..., "a list of turns"),  # missing
+        ("conversations", [HUMAN, GPT, HUMAN], "a list of turns"),
+        ("conversations", [GPT, HUMAN], "human and gpt by turns (not "),
+        ("conversations", [HUMAN, "x"], 'human and gpt by turns (not "x")'),
+        ("value", [HUMAN, GPT | {"value": " "}], "must be a text"),
+        ("value", [HUMAN | {"value": "<image>"}, GPT], "must be more than <image>"),
+        ("image", "../test.json", "must be inside"),
+        ("answer_type", "maybe", "must be one of open, close, closed"),
+        ("modality", "PET", "must be one of CT, MRI"),
+    ],
+)
+def test_what_is_wrong_with_an_item_is_named_with_its_place(tmp_path, field, value, message):
+    item = llava_item("2") | {"conversations" if field == "value" else field: value}
+    spec = llava(tmp_path, llava_item(), {k: v for k, v in item.items() if v is not ...})
+    with pytest.raises(UserError, match=rf'test.json: record 1 .* "{field}".*{re.escape(message)}'):
+        load_samples([spec], "vqa", "test")
