@@ -1,4 +1,4 @@
-"""A preset of 30 000 random parameters, with dropout, and readers of what a run of it leaves."""
+"""A preset of 30 000 random parameters, its checkpoints, and readers of what a run leaves."""
 
 import json
 import shutil
@@ -9,15 +9,31 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import save_file
 
-from config import PRESETS, DecoderConfig, ModelConfig, Preset, Recipe, VisionConfig
+from checkpoint import save_checkpoint
+from config import (
+    PRESETS,
+    DecoderConfig,
+    ModelConfig,
+    MoEConfig,
+    Preset,
+    Recipe,
+    TrainConfig,
+    VisionConfig,
+    to_dict,
+)
 from engine.published import CLIP, PHI
 from lab.convert import publish
 from model import MedMoE
+from scoring import leaks
+from sources.load import load_samples
 from sources.tensorfiles import open_tensors
+from tests.conftest import shake
 
 VISION = VisionConfig(image_size=32, patch_size=16, width=16, n_layers=2, n_heads=2, d_ff=32)
 DECODER = DecoderConfig("phi", 1024, 16, 3, 2, 32, rotary_dim=4, max_len=512, dropout=0.2)
 RECIPES = {n: Recipe(1e-2, 1, 4) for n in (1, 2, 3)}
+MOE = MoEConfig()
+TOKENIZER = PRESETS["tiny"].llm / "tokenizer.json"
 
 
 def mini(folder: Path) -> Preset:
@@ -38,9 +54,19 @@ def mini(folder: Path) -> Preset:
         "num_attention_heads": 2, "intermediate_size": 32, "partial_rotary_factor": 0.5,
         "max_position_embeddings": 512, "resid_pdrop": 0.2,
     }))  # fmt: skip
-    shutil.copy(PRESETS["tiny"].llm / "tokenizer.json", folder / "llm")
+    shutil.copy(TOKENIZER, folder / "llm")
     return replace(PRESETS["tiny"], model=config, recipes=RECIPES, long=RECIPES,
                    clip=folder / "clip", llm=folder / "llm")  # fmt: skip
+
+
+def checkpoint(folder: Path, moe: MoEConfig | None = MOE, seen=None) -> Path:
+    """A checkpoint of phase 3 that nothing was trained for; it has seen 8 images, or `seen`."""
+    flags = TrainConfig(data=("phantoms:8",), device="cpu", dtype="float32")
+    seen = leaks.seen_by(seen or load_samples(flags.data, "vqa", "train"))
+    info = {"phase": 3, "flags": to_dict(flags)}
+    model = shake(MedMoE(ModelConfig(VISION, DECODER, moe)))
+    save_checkpoint(folder, model, model.config, info, TOKENIZER, {"seen": {"rows": seen}})
+    return folder
 
 
 def weights(path):

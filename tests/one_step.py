@@ -1,6 +1,6 @@
 """One step of train.py's loop, up to its gradients; and the losses of all steps."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import train
@@ -18,26 +18,40 @@ def place(folder, flags: TrainConfig) -> Run:
     return Run(flags.phase, flags, ASSETS / "phi" / "tokenizer.json")
 
 
+@contextmanager
+def before_each_step(action):
+    """action(run, loss, load), after backward and before clipping, in every step of every run."""
+    reduce = Run.sum_loss_and_load
+
+    def noting(run, loss):
+        found = reduce(run, loss)
+        action(run, *found)
+        return found
+
+    Run.sum_loss_and_load = noting
+    try:
+        yield
+    finally:
+        Run.sum_loss_and_load = reduce
+
+
 def gradients(model, data, rows, flags, run):
     """Gradients of the mean loss over these rows are left in the model -> loss, load (L, E).
 
     run.counts then has images, patches, samples, positions, pairs and supervised tokens.
     """
-    reduce, found = run.sum_loss_and_load, []
+    found, mode = [], model.training
 
-    def stop(loss):
-        found.append(reduce(loss))
+    def stop(run, *loss_and_load):
+        found.append(loss_and_load)
         raise Stop
 
-    data.epoch, run.sum_loss_and_load, mode = lambda *_: [list(rows)], stop, model.training
-    model.train = lambda *_: model  # the caller has chosen
+    data.epoch, model.train = lambda *_: [list(rows)], lambda *_: model  # the caller has chosen
     try:
-        train.train(model, data, replace(flags, steps=1), Recipe(1e-3, 1, len(rows)), run)
-    except Stop:
-        pass
+        with before_each_step(stop), suppress(Stop):
+            train.train(model, data, replace(flags, steps=1), Recipe(1e-3, 1, len(rows)), run)
     finally:
         del data.epoch, model.train
-        run.sum_loss_and_load = reduce
     assert model.training == mode
     return found[0]
 
@@ -45,32 +59,18 @@ def gradients(model, data, rows, flags, run):
 @contextmanager
 def losses_of_steps():
     """The loss of every step of every run while this is open."""
-    reduce, losses = Run.sum_loss_and_load, []
-
-    def noting(run, loss):
-        found = reduce(run, loss)
-        losses.append(found[0])
-        return found
-
-    Run.sum_loss_and_load = noting
-    try:
+    losses = []
+    with before_each_step(lambda run, loss, load: losses.append(loss)):
         yield losses
-    finally:
-        Run.sum_loss_and_load = reduce
 
 
 @contextmanager
 def stopped_after_a_checkpoint():
     """Ctrl-C in the first step after a checkpoint was saved."""
-    reduce = Run.sum_loss_and_load
 
-    def stop(run, loss):
+    def stop(run, *_):
         if list(run.folder.glob("*step*")):
             raise KeyboardInterrupt
-        return reduce(run, loss)
 
-    Run.sum_loss_and_load = stop
-    try:
+    with before_each_step(stop):
         yield
-    finally:
-        Run.sum_loss_and_load = reduce

@@ -1,8 +1,10 @@
-"""Scoring a checkpoint, and asking it: python -m pytest tests/test_eval.py"""
+"""Scoring a checkpoint, or anybody's answers, on held-out questions."""
 
+import io
 import itertools
 import json
-import shutil
+import runpy
+from contextlib import redirect_stdout
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,141 +12,133 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
-import chat
-import eval
 import eval as evaluation  # the script; the builtin keeps its name
 import metrics
-import train
 from checkpoint import load_model, read_seen
-from config import MODALITIES, UserError
-from data import Sample, collate, encode_sample
+from config import Common, UserError
+from data import collate, encode_prompt, encode_sample
+from engine.cli import parse
 from engine.durable import seal
-from model import Generated
+from engine.processes import Processes
+from model import Generated, generate
 from routers import Routing
-from scoring import compare
+from scoring import leaks
+from scoring.compare import under_all
+from scoring.router import expert_load, judge_router
+from sources.images import Images
 from sources.load import load_samples
+from tests.mini import checkpoint
 
-EOS = 9
+CPU, EOS = torch.device("cpu"), 9
 
 
-def sample(answer: str, answer_type: str, image: int, kind: str = "side", modality: str = "CT"):
-    turns = (("What?", answer),)
-    return Sample(str(image), "test", "test", image, turns, modality, answer_type, kind)
+def test_flags_and_their_defaults():
+    assert evaluation.EvalConfig.__dataclass_params__.frozen
+    assert vars(parse(evaluation.EvalConfig, [], "eval.py")) == vars(Common()) | {
+        "checkpoint": None, "predictions": None, "compare": None, "answers": None, "split": "test",
+        "blind": False, "limit": None, "max_new": 48, "router": None, "router_level": "trained",
+        "record_routes": None, "replay_routes": None}  # fmt: skip
 
 
 def test_unpack_counts_routed_tokens_of_prompt_and_answer_but_not_of_padding_or_the_end():
     """Two samples, two sparse layers, three experts; the second ends after one token."""
-    n_layers, n_experts = 2, 3
     mask = torch.tensor([[True, True, True], [False, True, True]])
 
     def routing(expert: list[list[int]]) -> Routing:
-        gates = torch.nn.functional.one_hot(torch.tensor(expert), n_experts).float()
+        gates = torch.nn.functional.one_hot(torch.tensor(expert), 3).float()
         return Routing(gates * 0.5, gates * 7)
 
-    prompt = [routing([[0, 1, 1], [2, 2, 0]])] * n_layers
-    later = [[routing([[e], [e]])] * n_layers for e in (2, 1)]
+    prompt = [routing([[0, 1, 1], [2, 2, 0]])] * 2
+    later = [[routing([[e], [e]])] * 2 for e in (2, 1)]
     tokens = [torch.tensor(t) for t in ([4, 5], [6, EOS], [EOS, 8])]
     steps = [Generated(t, r) for t, r in zip(tokens, [prompt, *later], strict=True)]
-    text = SimpleNamespace(eos_id=EOS, decode=lambda ids: " ".join(map(str, ids)))
-    first, second = eval.unpack(steps, mask, text)
+    text = SimpleNamespace(eos_id=EOS, decode=lambda ids: " " + " ".join(map(str, ids)))
+    first, second = evaluation.unpack(steps, mask, text)
     assert (first.answer, second.answer) == ("4 6", "5")
     assert first.load.tolist() == [[1, 3, 1]] * 2  # 0 1 1, then 2 for "4" and 1 for "6"
     assert second.load.tolist() == [[1, 0, 2]] * 2  # padding's 2 is left out, "5" is routed to 2
     assert first.votes.tolist() == pytest.approx([14 / 3, 28 / 3, 0])  # per position, two layers
     assert second.votes.tolist() == [7, 0, 7]  # padding's vote for 2 is left out
+    dense = evaluation.unpack([step._replace(routings=[]) for step in steps], mask, text)
+    assert [p.answer for p in dense] == ["4 6", "5"]
+    assert dense[0].votes.shape == (0,) and dense[0].load.shape == (0, 0)
+
+
+# A model that answers
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    out = tmp_path_factory.mktemp("run")
-    train.main(["--data", "phantoms:32", "--out", str(out), "--steps", "2", "--batch-size", "8",
-                "--no-eval", "--router-images", "32"])  # fmt: skip
-    return out / "phase3"
+def phase3(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("mini") / "phase3")
 
 
-def test_evaluation_writes_everything_it_measured(checkpoint, tmp_path, capsys):
-    file = tmp_path / "scores.json"
-    evaluation.main([str(checkpoint), "--limit", "60", "--max-new", "4", "--blind", "--json",
-                     str(file)])  # fmt: skip
-    result = json.loads(file.read_text())
-    assert set(result["protocols"]) == {"strict", "med-moe", "llava-med"}
-    for found in (result, result["blind"], result["majority"]):
-        for part in found["protocols"].values():
-            assert part["n"] == 60 == part["n_closed"] + part["n_open"]
-            assert part.keys() - {"n", "n_closed", "n_open", "ci95"} == part["ci95"].keys()
-    assert len(result["answers"]) == 60 and result["leaks"]["questions"] == 60
-    assert result["leaks"]["images_seen"] == result["leaks"]["questions_seen"] == 0
-    assert result["command"].startswith(f"python eval.py {checkpoint} --limit 60")
-    assert result["trained_with"].startswith("python train.py --data phantoms:32 --batch-size 8")
-    assert {"n", "accuracy", "confusion", "f1"} <= result["router"].keys()
-    assert {"total", "activated", "dense_base"} <= result["params"].keys()
-    n_images = len({s.image for s in load_samples(["phantoms:32"], "vqa", "test")[:60]})
-    assert result["router"]["n"] == n_images == sum(map(sum, result["router"]["confusion"]))
-    assert sum(part["n"] for part in result["by_modality"].values()) == 60
-    assert sum(part["n"] for part in result["by_kind"].values()) == 60
-    samples, learnt = (load_samples(["phantoms:32"], "vqa", split) for split in ("test", "train"))
-    fair, cheat = (
-        metrics.score(samples[:60], metrics.majority(samples[:60], seen))["overall"]
-        for seen in (learnt, samples[:60])
-    )
-    assert result["majority"]["protocols"]["strict"]["overall"] == fair != cheat
-    for layers in result["load"].values():
-        assert [pytest.approx(1.0)] * 2 == [sum(layer) for layer in layers]
-    output = capsys.readouterr().out
-    assert "blind control" in output and "block 2" in output and "of 7 B" in output
+@pytest.fixture
+def predictor(phase3):
+    model, text, _ = load_model(phase3, CPU)
+    return evaluation.Predictor(model, text, CPU, torch.float32, batch_size=4, max_new=5)
 
 
-def test_answers_do_not_depend_on_the_batch(checkpoint):
-    model, text, _ = load_model(checkpoint, torch.device("cpu"))
-    samples = load_samples(["phantoms:32"], "vqa", "test")[:10]
-    found = []
-    for size in (1, 4, 10):
-        predictor = eval.Predictor(model, text, torch.device("cpu"), torch.float32, size, max_new=5)
-        found.append(predictor.answer(samples))
-    for other in found[1:]:
-        assert [p.answer for p in other] == [p.answer for p in found[0]]
-        for a, b in zip(found[0], other, strict=True):
-            assert torch.equal(a.load, b.load)
+def held_out(n):
+    return load_samples(["phantoms:8"], "vqa", "test")[:n]
 
 
-def test_options_are_chosen_by_the_likelihood_of_the_whole_answer(checkpoint):
+def test_batches_are_of_similar_lengths_and_shared_among_processes(predictor, monkeypatch):
+    samples, ahead = held_out(11), []
+    monkeypatch.setattr(predictor.images, "prefetch", lambda samples: ahead.append([*samples]))
+    batches = list(predictor.batches(samples, "x"))
+    assert [len(rows) for rows, _ in batches] == [4, 4, 3]
+    n = [[int(b.mask[i].sum()) for i in range(len(rows))] for rows, b in batches]
+    n = [*itertools.chain(*n)]
+    assert n == sorted(n) and n[0] < n[-1]
+    assert sorted(itertools.chain(*(rows for rows, _ in batches))) == list(range(11))
+    rows = [rows for rows, _ in batches]
+    assert ahead == [[samples[i] for i in part] for part in [*rows[1:], []]]
+    assert all(batch.mask[:, -1].all() for _, batch in batches)  # padded on the left
+    assert predictor.images.pad and predictor.images.pool is not None
+    predictor.processes = Processes(1, 2)
+    assert [part for part, _ in predictor.batches(samples, "x")] == rows[1:2]
+
+
+def test_answers_are_what_the_model_generates_whatever_the_batch(predictor):
+    samples, model, text = held_out(9), predictor.model, predictor.text
+    found = predictor.answer(samples)
+    assert len({p.answer for p in found}) > 3
+    for s, p in zip(samples, found, strict=True):
+        encoded = encode_prompt(s.turns[0][0], True, text, model.config)
+        batch = collate([s], [encoded], Images(32), text.eos_id, "left")
+        (alone,) = evaluation.unpack(list(generate(model, batch, text.eos_id, 5)), batch.mask, text)
+        assert alone.answer == p.answer and torch.equal(alone.load, p.load)
+        torch.testing.assert_close(alone.votes, p.votes, atol=1e-5, rtol=0)
+
+
+def test_options_are_chosen_by_the_likelihood_of_the_whole_answer(predictor):
     """Batches of sorted prompts, cached, against one plain text at a time."""
-    model, text, _ = load_model(checkpoint, torch.device("cpu"))
-    predictor = eval.Predictor(model, text, torch.device("cpu"), torch.float32, batch_size=2)
     options = ("yes", "no", "upper left")
-    samples = load_samples(["phantoms:32"], "vqa", "test")[:7]
-    samples = [replace(s, options=options) for s in samples]
-    assert len({len(s.turns[0][0]) for s in samples}) > 2
+    samples = [replace(s, options=options) for s in held_out(7)]
     expected = torch.zeros(7, 3)
     for (i, s), (j, option) in itertools.product(enumerate(samples), enumerate(options)):
         answered = replace(s, turns=((s.turns[0][0], option),))
-        encoded = encode_sample(answered, text, model.config)
-        batch = collate([answered], [encoded], predictor.images, text.eos_id)
+        encoded = encode_sample(answered, predictor.text, predictor.model.config)
+        batch = collate([answered], [encoded], predictor.images, predictor.text.eos_id)
         with torch.no_grad():
-            expected[i, j] = -model.loss(batch).total
+            expected[i, j] = -predictor.model.loss(batch).total
     found = predictor.choose(samples)
     torch.testing.assert_close(found, expected.softmax(dim=1), atol=1e-4, rtol=0)
 
 
-def test_the_blind_control_gives_every_question_the_same_image(checkpoint):
-    model, text, _ = load_model(checkpoint, torch.device("cpu"))
-    predictor = eval.Predictor(model, text, torch.device("cpu"), torch.float32, max_new=2)
-    samples = load_samples(["phantoms:32"], "vqa", "test")[:21]
-    assert len({s.image for s in samples}) == 3 and len(samples) % 3 == 0
-    samples = samples[:20]  # not equally many questions an image
-    mean = predictor.mean_image(samples)
-    pixels = torch.stack(
-        [predictor.images.get(s).float() for s in {s.image: s for s in samples}.values()]
-    )
-    wanted = eval.normalise(pixels.mean(0).round()[None])[0]
-    torch.testing.assert_close(mean, wanted)
+def test_blind_every_question_has_the_mean_of_the_different_images(predictor):
+    samples = [s for s in held_out(21) if s.image != held_out(21)[-1].image] + held_out(21)[-1:]
+    assert len({s.image for s in samples}) == 3  # not equally many questions an image
+    mean = predictor.mean_image([*samples, replace(samples[0], image=None)])
+    pixels = [predictor.images.get(s).double() for s in {s.image: s for s in samples}.values()]
+    torch.testing.assert_close(mean, evaluation.normalise(sum(pixels).div(3).round()[None])[0])
     seen = []
-    model.vision.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    predictor.model.vision.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     predictor.answer(samples, mean)
-    assert sum(map(len, seen)) == len(samples)
-    assert all(torch.equal(image, mean) for batch in seen for image in batch)
+    seen = torch.cat(seen)
+    assert torch.equal(seen, mean.expand(len(samples), -1, -1, -1))
+    assert predictor.mean_image([]).shape == (3, 32, 32)
 
 
 def test_the_parameter_line_names_its_three_denominators():
@@ -154,233 +148,217 @@ def test_the_parameter_line_names_its_three_denominators():
     assert "50.00% of 7 B" in line
 
 
-def test_chat_streams_an_answer_and_shows_the_routes(checkpoint, tmp_path, capsys):
-    Image.new("RGB", (60, 40), (90, 20, 30)).save(tmp_path / "x.png")
-    chat.main([str(checkpoint), "--image", str(tmp_path / "x.png"), "--question", "Which modality?",
-               "--max-new", "3"])  # fmt: skip
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("experts") and MODALITIES[0] in line for line in lines)
-    assert sum("  image " in line for line in lines) == 2
-    assert sum("question" in line for line in lines) == 2
+# The command
 
 
-def test_chat_without_a_question_asks_until_an_empty_line(checkpoint, monkeypatch, capsys):
-    typed = iter(["Which modality is this?", "Is it the hand?", ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(typed))
-    chat.main([str(checkpoint), "--image", "phantom:2000000003", "--max-new", "2"])
-    assert capsys.readouterr().out.count("\nexperts ") == 2
-    assert next(typed, None) is None
+@pytest.fixture(scope="module")
+def scored(phase3):
+    """One evaluation: what it wrote as JSON and as JSONL, and what it printed."""
+    file, answers = phase3.parent / "scores.json", phase3.parent / "answers.jsonl"
+    with redirect_stdout(io.StringIO()) as printed:
+        evaluation.main([str(phase3), "--limit", "24", "--max-new", "5", "--blind", "--dtype",
+                         "float32", "--json", str(file), "--answers", str(answers)])  # fmt: skip
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    return SimpleNamespace(file=file, answers=answers, lines=lines, out=printed.getvalue(),
+                           result=json.loads(file.read_text()))  # fmt: skip
 
 
-def test_the_stream_waits_for_whole_characters(capsys):
-    parts = {1: "", 2: "gr", 3: "gr\ufffd", 4: "grün"}
-    stream = chat.Stream(SimpleNamespace(decode=lambda ids: " " + parts[len(ids)]))
-    for token in range(4):
-        stream.add(token)
-    assert capsys.readouterr().out == "grün"
+def test_evaluation_writes_everything_it_measured(phase3, predictor, scored):
+    result, samples = scored.result, held_out(24)
+    found = predictor.answer(samples)
+    said = [p.answer for p in found]
+    assert result["answers"] == dict(zip([s.id for s in samples], said, strict=True))
+    assert {row["question_id"]: row["text"] for row in scored.lines} == result["answers"]
+    blind = predictor.answer(samples, predictor.mean_image(samples))
+    train = load_samples(["phantoms:8"], "vqa", "train")
+    for name, by in (("", said), ("blind", [p.answer for p in blind]),
+                     ("majority", metrics.majority(samples, train))):  # fmt: skip
+        part = result[name] if name else result
+        assert part["protocols"] == json.loads(json.dumps(under_all(samples, by)))
+    assert said != [p.answer for p in blind]
+    for name, key in (("by_modality", lambda s: s.modality),
+                      ("by_kind", lambda s: f"{s.kind} ({s.answer_type})")):  # fmt: skip
+        wanted = json.loads(json.dumps(metrics.split_by(samples, said, key)))
+        assert result[name] == wanted and len(wanted) > 1
+    assert result["leaks"] == json.loads(json.dumps(leaks.check(samples, read_seen(phase3))))
+    assert result["router"] == json.loads(json.dumps(judge_router(samples, found)))
+    assert result["load"] == expert_load(samples, found)
+    assert result["params"] == evaluation.count_parameters(predictor.model)
+    assert result["command"].startswith(f"python eval.py {phase3} --limit 24")
+    assert (
+        result["trained_with"] == "python train.py --data phantoms:8 --device cpu --dtype float32"
+    )
+    assert {k: result[k] for k in ("n", "split", "limit", "preset", "phase", "seed", "dtype")} == {
+        "n": 24, "split": "test", "limit": 24, "preset": "tiny", "phase": 3, "seed": 0,
+        "dtype": "torch.float32"}  # fmt: skip
+    assert result["data"] == ["phantoms:8"] and result["classification"] == {}
+    for part in ("blind control", "majority baseline", "block 2", "of 7 B", "finding (open)"):
+        assert part in scored.out
 
 
-# ---- without a model, and what was seen in training
+def test_a_dense_converted_model_has_no_router_to_judge(tmp_path, capsys):
+    folder = checkpoint(tmp_path / "x", None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"from": "elsewhere"}))
+    seal(folder)
+    found = evaluation.main([str(folder), "--limit", "2", "--max-new", "1"])
+    assert found["trained_with"] == "converted from elsewhere"
+    assert not {"router", "load", "blind"} & found.keys() and "block" not in capsys.readouterr().out
 
 
-def save_image(path, seed):
-    path.parent.mkdir(exist_ok=True, parents=True)
-    coarse = np.random.default_rng(seed).integers(256, size=(6, 6, 3), dtype=np.uint8)
-    Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC).save(path)
+def test_classification_is_scored_by_likelihood_for_each_source_with_options(predictor, capsys):
+    options, samples = ("normal", "pneumonia"), held_out(4)
+    asked = [
+        replace(s, source="pneumoniamnist", options=options, turns=(("Which?", options[i % 2]),))
+        for i, s in enumerate(samples)
+    ]
+    answers = ["normal"] * 8
+    found = evaluation.classification(predictor, [*samples, *asked], answers)
+    likely = predictor.choose(asked).double().numpy()
+    assert found == {"pneumoniamnist": evaluation.judge_classes(asked, answers[4:], likely)}
+    assert "pneumoniamnist" in capsys.readouterr().out
+    assert evaluation.classification(predictor, samples, answers[:4]) == {}
+
+
+def test_the_router_and_its_level_can_be_replaced(phase3, scored):
+    found = evaluation.main([str(phase3), "--limit", "24", "--max-new", "5", "--router", "random",
+                             "--router-level", "sequence"])  # fmt: skip
+    assert found["load"] != scored.result["load"]
+    with pytest.raises(SystemExit):
+        evaluation.main([str(phase3), "--router", "nowhere.py:Router"])
+
+
+def test_routes_are_recorded_and_replayed(phase3, scored, tmp_path):
+    file = str(tmp_path / "routes.safetensors")
+    argv = [str(phase3), "--limit", "24", "--max-new", "5", "--dtype", "float32"]
+    assert evaluation.main([*argv, "--record-routes", file])["load"] == scored.result["load"]
+    replayed = evaluation.main([*argv, "--router", "oracle", "--replay-routes", file])
+    assert replayed["answers"] == scored.result["answers"]
+
+
+def test_it_is_a_script(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["eval.py"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(evaluation.__file__, run_name="__main__")
+    assert stopped.value.code == 2
+
+
+# Which questions
 
 
 def llava(folder, split, *rows):
     """Rows of (image's seed, question, answer) -> a LLaVA file and its images."""
     items = []
     for i, (seed, question, answer) in enumerate(rows):
-        save_image(folder / "images" / f"{split}{seed}.png", seed)
+        image = folder / "images" / f"{split}{seed}.png"
+        image.parent.mkdir(exist_ok=True, parents=True)
+        coarse = np.random.default_rng(seed).integers(256, size=(6, 6, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC).save(image)
         turns = [
             {"from": "human", "value": f"<image>\n{question}"},
             {"from": "gpt", "value": answer},
         ]
-        items.append({"id": i, "image": f"{split}{seed}.png", "conversations": turns})
+        items.append({"id": i, "image": image.name, "conversations": turns})
     (folder / f"{split}.json").write_text(json.dumps(items))
     return f"llava:{folder / split}.json"
 
 
 def test_a_planted_test_question_is_found_and_another_split_is_clean(tmp_path, capsys):
     seen = [(i, f"What is number {i}?", "a lung") for i in range(4)]
-    train_spec = llava(tmp_path, "train", *seen)
+    trained = load_samples([llava(tmp_path, "train", *seen)], "vqa", "train")
     planted = llava(tmp_path, "planted", (9, "New?", "yes"), (2, "what is Number 2", "A lung."))
     clean = llava(tmp_path, "clean", (7, "New?", "yes"), (8, "What is number 3?", "a lung"))
-    run = ["--phase", "1", "--steps", "1", "--batch-size", "4", "--no-eval"]
-    train.main([*run, "--data", train_spec, "--out", str(tmp_path / "run")])
-    checkpoint = str(tmp_path / "run" / "phase1")
-    capsys.readouterr()
-    found = evaluation.main([checkpoint, "--data", planted, "--max-new", "1"])["leaks"]
-    output = capsys.readouterr().out
-    assert (found["images"], found["images_seen"]) == (2, 1) and "LEAK: 1 of 2 images" in output
-    # Phase 1 saw captions, so the question itself is not on record yet; phase 2 sees it.
-    assert found["questions_seen"] == 0
-    again = ["--phase", "2", *run[2:], "--init", checkpoint, "--data", train_spec]
-    train.main([*again, "--out", str(tmp_path / "run2")])
-    checkpoint = str(tmp_path / "run2" / "phase2")
-    found = evaluation.main([checkpoint, "--data", planted, "--max-new", "1"])["leaks"]
+    folder = checkpoint(tmp_path / "run", seen=trained)
+    argv = [str(folder), "--max-new", "1", "--data"]
+    found = evaluation.main([*argv, planted])["leaks"]
+    assert "LEAK" in capsys.readouterr().out
     assert found["questions_seen"] == 1 and found["first"][0]["id"] == "1"
-    found = evaluation.main([checkpoint, "--data", clean, "--max-new", "1"])["leaks"]
+    found = evaluation.main([*argv, clean])["leaks"]
     assert found["images_seen"] == found["questions_seen"] == 0 and found["pairs_seen"] == 1
-    more = ["--phase", "2", *run[2:], "--init", checkpoint, "--data", clean]
-    train.main([*more, "--out", str(tmp_path / "run3")])  # what earlier phases saw is kept
-    later = evaluation.main(
-        [str(tmp_path / "run3" / "phase2"), "--data", planted, "--max-new", "1"]
-    )
-    assert later["leaks"]["questions_seen"] == 1
+    (folder / "seen.safetensors").unlink()  # as of a converted checkpoint
+    seal(folder)
+    assert evaluation.main([*argv, clean])["leaks"] == {"fingerprint": found["fingerprint"]}
+    assert "run has no record of its training data" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda seen: {},
-        lambda seen: {"other": seen},
-        lambda seen: {"rows": seen.float()},
-        lambda seen: {"rows": seen[:, :5].contiguous()},
-        lambda seen: {"rows": seen.flatten()},
-        lambda seen: b"damaged",
-    ],
-)
-def test_a_damaged_record_of_what_was_seen_is_no_clean_bill(checkpoint, tmp_path, damage):
-    shutil.copytree(checkpoint, tmp_path / "x")
-    file = tmp_path / "x" / "seen.safetensors"
-    found = damage(read_seen(tmp_path / "x"))
-    if isinstance(found, bytes):
-        file.write_bytes(found)
-    else:
-        save_file(found, file)
-    seal(tmp_path / "x")
-    with pytest.raises(UserError, match=r"seen\.safetensors: "):
-        read_seen(tmp_path / "x")
+def test_without_data_the_questions_are_those_of_training_and_given_flags_win(monkeypatch):
+    flags = evaluation.EvalConfig(limit=5)
+    known = {"data": ("phantoms:8", "llava:x.json"), "lang": "zh", "max_missing": 3, "limit": 2}
+    found, samples = evaluation.load_questions(flags, known)
+    assert (found.data, found.lang, found.max_missing, found.limit) == (
+        ("phantoms:8",), "zh", 3, 5)  # fmt: skip
+    assert samples == held_out(5)
+    found, samples = evaluation.load_questions(replace(flags, data=("phantoms:9",)), known)
+    assert found.lang == "en" and len(samples) == 5
+    with pytest.raises(UserError, match="--data SOURCE is needed"):
+        evaluation.load_questions(flags, {"data": ("llava:x.json",)})
+    for loaded, message in (([], "no questions in its test split"), (samples * 2, "2 times")):
+        monkeypatch.setattr(evaluation, "load_samples", lambda *_, x=loaded, **__: x)
+        with pytest.raises(UserError, match=message):
+            evaluation.load_questions(replace(flags, data=("x",), limit=None), {})
 
 
-def test_flags_on_the_command_line_win_over_those_of_training(checkpoint, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        evaluation.main([str(checkpoint), "--router-labels", str(tmp_path / "none.json")])
-    assert "none.json: No such file" in capsys.readouterr().err
-
-
-def test_no_majority_baseline_where_the_training_split_is_not_there(checkpoint, tmp_path, capsys):
-    (tmp_path / "only").mkdir()
-    llava(tmp_path / "only", "test", (1, "Is it?", "no"), (2, "What?", "left lung"))
-    found = evaluation.main(
-        [str(checkpoint), "--data", f"llava:{tmp_path / 'only'}", "--max-new", "1"]
-    )
-    assert "majority" not in found and found["n"] == 2
+def test_the_majority_baseline_takes_the_train_split_of_the_data_or_the_training_data(
+    tmp_path, capsys
+):
+    spec, flags = llava(tmp_path, "x", (1, "Is it?", "no")), evaluation.EvalConfig()
+    train = load_samples(["phantoms:8"], "vqa", "train")
+    for data, trained in ((("phantoms:8",), ["phantoms:9"]), ((spec,), ["phantoms:8"])):
+        labelled = replace(flags, data=data, router_labels="none.json")
+        assert evaluation.training_questions(labelled, trained) == train
+    (tmp_path / "test.json").write_text((tmp_path / "x.json").read_text())
+    assert evaluation.training_questions(replace(flags, data=(f"llava:{tmp_path}",)), []) == []
     assert "warning: no majority baseline: " in capsys.readouterr().err
 
 
-def test_text_only_questions_and_too_long_ones(checkpoint, tmp_path, capsys):
+def test_text_only_questions_and_too_long_ones(phase3, tmp_path, capsys):
     turns = [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "no"}]
     file = tmp_path / "x.json"
     file.write_text(json.dumps([{"id": 1, "conversations": turns}]))
-    argv = [str(checkpoint), "--data", f"llava:{file}", "--max-new", "1", "--blind"]
-    assert evaluation.main(argv)["n"] == 1
+    argv = [str(phase3), "--data", f"llava:{file}", "--max-new", "1", "--blind"]
+    found = evaluation.main(argv)
+    assert found["n"] == 1 and [*found["by_modality"]] == ["unknown"] and found["router"]["n"] == 0
     turns[0]["value"] = "word " * 1000
     file.write_text(json.dumps([{"id": 1, "conversations": turns}]))
     with pytest.raises(SystemExit):
         evaluation.main(argv)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "the question that begins 'word word" in error and "the model reads 512" in error
+    assert "the model reads 512" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"flags": None}, "not a checkpoint of this project"),
-        ({"flags": {}}, "not a checkpoint of this project: 'seed'"),
-        ({"phase": "x"}, "phase and seed must be numbers"),
-        ({"data": 5}, '"data" 5 is of the wrong kind'),
-        ({"data": [1]}, '"data" [1] is of the wrong kind'),
-        ({"data": "slake:x"}, "is of the wrong kind"),
-        ({"max_missing": "x"}, "\"max_missing\" 'x' is of the wrong kind"),
-        ({"lang": "fr"}, '"lang" must be one of en, zh, all'),
-    ],
-)
-def test_a_damaged_config_is_reported_before_anything_is_answered(
-    checkpoint, tmp_path, capsys, change, message
-):
-    shutil.copytree(checkpoint, tmp_path / "x")
-    meta = json.loads((tmp_path / "x" / "config.json").read_text())
-    if change.keys() <= {"flags", "phase"}:
-        meta |= change
-    else:
-        meta["flags"] |= change
-    (tmp_path / "x" / "config.json").write_text(json.dumps(meta))
-    seal(tmp_path / "x")
-    with pytest.raises(SystemExit):
-        evaluation.main([str(tmp_path / "x")])
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and "config.json" in error
-
-
-def test_a_checkpoint_without_a_record_of_its_training_data_is_not_checked(
-    checkpoint, tmp_path, capsys
-):
-    other = tmp_path / "phase3"
-    shutil.copytree(checkpoint, other)
-    (other / "seen.safetensors").unlink()
-    seal(other)
-    argv = ["--split", "train", "--limit", "9", "--max-new", "1"]
-    found = [evaluation.main([str(path), *argv])["leaks"] for path in (checkpoint, other)]
-    assert found[0]["questions_seen"] == 9
-    assert found[1] == {"fingerprint": found[0]["fingerprint"]}
-    assert "phase3 has no record of its training data" in capsys.readouterr().out
+# Answers without a model
 
 
 def test_anyones_answers_are_scored_without_a_model(tmp_path, capsys):
     spec = llava(tmp_path, "test", (1, "Is it?", "no"), (2, "What?", "left lung"))
-    answers = tmp_path / "answers.jsonl"
+    answers, out = tmp_path / "answers.jsonl", tmp_path / "out.json"
     lines = [{"question_id": 1, "text": "left"}, {"question_id": "0", "text": "abnormal"}]
     answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out = tmp_path / "out.json"
     evaluation.main(["--predictions", str(answers), "--data", spec, "--json", str(out)])
-    found = json.loads(out.read_text())["protocols"]
+    result = json.loads(out.read_text())
+    found = result["protocols"]
     assert {name: s["closed_accuracy"] for name, s in found.items()} == {
         "strict": 0.0, "med-moe": 1.0, "llava-med": 1.0}  # fmt: skip
     assert {name: s["open_recall"] for name, s in found.items()} == dict.fromkeys(found, 0.5)
-    assert "not checked" in capsys.readouterr().out
+    assert result["leaks"].keys() == {"fingerprint"} and "not checked" in capsys.readouterr().out
 
 
-def test_two_sets_of_answers_are_compared_from_files_of_either_kind(checkpoint, tmp_path, capsys):
-    argv = [str(checkpoint), "--limit", "12", "--max-new", "2"]
-    first, second = tmp_path / "a.json", tmp_path / "b.jsonl"
-    evaluation.main([*argv, "--json", str(first), "--answers", str(second)])
-    lines = [json.loads(line) for line in second.read_text().splitlines()]
-    assert {line["question_id"]: line["text"] for line in lines} == json.loads(first.read_text())[
-        "answers"
-    ]
-    found = evaluation.main(["--compare", str(first), str(second), "--limit", "12"])
-    assert found["overall"]["difference"] == 0 and found["overall"]["n"] == 12
-    samples = load_samples(["phantoms:32"], "vqa", "test")[:12]
+def test_two_sets_of_answers_are_compared_from_files_of_either_kind(scored, tmp_path, capsys):
+    first, second, samples = str(scored.file), tmp_path / "b.jsonl", held_out(24)
     right = [{"question_id": s.id, "text": s.turns[0][1]} for s in samples]
     second.write_text("".join(json.dumps(line) + "\n" for line in right))
-    found = evaluation.main(["--compare", str(first), str(second), "--limit", "12"])
-    before = compare.read_predictions(first, samples)
-    gap = 1 - metrics.score(samples, before)["overall"]
+    found = evaluation.main(["--compare", first, str(second)])  # its data and its limit
+    given = [scored.result["answers"][s.id] for s in samples]
+    gap = 1 - metrics.score(samples, given)["overall"]
     assert gap > 0 and found["overall"]["difference"] == pytest.approx(gap)
-    assert "McNemar" in capsys.readouterr().out
-    other = json.loads(first.read_text())
-    other["leaks"]["fingerprint"] = "0" * 16  # other questions behind the same identifiers
-    (tmp_path / "c.json").write_text(json.dumps(other))
-    for compared, message in (
-        (
-            [first, tmp_path / "c.json"],
-            "answers to the split 0000000000000000, these questions are",
-        ),
-        ([first, first, "--answers", tmp_path / "x"], "only for a checkpoint"),
-        ([first, second, "--json", second], "would be written over another file"),
+    assert found["compared"] == [first, str(second)] and found["data"] == ["phantoms:8"]
+    assert found["overall"]["n"] == 24 and "McNemar" in capsys.readouterr().out
+    for argv, message in (
+        (["--data", "phantoms", "--split", "val"], "another split?"),
+        (["--answers", "x"], "only for a checkpoint"),
     ):
         with pytest.raises(SystemExit):
-            evaluation.main(["--compare", *map(str, compared), "--limit", "12"])
+            evaluation.main(["--compare", first, str(second), *argv])
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit):  # the other split's identifiers
-        evaluation.main(
-            ["--compare", str(first), str(second), "--split", "val", "--data", "phantoms"]
-        )
-    assert "another split?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -390,11 +368,20 @@ def test_two_sets_of_answers_are_compared_from_files_of_either_kind(checkpoint, 
         (["runs", "--predictions", "x"], "takes one of"),
         (["--predictions", "x.jsonl"], "--data SOURCE is needed"),
         (["--predictions", "none.jsonl", "--data", "phantoms"], "none.jsonl: No such file"),
+        (["--predictions", "x", "--answers", "y"], "only for a checkpoint"),
+        (["--predictions", "x", "--record-routes", "y"], "only for a checkpoint"),
+        (["--predictions", "x", "--replay-routes", "y"], "only for a checkpoint"),
+        (["--predictions", "x.json", "--json", "x.json"], "would be written over another file"),
         (["--compare", "a.json", "b.json"], "a.json: No such file"),
+        (["--compare", "a.json", "b.json", "--json", "b.json"], "over another file"),
         (["--compare", "a.json"], "expected 2 arguments"),
         (["runs", "--limit", "0"], "--limit 0: must be at least 1"),
+        (["runs", "--max-new", "0"], "--max-new 0: must be at least 1"),
+        (["runs", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["runs", "--max-missing", "-1"], "--max-missing -1: must be at least 0"),
         (["runs", "--json", "nowhere/x.json"], "nowhere/x.json: cannot be written there"),
         (["runs", "--answers", "."], ".: cannot be written there"),
+        (["nowhere"], "checkpoint nowhere: no such directory"),
     ],
 )
 def test_a_wrong_call_is_one_line(argv, message, capsys):

@@ -1,0 +1,171 @@
+"""Asking a checkpoint: the answer as it is generated, and the experts it was routed to."""
+
+import runpy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import chat
+from checkpoint import load_model
+from config import Common, MoEConfig, UserError
+from data import IMAGE_ID, collate, encode_prompt
+from engine.cli import parse
+from model import Generated, generate
+from routers import Routing
+from sources.images import Images
+from tests.mini import checkpoint
+
+
+@pytest.fixture(scope="module")
+def phase3(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("mini") / "phase3")
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "x.png"
+    Image.effect_noise((60, 30), 90).save(path)
+    return path
+
+
+def generated(folder, image, pad=True, *how):
+    """The tokens of the answer to "Which side?", by generate() itself."""
+    model, text, _ = load_model(folder, torch.device("cpu"))
+    encoded = encode_prompt("Which side?", image is not None, text, model.config)
+    samples = [chat.as_sample(image and str(image), "")]
+    batch = collate(samples, [encoded], Images(32, pad=pad), text.eos_id, "left")
+    steps = list(generate(model, batch, text.eos_id, 7, *how))
+    return text.decode(int(s.tokens[0]) for s in steps)
+
+
+def asked(capsys, folder, image, *argv):
+    where = ["--image", str(image)] if image else []
+    chat.main([str(folder), *where, "--question", "Which side?", "--max-new", "7",
+               "--dtype", "float32", *argv])  # fmt: skip
+    return capsys.readouterr().out
+
+
+def test_flags_and_their_defaults():
+    found = vars(parse(chat.ChatConfig, ["DIR"], "chat.py"))
+    assert found == vars(Common()) | {
+        "checkpoint": "DIR", "image": None, "question": None, "max_new": 64, "temperature": 0.0,
+        "top_p": 1.0}  # fmt: skip
+    assert chat.ChatConfig.__dataclass_params__.frozen
+
+
+def test_it_prints_the_likeliest_answer_and_the_experts_of_image_question_and_answer(
+    phase3, image, capsys
+):
+    answer, *lines = asked(capsys, phase3, image).split("\n")
+    assert answer == generated(phase3, image).lstrip() != ""
+    assert answer != generated(phase3, image, pad=False).lstrip()
+    assert lines[:2] == ["", "experts                  CT      MRI    X-ray  patholo"]
+    assert [line[:20] for line in lines[2:6]] == [
+        f"  block {block}  {kind}" for block in (0, 2) for kind in ("image    ", "question ")
+    ]
+    assert len(lines) == 2 + 4 + 6 + 1  # no routing of the last token: nothing follows it
+
+
+def test_sampled_answers_follow_seed_temperature_and_top_p(phase3, capsys):
+    def sampled(seed, *how):
+        return generated(phase3, None, True, *how, torch.Generator().manual_seed(seed)).lstrip()
+
+    argv = ("--temperature", "1.5", "--top-p", "0.9")
+    for seed in (0, 1):
+        answer = sampled(seed, 1.5, 0.9)
+        assert asked(capsys, phase3, None, *argv, "--seed", str(seed)).startswith(answer + "\n")
+    assert len({answer, sampled(0, 1.5, 0.9), sampled(1, 1.5, 0.5), sampled(1, 0.5, 0.9)}) == 4
+
+
+@pytest.mark.parametrize(("router", "name"), [("oracle", " pathol"), ("topk", "e3")])
+def test_experts_are_named_after_modalities_only_if_they_were_trained_for_them(
+    tmp_path, capsys, router, name
+):
+    folder = checkpoint(tmp_path / "x", MoEConfig(router=router, n_experts=5))
+    table = asked(capsys, folder, None).split("\n\n")[1].splitlines()[0]
+    assert name in table and table.endswith("e4")
+
+
+def test_a_dense_model_answers_without_a_table(tmp_path, capsys):
+    folder = checkpoint(tmp_path / "x", None)
+    assert asked(capsys, folder, None) == generated(folder, None).lstrip() + "\n"
+
+
+def test_the_table_counts_the_experts_of_tokens_block_by_block(capsys):
+    ids = torch.tensor([[1, IMAGE_ID, IMAGE_ID, 2]])
+    gates = torch.tensor([[[0.5, 0.5, 0], [0, 1, 0], [0.2, 0.8, 0], [0, 0, 0.7]]])
+    nowhere = torch.zeros_like(gates)
+    later = Routing(torch.tensor([[[0.1, 0, 0.2]]]), None)
+    first = [Routing(gates, None), Routing(nowhere, None)]
+    steps = [Generated(torch.tensor([i]), r) for i, r in ((0, first), (9, [later, later]))]
+    text = SimpleNamespace(decode=lambda ids: f"w{ids[0]}")
+    chat.show_routes(steps, SimpleNamespace(ids=ids), text, ["a", "b", "c"], [4, 6])
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "experts                   a        b        c",
+        "  block 4  image      33.3%    66.7%     0.0%",
+        "  block 4  question   33.3%    33.3%    33.3%",
+        "  block 6  image       0.0%     0.0%     0.0%",
+        "  block 6  question    0.0%     0.0%     0.0%",
+        "  answer 'w0'           block 4: a+c  block 6: a+c",
+    ]
+
+
+def test_without_a_question_it_asks_until_an_empty_line_or_the_end(phase3, monkeypatch, capsys):
+    for typed in (iter(["Which?", "Is it the hand?", " ", "unread"]), iter(["Which?", "What?"])):
+
+        def line(prompt, typed=typed):
+            if (found := next(typed, None)) is None:
+                raise EOFError
+            return found
+
+        monkeypatch.setattr("builtins.input", line)
+        chat.main([str(phase3), "--image", "phantom:2000000003", "--max-new", "2"])
+        found = capsys.readouterr()
+        assert found.out.count("\nexperts ") == 2 and "Not a medical device" in found.err
+        assert next(typed, None) in ("unread", None)
+
+
+def test_the_stream_waits_for_whole_characters(capsys):
+    parts = {1: "", 2: "gr", 3: "gr\ufffd", 4: "grün", 5: "grün  e"}
+    stream = chat.Stream(SimpleNamespace(decode=lambda ids: " " + parts[len(ids)]))
+    shown = []
+    for token in range(5):
+        stream.add(token)
+        shown.append(capsys.readouterr().out)
+    assert shown == ["", "gr", "", "ün", "  e"] and stream.ids == [0, 1, 2, 3, 4]
+
+
+def test_an_image_is_a_file_or_a_phantom():
+    assert chat.as_sample("phantom:12", "").image == 12
+    assert chat.as_sample("a/b.png", "").image.name == "b.png"
+    assert chat.as_sample(None, "Q?") == chat.Sample("question", "you", "chat", None, (("Q?", ""),))
+    with pytest.raises(UserError, match="--image phantom:x: must be phantom:SEED"):
+        chat.as_sample("phantom:x", "")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [("--temperature", "-1"), ("--temperature", "nan"), ("--temperature", "0.0099"),
+     ("--top-p", "0"), ("--top-p", "1.01")],
+)  # fmt: skip
+def test_a_setting_that_cannot_be_is_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        chat.main(["x", *argv])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and argv[0] in error and error.count("\n") == 1
+
+
+def test_it_is_a_script(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["chat.py"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(chat.__file__, run_name="__main__")
+    assert stopped.value.code == 2
+
+
+def test_the_least_temperature_and_top_p_are_allowed(phase3, capsys):
+    answer = generated(phase3, None).lstrip()
+    for argv in (("--temperature", "0.01"), ("--temperature", "9", "--top-p", "1e-9")):
+        assert asked(capsys, phase3, None, *argv).startswith(answer)

@@ -1,0 +1,260 @@
+"""A checkpoint is written whole, read back bit for bit with its config, or refused by name."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoint import (
+    empty_model,
+    load_checkpoint,
+    load_model,
+    read_config,
+    read_seen,
+    save_checkpoint,
+)
+from config import UserError
+from data import Text
+from engine.durable import seal
+from model import MedMoE
+from tests.mini import TOKENIZER, checkpoint, same, weights
+
+INFO = {"phase": 3, "step": 7, "flags": {"seed": 0, "data": ["phantoms"], "lang": "en"}}
+CPU = torch.device("cpu")
+
+
+def save(folder, model, own=None, **extra):
+    save_checkpoint(folder, model, model.config, INFO, TOKENIZER, extra, own)
+    return folder
+
+
+def load(folder, *args, **kwargs):
+    return load_model(folder, CPU, *args, **kwargs)
+
+
+def tensors_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def mini_checkpoint(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("mini") / "phase3")
+
+
+@pytest.fixture
+def saved(mini_checkpoint, tmp_path):
+    return shutil.copytree(mini_checkpoint, tmp_path / "copied")
+
+
+@pytest.mark.parametrize(
+    ("family", "moe"),
+    [("phi", None), ("stablelm", {"router": "topk", "top_k": 1}), ("llama", {}),
+     ("phi", {"residual": True})],  # early TinyMed's layers
+)  # fmt: skip
+def test_a_checkpoint_is_read_back_bit_for_bit_with_its_config(build, tmp_path, family, moe):
+    model = build(family, moe)
+    folder = tmp_path / "deep" / "phase3"
+    save(folder, model, own={"rng": torch.ones(1)}, router={"weight": torch.ones(4, 32)})
+    parts = [f"{name}.safetensors" for name in ("model", "process0", "router")]
+    files = ["checksums.json", "config.json", *parts, "tokenizer.json"]
+    assert sorted(p.name for p in folder.iterdir()) == files
+    assert [p.name for p in folder.parent.iterdir()] == ["phase3"]
+    assert load_file(folder / parts[2]).keys() == {"weight"}
+    assert read_config(folder) == (model.config, INFO)
+    loaded, text, info = load(folder)
+    assert same(tensors_of(loaded), tensors_of(model)) and loaded.config == model.config
+    assert not loaded.training and info["step"] == 7
+    assert text.encode("CT?") == Text(TOKENIZER).encode("CT?")
+
+
+def test_saving_over_a_checkpoint_leaves_the_new_one_or_the_old_one_whole(build, tmp_path):
+    for left in (".phase3.part", ".phase3.old"):  # by an interrupted save
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "junk").write_bytes(b"half")
+    folder, model = tmp_path / "phase3", build("stablelm", seed=1)
+    with pytest.raises(UserError, match=r"checkpoint .*phase3: no such directory"):
+        read_config(folder)
+    save(folder, build(moe={}), trainer={"step": torch.ones(1)})
+    save(folder, model)
+    with pytest.raises(OSError):
+        save_checkpoint(folder, build(), model.config, INFO, tmp_path / "no tokenizer", {})
+    assert same(tensors_of(load(folder)[0]), tensors_of(model))
+    save(folder, model)
+    assert [p.name for p in tmp_path.iterdir()] == ["phase3"]
+    assert not (folder / "trainer.safetensors").exists() and not (folder / "junk").exists()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_are_widened_cast_or_kept_as_stored_and_routers_are_fp32(
+    build, tmp_path, stored, dtype
+):
+    model = build("llama", {})
+    config = replace(model.config, decoder=replace(model.config.decoder, tied=True))
+    model = empty_model(config, stored)
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=0.1)
+    kinds = {n: p.dtype for n, p in model.named_parameters()}
+    assert {n for n, kind in kinds.items() if kind != stored} == (
+        set() if stored == torch.float32 else {n for n in kinds if ".router." in n}
+    )
+    assert model.decoder.lm_head.weight is model.decoder.embed.weight
+    names = load_file(save(tmp_path / "x", model) / "model.safetensors").keys()
+    assert "decoder.embed.weight" in names and "decoder.lm_head.weight" not in names
+    loaded = load(tmp_path / "x", dtype)[0]
+    decoder = loaded.decoder
+    assert decoder.lm_head.weight is decoder.embed.weight
+    assert torch.equal(decoder.embed.weight.float(), model.decoder.embed.weight.float())
+    assert decoder.embed.weight.dtype == (torch.float32 if dtype == torch.float32 else stored)
+    q, router = decoder.blocks[0].attn.q.weight, decoder.blocks[0].mlp.router.proj.weight
+    assert (q.dtype, router.dtype) == (dtype or stored, torch.float32)
+    assert torch.equal(router, model.decoder.blocks[0].mlp.router.proj.weight)
+
+
+def test_nothing_is_initialised_in_an_empty_model(build):
+    before = torch.get_rng_state()
+    config = build("phi", {}).config
+    torch.set_rng_state(before)
+    model = empty_model(config)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {(p.dtype, p.device) for p in model.parameters()} == {(torch.float32, CPU)}
+
+
+def test_the_router_and_its_level_can_be_replaced(mini_checkpoint, build, tmp_path):
+    moe = load(mini_checkpoint)[0].config.moe
+    assert (moe.router, moe.level) == ("modality", "token")
+    other = load(mini_checkpoint, router="random", level="sequence")[0]
+    assert other.config.moe == replace(moe, router="random", level="sequence")
+    assert same(tensors_of(other), weights(mini_checkpoint))
+    dense = save(tmp_path / "dense", build())
+    assert load(dense, level="sequence")[0].config.moe is None
+    with pytest.raises(UserError, match=r"--router topk: .*dense is dense"):
+        load(dense, router="topk")
+    with pytest.raises(UserError, match=r"--router gone\.py:Mine"):
+        load(mini_checkpoint, router="gone.py:Mine")
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_anything_is_filled(build, saved):
+    for other in (build("stablelm", {}), build("phi"), build("phi", {"n_experts": 2})):
+        with pytest.raises(UserError, match=r"model.safetensors: .*(decoder|vision)"):
+            load_checkpoint(other, saved)
+    model = MedMoE(read_config(saved)[0])
+    before = tensors_of(model)
+    (saved / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json: damaged or edited"):
+        load_checkpoint(model, saved)
+    assert same(tensors_of(model), before)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_file_is_refused(saved, keep):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model.safetensors: damaged"):
+        load(saved)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(UserError, match=rf"{name}: [Nn]o such file"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (b"{", "not JSON"),
+        (b"\xff\xfe\x00", "not JSON"),
+        (b"[]", "must be a JSON object"),
+        (b"{}", "not a checkpoint of this project: 'model'"),
+        (b'{"model": 3}', "not a checkpoint of this project"),
+        (lambda c: c["model"].pop("vision"), "not a checkpoint of this project: 'vision'"),
+        (lambda c: c["model"]["moe"].update(colour=1), "not a checkpoint of .*colour"),
+        (lambda c: c["model"]["moe"].update(top_k=9), "--top-k 9"),
+        (lambda c: c["model"]["moe"].update(router="gone.py:Mine"), "--router gone.py:Mine"),
+        (lambda c: c["model"]["decoder"].update(n_heads=0), "config.json: not a possible model"),
+        (lambda c: c["model"]["decoder"].update(d_model=32), "model.safetensors: .*shape"),
+        (lambda c: c["model"]["decoder"].update(n_layers=4), "not in the checkpoint"),
+        (lambda c: c["model"].update(moe=None), "not a parameter"),
+        (lambda c: c.update(flags=None), "not a checkpoint of this project"),
+        (lambda c: c.update(flags={}), "not a checkpoint of this project: 'seed'"),
+        (lambda c: c.update(phase="x"), "phase and seed must be numbers"),
+        (lambda c: c["flags"].update(seed="x"), "phase and seed must be numbers"),
+        (lambda c: c["flags"].update(data=[1]), '"data" .* is of the wrong kind'),
+        (lambda c: c["flags"].update(lang="fr"), '"lang" must be one of en, zh, all'),
+    ],
+)
+def test_a_broken_config_is_refused(saved, change, message):
+    path = saved / "config.json"
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        values = json.loads(path.read_text())
+        change(values)
+        path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"config.json: .* does not match checksums"):
+        read_config(saved)
+    seal(saved)
+    with pytest.raises(UserError, match=message):
+        load(saved)
+
+
+ROUTER = """
+import torch
+from routers import TopKRouter
+
+class Balanced(TopKRouter):
+    def __init__(self, d_model, n_experts, **how):
+        super().__init__(d_model, n_experts, **how)
+        self.register_buffer("load", torch.zeros(n_experts, dtype=torch.int64))
+        self.register_buffer("last", torch.zeros(1), persistent=False)
+"""
+
+
+def test_a_routers_buffers_are_kept_as_strictly_as_parameters(build, tmp_path):
+    (tmp_path / "balanced.py").write_text(ROUTER)
+    model = build(moe={"router": f"{tmp_path / 'balanced.py'}:Balanced"})
+    load_2 = model.decoder.blocks[2].mlp.router.load
+    load_2.copy_(torch.tensor([1, 2**40 + 1, 3, 2]))  # more than a float can hold
+    folder = save(tmp_path / "x", model)
+    assert torch.equal(load(folder)[0].decoder.blocks[2].mlp.router.load, load_2)
+    stored, name = load_file(folder / "model.safetensors"), "decoder.blocks.2.mlp.router."
+    assert f"{name}load" in stored and f"{name}last" not in stored
+    for change, message in (
+        ({}, r"not in the checkpoint: \['decoder.blocks.2.mlp.router.load'\]"),
+        ({f"{name}load": torch.zeros(4)}, r"load': torch.float32, expected torch.int64"),
+        ({f"{name}load": torch.zeros(3, dtype=torch.int64)}, r"load': shape"),
+    ):
+        kept = {n: t for n, t in stored.items() if n != f"{name}load"}
+        save_file(kept | change, folder / "model.safetensors")
+        seal(folder)
+        with pytest.raises(UserError, match=message):
+            load(folder)
+
+
+def test_what_was_seen_in_training_is_read_if_there_is_a_record_of_it(saved):
+    file = saved / "seen.safetensors"
+    rows = read_seen(saved)
+    assert rows.dtype == torch.int64 and rows.shape[1:] == (6,) and len(rows) > 50
+    for damage in (
+        {},
+        {"other": rows},
+        {"rows": rows.float()},
+        {"rows": rows[:, :5].contiguous()},
+        {"rows": rows.flatten()},
+    ):
+        save_file(damage, file)
+        with pytest.raises(UserError, match=r"seen\.safetensors: damaged or edited"):
+            read_seen(saved)
+        seal(saved)
+        with pytest.raises(UserError, match=r"seen\.safetensors: not a record"):
+            read_seen(saved)
+    save_file({"pairs": rows}, file)  # of an older version
+    seal(saved)
+    assert read_seen(saved) is None
+    file.unlink()
+    assert read_seen(saved) is None

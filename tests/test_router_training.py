@@ -1,0 +1,196 @@
+"""The router of phase 2: which images teach it, what it sees, and how it is trained."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import router_training as rt
+from config import IGNORE, IMAGE_ID, MODALITIES, ModelConfig, TrainConfig
+from data import Dataset, Sample, Text
+from engine.inference import compile_blocks
+from metrics import router_report
+from model import MedMoE
+from sources.images import Images
+from sources.load import load_samples
+from tests.conftest import shake
+from tests.mini import DECODER, TOKENIZER, VISION
+
+CPU = torch.device("cpu")
+
+
+def crowd():
+    """40 CT images of 3 samples, 20 MRI images of 2, 5 unknown images of 1."""
+    return [
+        Sample(f"{modality}-{image}-{i}", "test", "train", base + image, (("Q?", "a"),), modality)
+        for modality, base, images, n in (("CT", 0, 40, 3), ("MRI", 100, 20, 2), (None, 200, 5, 1))
+        for image in range(images)
+        for i in range(n)
+    ]
+
+
+def test_holding_out_splits_by_image_and_takes_from_each_modality():
+    train, val = rt.hold_out(crowd(), 0.1, seed=0)
+    assert {s.id for s in train} | {s.id for s in val} == {s.id for s in crowd()}
+    assert {s.image for s in train}.isdisjoint({s.image for s in val})
+    assert sorted(str(s.modality) for s in val) == ["CT"] * 12 + ["MRI"] * 4 + ["None"]
+    assert (train, val) == rt.hold_out(crowd(), 0.1, seed=0)
+    assert val != rt.hold_out(crowd(), 0.1, seed=1)[1]
+
+
+@pytest.mark.parametrize(("n", "share", "held"), [(1, 0.9, 0), (2, 0.1, 1), (5, 0.4, 2), (3, 1, 2)])
+def test_of_each_modality_something_is_held_out_and_something_kept(n, share, held):
+    texts = [Sample(str(i), "test", "train", None, ()) for i in range(n)]  # each its own "image"
+    assert [len(part) for part in rt.hold_out(texts, share, 0)] == [n - held, held]
+
+
+def test_one_per_image_alternates_between_modalities_and_takes_no_image_twice():
+    text_only = Sample("t", "test", "train", None, (("Q?", "a"),), "CT")
+    chosen = rt.one_per_image([text_only, *crowd()], 30, seed=0)
+    assert len({s.image for s in chosen}) == len(chosen) == 30
+    assert [s.modality for s in chosen] == ["CT", "MRI"] * 15
+    every = rt.one_per_image(crowd(), 1000, seed=0)
+    assert Counter(s.modality for s in every) == {"CT": 40, "MRI": 20}
+    assert len({s.id[-1] for s in every}) == 3  # any of an image's questions
+    assert chosen == rt.one_per_image([text_only, *crowd()], 30, seed=0)
+    assert chosen != rt.one_per_image(crowd(), 30, seed=1)
+
+
+@pytest.fixture(scope="module")
+def phantoms():
+    """A dense model, and one question about each of 70 images."""
+    samples = rt.one_per_image(load_samples(("phantoms:80",), "vqa", "train"), 70, seed=0)
+    model = shake(MedMoE(ModelConfig(VISION, DECODER))).eval()
+    return model, samples, Text(TOKENIZER)
+
+
+def batch_of(model, samples, text):
+    return Dataset(samples, text, model.config, False, Images(32)).batch(range(len(samples)))
+
+
+def test_a_router_sees_what_the_ffns_see(phantoms):
+    model, samples, text = phantoms
+    batch, seen = batch_of(model, samples[:5], text), []
+    with torch.autocast("cpu", torch.bfloat16):
+        x = rt.ffn_inputs(model, batch, (0, 2))
+    assert x.dtype == torch.float32 and not x.requires_grad
+    ffns = [model.decoder.blocks[i].mlp for i in (0, 2)]
+    hooks = [f.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for f in ffns]
+    with torch.no_grad():
+        model.loss(batch)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(rt.ffn_inputs(model, batch, (0, 2)), torch.stack(seen))
+    assert not any(f._forward_pre_hooks for f in ffns)
+
+
+def test_it_is_taught_the_mean_of_the_prompt_and_4_positions_from_the_image_on(
+    collate, monkeypatch
+):
+    rows = [([1, IMAGE_ID, IMAGE_ID, 2, 3, 4, 5, 6], [IGNORE] * 6 + [5, 6]),
+            ([IMAGE_ID, IMAGE_ID, 2, 3, 9], [IGNORE] * 4 + [9])]  # fmt: skip
+    batch = collate(rows, images=torch.zeros(2, 3, 8, 8))
+    x = 100 * torch.arange(2.0)[:, None] + torch.arange(8)  # (B, T) which sample and position
+    x = torch.stack([x, -x])[..., None].expand(2, 2, 8, 3)  # (L, B, T, D)
+    monkeypatch.setattr(rt, "ffn_inputs", lambda model, of, layers: x if of is batch else None)
+    picked = set()
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        pooled, single = rt.router_inputs(None, batch, (0, 2), generator)  # (B, L, D)
+        assert pooled[:, :, 0].tolist() == [[2.5, -2.5], [101.5, -101.5]]
+        assert single.shape == (2, 2, 4, 3) and torch.equal(single[:, 0], -single[:, 1])
+        positions = [set(row[0, :, 0].tolist()) for row in single]
+        assert len(positions[0]) == 4 and positions[1] == {100, 101, 102, 103}
+        picked |= positions[0]
+    assert picked == {1, 2, 3, 4, 5}
+
+
+def test_it_looks_into_compiled_blocks_too(phantoms, monkeypatch):
+    model, samples, text = phantoms
+    really, calls = torch.compile, []
+    monkeypatch.setattr(
+        torch, "compile",
+        lambda f, **how: calls.append(f) or really(f, backend="eager", **how),
+    )  # fmt: skip
+    compiled = MedMoE(model.config).eval()
+    compiled.load_state_dict(model.state_dict())
+    compile_blocks(compiled)
+    batch = batch_of(model, samples[:4], text)
+    compiled.loss(batch)
+    assert len(calls) > 3
+    assert torch.equal(rt.ffn_inputs(compiled, batch, (0,)), rt.ffn_inputs(model, batch, (0,)))
+
+
+def features(n, n_layers=2, seed=0):
+    """(pooled, single, truth) of n samples, in which the modality is one of the dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.arange(n) % 4
+    x = torch.randn(n, n_layers, 5, 6, generator=generator) + 2 * F.one_hot(truth, 6)[:, None, None]
+    return x[:, :, 0], x[:, :, 1:], truth
+
+
+@pytest.mark.parametrize("n_experts", [4, 3])
+def test_every_single_decision_is_a_training_example_and_fewer_experts_share_modalities(n_experts):
+    pooled, single, truth = train = features(60)
+    rows = [(x, int(t) % n_experts) for p, s, t in zip(pooled, single, truth, strict=True)
+            for layer in range(2) for x in (p[layer], *s[layer])]  # fmt: skip
+    x, y = torch.stack([row for row, _ in rows]), torch.tensor([label for _, label in rows])
+    torch.manual_seed(7)
+    linear = nn.Linear(6, n_experts)
+    optimizer = torch.optim.Adam(linear.parameters(), lr=3e-3)
+    for _ in range(60):
+        order = torch.randperm(600)
+        for picks in (order[:512], order[512:]):
+            optimizer.zero_grad()
+            F.cross_entropy(linear(x[picks]), y[picks]).backward()
+            optimizer.step()
+    weights, report = rt.train_router(train, features(20, seed=1), n_experts, seed=7)
+    assert not weights["weight"].requires_grad
+    torch.testing.assert_close(weights, {"weight": linear.weight.data, "bias": linear.bias.data})
+    assert report == rt.evaluate_router(linear, features(20, seed=1), n_experts)
+    assert report["accuracy"] > 0.6
+
+
+def test_a_router_is_judged_by_mean_logits_over_layers_and_by_each_single_position():
+    linear = nn.Linear(4, 4, bias=False)
+    linear.weight.data.copy_(torch.eye(4))
+    near = F.one_hot(torch.tensor([0, 1, 2, 2]), 4).float()  # (n, D)
+    far = F.one_hot(torch.tensor([3, 3, 3, 3]), 4).float()
+    pooled = torch.stack([2 * near, far], dim=1)
+    single = torch.stack([near, near, far], dim=1)[:, None]  # (n, L = 1, M = 3, D)
+    report = rt.evaluate_router(linear, (pooled, single, torch.tensor([0, 1, 2, 3])), 4)
+    assert report == router_report([0, 1, 2, 3], [0, 1, 2, 2], MODALITIES) | {
+        "token_accuracy": pytest.approx(7 / 12)}  # fmt: skip
+    empty = tuple(t[:0] for t in (pooled, single, torch.arange(4)))
+    assert rt.evaluate_router(linear, empty, 4)["token_accuracy"] == 0.0
+
+
+def test_a_share_of_the_labels_is_made_wrong():
+    before = [s for s in crowd() if s.modality]
+    noisy = rt.mislabel(before, 0.3, seed=0)
+    wrong = [b.modality for a, b in zip(before, noisy, strict=True) if a != b]
+    assert len(wrong) == 48 and set(wrong) == set(MODALITIES)
+    assert [replace(s, modality=None) for s in noisy] == [replace(s, modality=None) for s in before]
+    assert rt.mislabel(before, 0.3, seed=0) == noisy != rt.mislabel(before, 0.3, seed=1)
+
+
+def test_phase_2_trains_it_on_one_question_an_image_of_which_a_fifth_is_held_out(phantoms, capsys):
+    model, samples, text = phantoms
+    flags = TrainConfig(router_images=66, router_noise=0.5, experts=0, seed=3)
+    kept, held = rt.hold_out(rt.one_per_image(samples, 66, 3), 0.2, 3)
+    noisy = rt.mislabel(kept, 0.5, 3)
+    parts = [rt.collect(model, part, text, (0, 2), 3, CPU, torch.float32) for part in (noisy, held)]
+    generator = torch.Generator().manual_seed(3)
+    by_hand = rt.router_inputs(model, batch_of(model, held, text), (0, 2), generator)
+    torch.testing.assert_close(parts[1][:2], by_hand)
+    assert parts[1][2].tolist() == [MODALITIES.index(s.modality) for s in held]
+    found = rt.learn_router(model, samples, text, flags, (0, 2), CPU, torch.float32)
+    wanted = rt.train_router(*parts, 4, 3)
+    torch.testing.assert_close(found[0], wanted[0])
+    assert found[1] == wanted[1] and found[1]["n"] == len(held)
+    assert f"{len(kept)} labels; on {len(held)} held-out" in capsys.readouterr().out
+    unknown = [replace(s, modality=None) for s in samples]
+    assert rt.learn_router(model, unknown, text, flags, (0, 2), CPU, torch.float32) == ({}, {})
