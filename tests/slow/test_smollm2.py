@@ -17,7 +17,7 @@ import torch
 from config import preset
 from data import Batch, Text
 from engine.published import decoder_table, fill, published_decoder
-from lab import gguf_to_hf
+from lab import convert
 from model import MedMoE, generate
 from sources.tensorfiles import read_tensors
 
@@ -43,7 +43,7 @@ def test_every_weight_and_64_greedy_tokens_are_theirs(tmp_path):
         folder, gguf_file=file.name, dtype=torch.float32
     ).eval()
     their_text = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    gguf_to_hf.main([str(file), "--out", str(tmp_path / "hf")])
+    convert.main([str(file), "--dtype", "float32", "--out", str(tmp_path / "hf")])
     config = preset("smollm2").model
     assert published_decoder(tmp_path / "hf") == config.decoder
     ours = MedMoE(config).eval()
