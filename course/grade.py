@@ -1,8 +1,8 @@
 """Grade a folder of submissions: python -m course.grade FOLDER --csv FILE --junit FILE
 
 Every FILE.py of the folder is checked for what it may use (course/vet.py) and runs the tests of
-the contract (course/tests/test_router.py); with --assignment N also that assignment's tests; with --score
-it is trained and scored. Each step runs in a child process with a time limit, so that no
+the contract (course/tests/test_router.py); with --assignment N also that assignment's tests; with
+--score it is trained and scored. Each step runs in a child process with a time limit, so that no
 submission can stop the others; its first problem is reported in one sentence. The CSV file has a
 line per submission, the JUnit file every test.
 """

@@ -1,8 +1,6 @@
 """A correct submission, and a budget so small that it is scored in seconds."""
 
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -29,7 +27,7 @@ BUDGET = score.Budget(preset="mini", base_images=8, base_steps=2, train_images=8
 
 
 @contextmanager
-def small_base(folder: Path) -> Iterator[Path]:
+def small_base(folder):
     """The common checkpoint of a model of 30 000 parameters; course.score then uses BUDGET."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "mini", mini(folder / "mini"))

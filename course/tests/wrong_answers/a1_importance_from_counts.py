@@ -1,6 +1,5 @@
-"""The importance is the number of tokens of each expert, which has no gradient."""
-
-from solutions.a1 import NoisyTopK as Right
+# Fails with: not of token counts
+from course.tests.solutions.a1 import NoisyTopK as Right
 
 
 class NoisyTopK(Right):

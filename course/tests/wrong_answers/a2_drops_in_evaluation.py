@@ -1,11 +1,7 @@
-"""The capacity applies in evaluation too, so tokens of an answer may be dropped."""
-
-from solutions.a2 import Switch as Right
+# Fails with: In evaluation no token is dropped
+from course.tests.solutions.a2 import Switch as Right
 
 
 class Switch(Right):
-    def gate(self, logits, mask, x):
-        is_training, self.training = self.training, True
-        gates = super().gate(logits, mask, x)
-        self.training = is_training
-        return gates
+    def gate(self, *args):
+        return super(Switch, self.train()).gate(*args)

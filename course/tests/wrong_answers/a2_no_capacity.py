@@ -1,11 +1,8 @@
-"""No token is ever dropped."""
-
-import torch
-from solutions.a2 import Switch as Right
+# Fails with: keeps at most ceil(capacity_factor * real / E) tokens
+from course.tests.solutions.a2 import Switch as Right
+from routers import top_k_gates
 
 
 class Switch(Right):
     def gate(self, logits, mask, x):
-        probs = logits.softmax(dim=-1)
-        best, expert = probs.max(dim=-1, keepdim=True)
-        return torch.zeros_like(probs).scatter(-1, expert, best)
+        return top_k_gates(logits.softmax(dim=-1), 1)

@@ -1,9 +1,8 @@
-"""The capacity is that of the whole batch, shared by its samples."""
-
-from solutions.a2 import Switch as Right
+# Fails with: The capacity is per sample
+from course.tests.solutions.a2 import Switch as Right
 
 
 class Switch(Right):
     def gate(self, logits, mask, x):
-        flat = logits.flatten(0, 1)[None], mask.flatten()[None], x.flatten(0, 1)[None]
+        flat = (t.flatten(0, 1)[None] for t in (logits, mask, x))
         return super().gate(*flat).view_as(logits)

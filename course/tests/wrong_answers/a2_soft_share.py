@@ -1,6 +1,5 @@
-"""f_e is the mean probability, not the share of top-1 choices."""
-
-from solutions.a2 import Switch as Right
+# Fails with: f_e the share of top-1 choices
+from course.tests.solutions.a2 import Switch as Right
 
 
 class Switch(Right):

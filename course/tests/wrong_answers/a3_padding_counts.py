@@ -1,8 +1,7 @@
-"""The mean is over padding too."""
-
-from solutions.a3 import ZLoss as Right
+# Fails with: The penalty counts padding
+from course.tests.solutions.a3 import ZLoss as Right
 
 
 class ZLoss(Right):
     def penalty(self, gates, logits, mask, x):
-        return self.weight * logits.logsumexp(dim=-1).square().mean()
+        return super().penalty(gates, logits, mask | True, x)

@@ -1,6 +1,5 @@
-"""It declares causal = True, although it looks ahead."""
-
-from solutions.a4 import ExpertChoice as Right
+# Fails with: has to declare causal = False
+from course.tests.solutions.a4 import ExpertChoice as Right
 
 
 class ExpertChoice(Right):

@@ -1,8 +1,7 @@
-"""The gate of a selected token is 1."""
-
-from solutions.a4 import ExpertChoice as Right
+# Fails with: a gate of 1, or a detached one, has none
+from course.tests.solutions.a4 import ExpertChoice as Right
 
 
 class ExpertChoice(Right):
-    def gate(self, logits, mask, x):
-        return (super().gate(logits, mask, x) != 0).float()
+    def gate(self, *args):
+        return (super().gate(*args) != 0).float()

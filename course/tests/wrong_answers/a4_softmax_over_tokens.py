@@ -1,11 +1,8 @@
-"""The softmax is over the positions."""
-
-import torch
-from solutions.a4 import ExpertChoice as Right
+# Fails with: not over the tokens
+from course.tests.solutions.a4 import ExpertChoice as Right
 
 
 class ExpertChoice(Right):
     def gate(self, logits, mask, x):
-        chosen = super().gate(logits, mask, x) != 0
         probs = logits.masked_fill(~mask[..., None], -1e9).softmax(dim=1)
-        return torch.where(chosen, probs, 0.0)
+        return probs * (super().gate(logits, mask, x) != 0)

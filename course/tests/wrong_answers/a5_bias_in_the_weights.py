@@ -1,10 +1,8 @@
-"""The gate is the score plus the bias."""
-
-import torch
-from solutions.a5 import LossFree as Right
+# Fails with: The bias is in the gates
+from course.tests.solutions.a5 import LossFree as Right
 
 
 class LossFree(Right):
-    def gate(self, logits, mask, x):
-        kept, experts = (logits.sigmoid() + self.bias).topk(self.top_k, dim=-1)
-        return torch.zeros_like(logits).scatter(-1, experts, kept)
+    def gate(self, *args):
+        gates = super().gate(*args)
+        return gates + self.bias * (gates != 0)

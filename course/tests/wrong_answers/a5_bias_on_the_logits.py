@@ -1,11 +1,9 @@
-"""The bias is added before the sigmoid."""
-
-import torch
-from solutions.a5 import LossFree as Right
+# Fails with: added to the scores, not to the logits
+from course.tests.solutions.a5 import LossFree as Right
+from routers import top_k_gates
 
 
 class LossFree(Right):
     def gate(self, logits, mask, x):
-        scores = logits.sigmoid()
-        experts = (logits + self.bias).topk(self.top_k, dim=-1).indices
-        return torch.zeros_like(scores).scatter(-1, experts, scores.gather(-1, experts))
+        chosen = top_k_gates((logits + self.bias).softmax(dim=-1), self.top_k) != 0
+        return logits.sigmoid() * chosen

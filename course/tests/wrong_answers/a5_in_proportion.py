@@ -1,6 +1,5 @@
-"""The update is proportional to the gap: no sign."""
-
-from solutions.a5 import LossFree as Right
+# Fails with: Add rate * sign(mean load - load) to the bias
+from course.tests.solutions.a5 import LossFree as Right
 
 
 class LossFree(Right):

@@ -1,11 +1,8 @@
-"""The bias is a plain attribute, which no checkpoint saves."""
-
-from solutions.a5 import LossFree as Right
+# Fails with: `bias` is not a buffer
+from course.tests.solutions.a5 import LossFree as Right
 
 
 class LossFree(Right):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        bias = self.bias
-        del self.bias
-        self.bias = bias
+        vars(self)["bias"] = self._buffers.pop("bias")

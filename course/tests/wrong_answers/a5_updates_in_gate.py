@@ -1,11 +1,9 @@
-"""The bias is changed in `gate`."""
-
-from solutions.a5 import LossFree as Right
+# Fails with: The bias changed in `gate`
+from course.tests.solutions.a5 import LossFree as Right
 
 
 class LossFree(Right):
     def gate(self, logits, mask, x):
         gates = super().gate(logits, mask, x)
-        if self.training:
-            self.update((gates[mask] != 0).float().mean(dim=0))
+        self.update((gates[mask] != 0).float().mean(dim=0))
         return gates

@@ -1,11 +1,8 @@
-"""A single score is rescaled too."""
-
-import torch
-from solutions.a6 import Sigmoid as Right
+# Fails with: At k = 1 every gate is 1
+from course.tests.solutions.a6 import Sigmoid as Right
 
 
 class Sigmoid(Right):
-    def gate(self, logits, mask, x):
-        kept, experts = logits.sigmoid().topk(self.top_k, dim=-1)
-        kept = kept / kept.sum(dim=-1, keepdim=True)
-        return torch.zeros_like(logits).scatter(-1, experts, kept)
+    def gate(self, *args):
+        gates = super().gate(*args)
+        return gates / gates.sum(dim=-1, keepdim=True)

@@ -1,6 +1,5 @@
-"""It does not declare that its gates sum to 1."""
-
-from solutions.a6 import Sigmoid as Right
+# Fails with: sums_to_one does not match the gates
+from course.tests.solutions.a6 import Sigmoid as Right
 
 
 class Sigmoid(Right):

@@ -1,7 +1,6 @@
-"""The entropy of the mean is minimised, not maximised."""
-
-from solutions.a7 import OneRoute as Right
-from solutions.a7 import entropy
+# Fails with: + log E - entropy of the mean
+from course.tests.solutions.a7 import OneRoute as Right
+from course.tests.solutions.a7 import entropy
 
 
 class OneRoute(Right):

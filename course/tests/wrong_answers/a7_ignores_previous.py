@@ -1,6 +1,5 @@
-"""The routing of the position before is ignored."""
-
-from solutions.a7 import OneRoute as Right
+# Fails with: A generated token gets gates of its own
+from course.tests.solutions.a7 import OneRoute as Right
 
 
 class OneRoute(Right):

@@ -1,6 +1,5 @@
-"""The answer is pooled along with the prompt."""
-
-from solutions.a7 import OneRoute as Right
+# Fails with: Answer tokens change the route
+from course.tests.solutions.a7 import OneRoute as Right
 
 
 class OneRoute(Right):

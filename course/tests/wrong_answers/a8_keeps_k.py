@@ -1,6 +1,5 @@
-"""Only the k largest of the positive logits are kept."""
-
-from solutions.a8 import ReLU as Right
+# Fails with: there is no top-k and no rescaling
+from course.tests.solutions.a8 import ReLU as Right
 
 
 class ReLU(Right):

@@ -1,9 +1,7 @@
-"""A higher load makes the penalty weaker."""
-
-import torch
-from solutions.a8 import ReLU as Right
+# Fails with: coefficient *= factor^sign(sum of load - k)
+from course.tests.solutions.a8 import ReLU as Right
 
 
 class ReLU(Right):
     def update(self, load):
-        self.coefficient *= self.factor ** torch.sign(self.top_k - load.sum())
+        self.coefficient *= self.factor ** (self.top_k - load.sum()).sign()
