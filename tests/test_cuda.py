@@ -139,7 +139,9 @@ def products(sizes, f, d):
 
 @pytest.mark.parametrize("case", CASES)
 def test_grouped_products_equal_one_matmul_an_expert(case):
-    for name, ours, expected in products(*CASES[case]):
+    found = list(products(*CASES[case]))
+    assert len(found) > 3
+    for name, ours, expected in found:
         assert ours.shape == expected.shape and ours.dtype == torch.bfloat16
         assert ours.numel() == 0 or error(ours, expected) < 6e-3, name
 

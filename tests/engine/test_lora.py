@@ -163,7 +163,9 @@ def test_beside_weights_in_bf16_it_learns_in_fp32_and_is_rounded_once_when_merge
     model = adapted(model, number)
     params = {n: p.detach().float() for n, p in model.named_parameters()}
     merge_lora(model)
-    for name, merged in written_out(params, layers(family, number)).items():
+    expected = written_out(params, layers(family, number))
+    assert expected.keys() == dict(model.named_parameters()).keys()
+    for name, merged in expected.items():
         found = model.get_parameter(name)
         torch.testing.assert_close(found.float(), merged, atol=1e-6, rtol=2**-8, msg=name)
         assert found.dtype == (torch.float32 if ".router." in name else torch.bfloat16)
