@@ -1,19 +1,23 @@
-"""What matters? Rows of lab/rows.py, trained and scored, beside Med-MoE as it is.
+"""What matters? Rows of flags, trained and scored, beside Med-MoE as it is.
 
     python -m lab.ablate core --seeds 3
     python -m lab.ablate medmoe no-meta --seeds 5 --jobs 1
 
-A row is a set's name, or a row's. Each phase and each evaluation is kept in --out under a hash of
-all that it depends on, so rows share phases, and a second run, or one after a kill, trains only
-what is missing. --minutes N begins nothing new after N minutes; the same command continues.
+Each name is a set's or a row's of those below; for another comparison add a row. Each phase and
+each evaluation is kept in --out under a hash of all that it depends on, so rows share phases, and a
+second run, or one after a kill, trains only what is missing.
 
 Every row answers the same questions with every seed. The table has mean and standard deviation
 over the seeds and the paired difference to another row, question by question, with two 95 %
 intervals: a bootstrap over images, for these seeds; and Student's over the seeds' differences.
+
+Shapes: S seeds, Q questions.
 """
 
+import functools
 import hashlib
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -25,27 +29,125 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from config import UserError, argument, flag
+from data import Sample
 from engine.cli import at_least, parse, user_errors, write_json, write_text
-from lab.comparison import summarise, table
-from lab.forest import forest
-from lab.rows import ROWS, SETS, Row
+from metrics import bootstrap, question_ids
+from scoring.compare import value
+from sources.load import how_read, load_samples
 from sources.records import read_json
 
 ROOT = Path(__file__).parent.parent
 VERSION = 1  # to be raised when a change of the code changes what the same flags train
+SKIP = "--lr 0 --steps 1"  # a phase that changes nothing; phase 2 still trains its router
+EVERYONE = "--router lab/controls.py:Everyone --start fresh --experts"
+BALANCED = "--router topk --balance 0.01"
+WRONG = "--router lab/controls.py:Wrong"
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Flags of train.py and eval.py that differ from Med-MoE's; all rows share equal phases."""
+
+    title: str
+    phase1: str = ""
+    phase2: str = ""
+    phase3: str | None = ""  # None: phase 2's model is evaluated
+    answers: str = ""  # flags of eval.py
+    against: str = "medmoe"  # the row it is compared with, question by question; itself: none
+    common: str = ""  # flags of all phases
+
+
+# fmt: off
+CORE = {
+    "medmoe": Row("Med-MoE: modality router, top-2 and meta expert"),
+    "no-phase-1": Row("without phase 1", phase1=SKIP),
+    "no-phase-2": Row("without phase 2, but for its router", phase2=SKIP),
+    "no-phase-3": Row("without phase 3: phase 2's dense model", phase3=None),
+    "no-router-training": Row("router randomly initialised, not trained", phase3="--router random"),
+    "no-meta": Row("without meta expert", phase3="--no-meta"),
+    "no-meta-top-1": Row("without meta expert, top-1", phase3="--no-meta --top-k 1"),
+    "top-1": Row("top-1 and meta expert", phase3="--top-k 1"),
+    "released-start": Row("phase 3 starts as released", phase3="--start released"),
+    "fresh-start": Row("experts re-initialised, output 0", phase3="--start fresh"),
+    "dense": Row("dense FFNs, trained on", phase3="--experts 0"),
+    "dense-flops": Row("dense, steps for equal FLOPs", phase3="--experts 0 --steps 192"),
+    "dense-activated": Row("dense, equal activated parameters", phase3=f"{EVERYONE} 2 --top-k 2"),
+    "dense-total": Row("dense, equal total parameters", phase3=f"{EVERYONE} 4 --top-k 4"),
+    "sequence": Row("Med-MoE, routed by sequence", phase3="--router-level sequence"),
+    "learned": Row("learned with the experts", phase3="--router topk"),
+    "learned-balanced": Row("learned, balance loss 0.01", phase3=BALANCED),
+    "moe-llava": Row("learned, balance 0.01, no meta (MoE-LLaVA)", phase3=f"{BALANCED} --no-meta"),
+    "hash": Row("by token, fixed (hash)", phase3="--router lab/controls.py:Hash"),
+    "oracle": Row("oracle: the true modality's expert", phase3="--router oracle"),
+    "asked-oracle": Row("Med-MoE, evaluated with the true expert", answers="--router oracle"),
+    "asked-wrong": Row("Med-MoE, evaluated with a wrong expert", answers=WRONG),
+    "oracle-asked-wrong": Row("oracle, evaluated with a wrong expert", phase3="--router oracle",
+                              answers=WRONG, against="oracle"),
+}
+HARD = {  # phase 2 changes nothing: what differs between the domains is left to phase 3's FFNs
+    f"hard-{name}": Row(f"no phase 2: {title}", phase2=SKIP, phase3=flags, against="no-phase-2")
+    for name, title, flags in (
+        ("oracle", "oracle", "--router oracle"),
+        ("random", "router randomly initialised", "--router random"),
+        ("fresh-start", "experts re-initialised, output 0", "--start fresh"),
+        ("no-meta", "without meta expert", "--no-meta"),
+        ("dense-activated", "dense, equal activated", f"{EVERYONE} 2 --top-k 2"),
+    )
+}
+LABELS = {f"labels-{n}": Row(f"{n} labels for the router", phase2=f"--router-images {n}")
+          for n in (50, 100, 200, 500, 1000)}
+LABELS |= {f"noise-{n}": Row(f"{n} % of the labels wrong", phase2=f"--router-noise {n / 100}")
+           for n in (10, 30, 50)}
+LAYERS = {
+    "layers-second-half": Row("second half sparse", phase3="--moe-layers second-half"),
+    "layers-all": Row("all blocks sparse", phase3="--moe-layers all"),
+}
+TRAINS = {
+    "trains-released": Row("phase 3 also trains dense FFNs, projector", phase3="--trains released"),
+    **{f"lora-{r}": Row(f"LoRA of rank {r}", phase3=f"--lora-rank {r}") for r in (4, 16, 64)},
+}
+BACKBONES = {
+    "phi": Row("Phi-style decoder", against="phi"),
+    "phi-dense": Row("Phi-style, dense", phase3="--experts 0", against="phi"),
+    "stablelm": Row("StableLM-style decoder", common="--preset tiny-stablelm", against="stablelm"),
+    "stablelm-dense": Row("StableLM-style, dense", common="--preset tiny-stablelm",
+                          phase3="--experts 0", against="stablelm"),
+}
+EXPERTS = {  # 1 to 8 experts, k up to 4, on phantoms of 2, 4 and 8 domains; the router is learned
+    f"d{d}-e{e}-k{k}": Row(f"{d} domains, {e} experts, top-{k}", common=f"--data phantoms:4000/{d}",
+                           phase3=f"{BALANCED} --experts {e} --top-k {k}", against=f"d{d}-e4-k2")
+    for d in (2, 4, 8) for e in (1, 2, 4, 6, 8) for k in (1, 2, 4) if k <= e
+}
+# fmt: on
+ROWS = CORE | HARD | LABELS | LAYERS | TRAINS | BACKBONES | EXPERTS
+SETS = {
+    "core": tuple(CORE),
+    "design": ("medmoe", "dense-activated", "dense", "no-meta", "fresh-start", "oracle"),
+    "hard": ("no-phase-2", *HARD),
+    "layers": ("medmoe", "dense", *LAYERS),
+    "trains": ("medmoe", *TRAINS),
+    "labels": tuple(LABELS),
+    "backbones": tuple(BACKBONES),
+    "experts": tuple(EXPERTS),
+}
 
 
 @dataclass(frozen=True)
 class AblateConfig:
-    """Train and score the rows of lab/rows.py; write a table, its numbers and a plot."""
+    """Train and score rows; write a table, its numbers and a plot."""
 
-    names: tuple[str, ...] = argument("sets or rows: " + ", ".join(SETS) + "; lab/rows.py has all")
+    names: tuple[str, ...] = argument(
+        "sets or rows: " + ", ".join(SETS) + "; lab/ablate.py has all"
+    )
     seeds: int = flag(3, "seeds 0 to N - 1 of every row")
     jobs: int = flag(2, "rows at a time, one thread each")
-    minutes: float | None = flag(None, "begin nothing new after so long")
+    minutes: float = flag(math.inf, "begin nothing new after so long")
     flags: str = flag("", "flags of train.py for all rows, as one word: '--steps 20'")
     out: str = flag("runs/ablations", "DIR of what is kept")
     results: str | None = flag(None, "DIR of the table, numbers and plot (default: --out)")
@@ -62,12 +164,12 @@ def chosen_rows(names: Sequence[str]) -> dict[str, Row]:
     found: dict[str, Row] = {}
     for name in names:
         if name not in SETS and name not in ROWS:
-            raise UserError(f"{name}: neither a set ({', '.join(SETS)}) nor a row of lab/rows.py")
+            raise UserError(f"{name}: neither a set ({', '.join(SETS)}) nor a row of lab/ablate.py")
         for row in SETS.get(name, (name,)):
             wanted = [row]
             while (other := ROWS[wanted[0]].against) != wanted[0]:
                 wanted.insert(0, other)
-            found |= {one: ROWS[one] for one in wanted if one not in found}
+            found |= {one: ROWS[one] for one in wanted}
     return found
 
 
@@ -80,55 +182,43 @@ class Runner:
 
     def __init__(self, flags: AblateConfig):
         self.out, self.common = Path(flags.out).resolve(), shlex.split(flags.flags)
-        self.end = (
-            time.monotonic() + flags.minutes * 60 if flags.minutes is not None else float("inf")
-        )
-        self.locks: dict[str, threading.Lock] = {}
-        self.lock = threading.Lock()
+        self.end = time.monotonic() + flags.minutes * 60
+        self.locks: dict[Path, threading.Lock] = {}
         self.stopped = False
 
-    def call(self, name: str, command: list[str]) -> None:
+    def call(self, row: Row, command: list[str]) -> None:
         """Run one of our scripts, one thread; raise UserError with its last line if it fails."""
-        if time.monotonic() > self.end:
+        if time.monotonic() > self.end or self.stopped:
             raise OutOfTime
-        if self.stopped:
-            raise UserError(f"{name}: not begun, another row failed")
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, text=True,
-                              capture_output=True)  # fmt: skip
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, text=True, capture_output=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
         if done.returncode:
             self.stopped = True
             last = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise UserError(f"{name}: python {shlex.join(command)}: {last}")
+            raise UserError(f"{row.title}: python {shlex.join(command)}: {last}")
 
-    def once(self, name: str) -> threading.Lock:
-        with self.lock:
-            return self.locks.setdefault(name, threading.Lock())
-
-    def phase(self, number: int, row: Row, seed: int) -> tuple[str, Path]:
-        """-> the hash of this phase and all before it, and the checkpoint."""
+    def phase(self, number: int, row: Row, seed: int) -> Path:
+        """-> the checkpoint, in a folder named by the hash of this phase and all before it."""
         stages = [self.common + shlex.split(f"{row.common} {getattr(row, f'phase{n}')}")
                   for n in range(1, number + 1)]  # fmt: skip
-        name = key(seed, *stages)
-        path = self.out / name / f"phase{number}"
-        before = self.phase(number - 1, row, seed)[1] if number > 1 else None
-        with self.once(name):
+        path = self.out / key(seed, *stages) / f"phase{number}"
+        init = ["--init", str(self.phase(number - 1, row, seed))] if number > 1 else []
+        with self.locks.setdefault(path, threading.Lock()):
             if not path.is_dir():
-                init = ["--init", str(before)] if before else []
-                self.call(name, ["train.py", "--phase", str(number), *init, "--out",
-                                 str(path.parent), "--seed", str(seed), "--resume", "--no-eval",
-                                 *stages[-1]])  # fmt: skip
-        return name, path
+                self.call(row, ["train.py", "--phase", str(number), *init, "--out",
+                                str(path.parent), "--seed", str(seed), "--resume", "--no-eval",
+                                *stages[-1]])  # fmt: skip
+        return path
 
     def result(self, row: Row, seed: int) -> Path:
         """-> the --json of eval.py for this row and seed."""
-        name, checkpoint = self.phase(2 if row.phase3 is None else 3, row, seed)
-        path = self.out / name / f"answers-{key(row.answers)}.json"
-        with self.once(path.name + name):
+        checkpoint = self.phase(2 if row.phase3 is None else 3, row, seed)
+        path = checkpoint.parent / f"answers-{key(row.answers)}.json"
+        with self.locks.setdefault(path, threading.Lock()):
             if not path.is_file():
-                part = path.with_suffix(".part")
-                self.call(name, ["eval.py", str(checkpoint), "--json", str(part),
-                                 *shlex.split(row.answers)])  # fmt: skip
+                part = path.with_suffix(".part")  # a kill leaves no half file
+                self.call(row, ["eval.py", str(checkpoint), "--json", str(part),
+                                *shlex.split(row.answers)])  # fmt: skip
                 os.replace(part, path)
         return path
 
@@ -136,9 +226,9 @@ class Runner:
 def run_all(flags: AblateConfig, rows: dict[str, Row]) -> dict[str, list[Path]]:
     """-> row -> its results, a seed each; rows that lack one are left out."""
     runner, found, start = Runner(flags), {}, time.monotonic()
-    jobs = [(name, seed) for name in rows for seed in range(flags.seeds)]
     with ThreadPoolExecutor(flags.jobs) as pool:
-        futures = {job: pool.submit(runner.result, rows[job[0]], job[1]) for job in jobs}
+        futures = {(name, seed): pool.submit(runner.result, row, seed)
+                   for name, row in rows.items() for seed in range(flags.seeds)}  # fmt: skip
         try:
             for (name, seed), future in futures.items():
                 try:
@@ -156,34 +246,151 @@ def run_all(flags: AblateConfig, rows: dict[str, Row]) -> dict[str, list[Path]]:
     return {name: paths for name, paths in found.items() if len(paths) == flags.seeds}
 
 
+@functools.cache
+def questions(data: tuple[str, ...], split: str) -> list[Sample]:
+    return load_samples(data, "vqa", split)
+
+
+def scores(paths: Sequence[Path]) -> tuple[list[Sample], np.ndarray, dict]:
+    """Results of one row -> its questions, each answer's score (S, Q), the first one's parameters.
+
+    A closed answer is right or wrong, an open one scored by recall.
+    """
+    results = [read_json(path) for path in paths]
+    known = how_read(results[0], paths[0])
+    samples = questions(known["data"], known.get("split", "test"))
+    pairs = list(zip(samples, question_ids(samples), strict=True))
+    rows = [[value(s, result["answers"][name], None) for s, name in pairs] for result in results]
+    return samples, np.array(rows), results[0]["params"]
+
+
+def over_seeds(scores: np.ndarray) -> dict[str, float | None]:
+    """(S, Q) -> mean and standard deviation of the seeds' means; no deviation of a single one."""
+    means = scores.mean(axis=1)
+    return {"mean": float(means.mean()), "sd": float(means.std(ddof=1)) if len(means) > 1 else None}
+
+
+def paired(scores: np.ndarray, others: np.ndarray, images: Sequence[str]) -> dict:
+    """(S, Q) minus (S, Q), same seeds and questions -> the mean and its 95 % intervals.
+
+    "ci95" is a bootstrap over images, with these seeds; "ci95_seeds" Student's over the seeds.
+    """
+    difference = scores - others
+    of_seeds, found = over_seeds(difference), bootstrap(difference.mean(axis=0), images)
+    n, mean = len(difference), of_seeds["mean"]
+    half = n > 1 and T975[min(n - 2, len(T975) - 1)] * of_seeds["sd"] / math.sqrt(n)
+    return {"difference": mean, "ci95": found,
+            "ci95_seeds": (mean - half, mean + half) if n > 1 else None}  # fmt: skip
+
+
+def summarise(rows: dict[str, Row], found: dict[str, list[Path]]) -> list[dict]:
+    """One entry a row: rates, parameters, and the difference to the row it is compared with."""
+    scored, entries = {name: scores(found[name]) for name in rows}, []
+    for name, row in rows.items():
+        samples, values, parameters = scored[name]
+        closed = np.array([s.answer_type == "closed" for s in samples])
+        against = None
+        if row.against != name:
+            images = [str(s.image) for s in samples]
+            against = {"row": row.against, **paired(values, scored[row.against][1], images)}
+        entries.append({
+            "row": name, "title": row.title, "n_seeds": len(values),
+            "closed": over_seeds(values[:, closed]), "open": over_seeds(values[:, ~closed]),
+            "together": over_seeds(values), "parameters": parameters, "against": against,
+        })  # fmt: skip
+    return entries
+
+
+def interval(ends: Sequence[float] | None) -> str:
+    return "-" if ends is None else f"[{ends[0] * 100:+.1f}, {ends[1] * 100:+.1f}]"
+
+
+def table(result: dict) -> str:
+    """Markdown, with the command and the hash that made it."""
+    lines = [
+        f"`{result['command']}`, hash {result['hash']}: percent, mean ± standard deviation over "
+        f"{len(result['seeds'])} seeds; the difference of all answers to another row, with 95 % "
+        "intervals by images and by seeds\n",
+        "| row | closed | open | together | less | difference | by images | by seeds "
+        "| activated / total |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in result["rows"]:
+        cells = [entry["title"]]
+        for part in (entry["closed"], entry["open"], entry["together"]):
+            sd = "" if part["sd"] is None else f" ± {part['sd'] * 100:.1f}"
+            cells.append(f"{part['mean'] * 100:.1f}{sd}")
+        cells += ["", "", "", ""]
+        if other := entry["against"]:
+            cells[4:] = [other["row"], f"{other['difference'] * 100:+.1f}", interval(other["ci95"]),
+                         interval(other["ci95_seeds"])]  # fmt: skip
+        size = entry["parameters"]
+        cells.append(f"{size['activated'] / 1e6:.2f} M / {size['total'] / 1e6:.2f} M")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: dict, file: Path) -> None:
+    """Forest plot: points of difference to the row that each is compared with.
+
+    result: what lab.ablate writes. An interval that leaves the plot is cut at its edge.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"{file}: no plot without matplotlib: pip install -r requirements-lab.txt")
+        return
+    rows = [row for row in result["rows"] if row["against"]]
+    ends = [0.0, *(100 * end for row in rows for end in row["against"]["ci95"])]
+    axes = (figure := Figure((10, 1 + 0.27 * len(rows)), layout="constrained")).subplots()
+    for y, row in enumerate(rows):
+        other = row["against"]
+        for ci95, width in ((other["ci95_seeds"], 1), (other["ci95"], 4)):
+            if ci95:
+                axes.plot([100 * end for end in ci95], [y, y], color="C0", linewidth=width)
+        axes.plot(100 * other["difference"], y, "o", color="C0")
+        axes.annotate(f"{100 * other['difference']:+.1f}", (1.01, y), va="center",
+                      xycoords=axes.get_yaxis_transform())  # fmt: skip
+    others = [row["against"]["row"] for row in rows]
+    less = ["" if other == "medmoe" else f" (less {other})" for other in others]
+    titles = [row["title"] + words for row, words in zip(rows, less, strict=True)]
+    axes.set_yticks(range(len(rows)), titles)
+    axes.set_xlim(min(ends) - 0.5, max(ends) + 0.5)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=1)
+    axes.grid(axis="x", alpha=0.4)
+    axes.set_xlabel(f"all answers less Med-MoE's, percentage points, {len(result['seeds'])} seeds; "
+                    "thick: 95 % by images, thin: by seeds")  # fmt: skip
+    figure.savefig(file, dpi=100)
+
+
 @user_errors
 def main(argv: Sequence[str] | None = None) -> dict:
     flags = parse(AblateConfig, argv, "python -m lab.ablate")
     at_least(flags, seeds=1, jobs=1)
     rows = chosen_rows(flags.names)
     results = Path(flags.results or flags.out)
-    results.mkdir(parents=True, exist_ok=True)
-    Path(flags.out).mkdir(parents=True, exist_ok=True)
+    for folder in (results, Path(flags.out)):
+        folder.mkdir(parents=True, exist_ok=True)
     found = run_all(flags, rows)
-    missing = [name for name in rows if name not in found]
     done = {name: row for name, row in rows.items() if row.against in found and name in found}
     words = ["python", "-m", "lab.ablate", *flags.names, "--seeds", str(flags.seeds)]
     words += ["--flags", flags.flags] if flags.flags else []
-    value = {
+    result = {
         "name": "-".join(flags.names), "command": shlex.join(words),
         "hash": key(*[(name, vars(row)) for name, row in done.items()], flags.seeds, flags.flags),
         "torch": torch.__version__, "seeds": list(range(flags.seeds)),
-        "rows": summarise(done, found) if done else [],
+        "rows": summarise(done, found),
     }  # fmt: skip
-    text = table(value)
+    text = table(result)
     print(f"\n{text}")
-    if missing:
+    if missing := [name for name in rows if name not in found]:
         print(f"not finished: {', '.join(missing)}; the same command continues")
-    base = results / value["name"]
-    write_json(base.with_suffix(".json"), value)
+    base = results / result["name"]
+    write_json(base.with_suffix(".json"), result)
     write_text(base.with_suffix(".md"), text, "--results")
-    forest(value, base.with_suffix(".png"))
-    return value
+    plot(result, base.with_suffix(".png"))
+    return result
 
 
 if __name__ == "__main__":

@@ -1,14 +1,23 @@
-"""Routers for control experiments: --router lab/controls.py:Everyone
+"""Routers for control experiments: --router lab/controls.py:Everyone, and routes that are forced.
+
+Forced routers wrap a loaded model's own and change its gates. They work with any kind and level of
+router: changing gates twice is the same as once, so that at sequence level the routing that is
+reused for the answer may have been changed before.
 
 Shapes: B batch, T positions, E experts, k experts a token.
 """
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from config import IMAGE_ID
-from routers import OracleRouter, Router
+from engine.routes import replaced_routers
+from model import MedMoE
+from routers import Hints, OracleRouter, Router, Routing
 
 
 class Everyone(Router):
@@ -42,9 +51,8 @@ class Hash(Router):
         is_patch = ids == IMAGE_ID  # (B, T)
         key = torch.where(is_patch, is_patch.cumsum(dim=1) + 2**20, ids)
         first = key * 2654435761 % 2**32 * n_experts // 2**32  # Knuth's multiplicative hash
-        return sum(
-            F.one_hot((first + i) % n_experts, n_experts) / self.top_k for i in range(self.top_k)
-        )
+        chosen = [F.one_hot((first + i) % n_experts, n_experts) for i in range(self.top_k)]
+        return sum(chosen) / self.top_k
 
 
 class Wrong(OracleRouter):
@@ -54,3 +62,68 @@ class Wrong(OracleRouter):
         if modality is not None:
             modality = torch.where(modality >= 0, modality + 1, modality)
         return super().gate(logits, mask, x, modality)
+
+
+class Forced(Router):
+    """Wraps a router and changes its gates: subclass and override `change`."""
+
+    frozen = True
+
+    def __init__(self, inner: Router):
+        n_experts, d_model = inner.proj.weight.shape
+        super().__init__(d_model, n_experts, inner.top_k, inner.level)
+        self.inner, self.proj = inner, inner.proj
+        self.causal, self.batch_invariant = inner.causal, inner.batch_invariant
+
+    def change(self, gates: Tensor, logits: Tensor, modality: Tensor | None) -> Tensor:
+        """gates, logits (B, T, E), modality (B,) or None -> gates (B, T, E)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, mask: Tensor, hints: Hints = Hints()) -> Routing:
+        routing = self.inner(x, mask, hints)
+        gates = self.change(routing.gates, routing.logits, hints.modality)
+        return routing._replace(gates=gates.masked_fill(~mask[..., None], 0.0))
+
+
+class ByModality(Forced):
+    """The largest gate goes to expert (modality + shift) % E: the true one, or shifted a wrong one.
+
+    The gate values stay the router's own; only which experts get them changes: the others follow in
+    the router's order, but the true modality's expert comes last where another one is forced. Where
+    the modality is unknown nothing changes.
+    """
+
+    def __init__(self, inner: Router, shift: int = 0):
+        super().__init__(inner)
+        self.shift = shift
+
+    def change(self, gates: Tensor, logits: Tensor, modality: Tensor | None) -> Tensor:
+        if modality is None:
+            return gates
+        n_experts = gates.shape[-1]
+        true = F.one_hot(modality.clamp(min=0) % n_experts, n_experts)[:, None].bool()  # (B, 1, E)
+        # By gate, then by logit: the gates of experts that are not chosen are all 0.
+        order = logits.argsort(dim=-1, descending=True, stable=True)  # (B, T, E)
+        by_gate = gates.gather(-1, order).argsort(dim=-1, descending=True, stable=True)
+        rank = order.gather(-1, by_gate).argsort(dim=-1)  # of each expert, from 0
+        rank = rank.masked_fill(true, n_experts).masked_fill(true.roll(self.shift, dims=-1), -1)
+        values = gates.sort(dim=-1, descending=True).values
+        moved = torch.zeros_like(gates).scatter(-1, rank.argsort(dim=-1), values)
+        return torch.where((modality >= 0)[:, None, None], moved, gates)
+
+
+class Alone(Forced):
+    """Every token is routed to this one expert, with gate 1."""
+
+    def __init__(self, inner: Router, expert: int):
+        super().__init__(inner)
+        self.expert = expert
+
+    def change(self, gates: Tensor, logits: Tensor, modality: Tensor | None) -> Tensor:
+        return torch.zeros_like(gates).index_fill(-1, torch.tensor(self.expert).to(gates.device), 1)
+
+
+def forced(model: MedMoE, make: Callable[[Router], Router]) -> AbstractContextManager[None]:
+    """A context with make(router) in place of each sparse block's router."""
+    routers = [block.mlp.router for block in model.decoder.blocks if block.is_sparse]
+    return replaced_routers(model, [make(router) for router in routers])

@@ -6,9 +6,8 @@
 The variants differ in the FFNs of every second block: one FFN, experts with or without a meta
 expert, or one FFN three or five times as wide, which has the parameters that top-2 and meta
 activate, or has in all. Counted is the model as built, with tower and projector. Timed are random
-weights, interleaved, after one round of warm-up; a ratio is of two times of one round. Routers are
-initialised with large weights, so that every expert gets tokens. Memory is the growth of the peak
-of resident bytes in a fresh process.
+weights, as lab/bench.py times; a ratio is of two times of one round. Memory is the growth of the
+peak of resident bytes in a fresh process.
 """
 
 import json
@@ -20,26 +19,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import nn
 
 from config import ModelConfig, MoEConfig, UserError, flag, preset
-from data import Batch, Dataset, Text
+from data import Batch, Text
 from engine.cli import at_least, parse, user_errors
 from engine.flops import model_flops
 from engine.inference import prepare
-from lab.bench import MID, interleave, mean_loss, prompts, ratios, stepper, summary
-from model import (
-    MedMoE,
-    autocast,
-    choose_device,
-    count_parameters,
-    freeze_all_but,
-    generate,
-    make_sparse,
-)
+from lab import bench
+from model import MedMoE, choose_device, count_parameters, freeze_all_but
 from ops import place_experts
-from sources.images import Images
-from sources.load import load_samples
 
 SEVEN_B = 7_000_000_000  # the model whose cost the paper compares with
 PROMPT, ANSWER = 64, 16  # text positions of a question at full size, tokens of its answer
@@ -76,7 +64,7 @@ class CostConfig:
 
 
 def dimensions(name: str) -> ModelConfig:
-    return MID if name == "mid" else preset(name).model
+    return bench.MID if name == "mid" else preset(name).model
 
 
 def build(config: ModelConfig, variant: Variant, device: str = "cpu") -> MedMoE:
@@ -88,10 +76,7 @@ def build(config: ModelConfig, variant: Variant, device: str = "cpu") -> MedMoE:
             if variant.width > 1:
                 block.mlp = type(block.mlp)(d.d_model, variant.width * d.d_ff)
         if variant.moe:
-            make_sparse(model, variant.moe)
-    for name, param in model.named_parameters():
-        if name.endswith("router.proj.weight"):
-            nn.init.normal_(param)
+            bench.upcycle(model, variant.moe)
     return model
 
 
@@ -105,16 +90,16 @@ def count(name: str) -> dict[str, dict]:
     for key, variant in VARIANTS.items():
         model = build(config, variant, "meta").requires_grad_(False)
         size, cost = count_parameters(model), model_flops(model)
-        routed = sum(cost.routed) * (variant.moe.top_k if variant.moe else 0)
+        total, activated = size["total"], size["activated"]
+        each = cost.position + sum(cost.routed) * (variant.moe.top_k if variant.moe else 0)
         prefill = cost.image + config.vision.n_patches * cost.patch + length**2 * cost.pair
-        prefill += length * (cost.position + routed) + cost.answer
-        token = cost.position + routed + (length + (ANSWER + 1) / 2) * cost.pair + cost.answer
-        activated = size["activated"]
-        base = found["dense"]["total"] if found else size["total"]
+        prefill += length * each + cost.answer
+        token = each + (length + (ANSWER + 1) / 2) * cost.pair + cost.answer
+        base = found["dense"]["total"] if found else total
         found[key] = {
-            "total": size["total"], "activated": activated,
-            "prefill": prefill / 1e9, "token": token / 1e9, "of own total": activated / size["total"],
-            "of dense": activated / base, "of 7 B": activated / SEVEN_B,
+            "total": total, "activated": activated, "prefill": prefill / 1e9, "token": token / 1e9,
+            "of own total": activated / total, "of dense": activated / base,
+            "of 7 B": activated / SEVEN_B,
         }  # fmt: skip
     return found
 
@@ -124,88 +109,73 @@ def show_counts(name: str, found: dict) -> str:
              "token of the answer; the activated share",
              " " * 34 + "".join(f"{column:>14}" for column in found["dense"])]  # fmt: skip
     for key, row in found.items():
-        sizes = "".join(f"{row[column] / 1e6:>14,.2f}" for column in ("total", "activated"))
-        work = f"{row['prefill']:>14,.3f}{row['token']:>14,.4f}"
-        shares = "".join(f"{row[c]:>14.1%}" for c in ("of own total", "of dense", "of 7 B"))
-        lines.append(f"  {VARIANTS[key].title:<32}{sizes}{work}{shares}")
+        total, activated, prefill, token, *shares = row.values()
+        cells = f"{total / 1e6:>14,.2f}{activated / 1e6:>14,.2f}{prefill:>14,.3f}{token:>14,.4f}"
+        cells += "".join(f"{share:>14.1%}" for share in shares)
+        lines.append(f"  {VARIANTS[key].title:<32}{cells}")
     return "\n".join(lines)
 
 
-def ready(name: str, key: str, device: torch.device, dtype: torch.dtype | None) -> MedMoE:
-    """To answer: as load_model returns one, matmuls in dtype. Without a dtype: to be trained.
-
-    Phase 3 trains experts and meta; in dense models the FFNs in their place.
-    """
+def to_answer(name: str, key: str, device: torch.device, dtype: torch.dtype) -> MedMoE:
+    """As load_model returns one, matmuls in dtype."""
     model = build(dimensions(name), VARIANTS[key]).requires_grad_(False)
-    if dtype is not None:
-        prepare(model, device, dtype)
-        return model
-    place_experts(model.to(device).train(), device)
-    ffns = [f"decoder.blocks.{i}.mlp.*" for i in range(0, len(model.decoder.blocks), 2)]
-    freeze_all_but(model, ffns)
-    for block in model.decoder.blocks:
-        if block.is_sparse:
-            block.mlp.router.requires_grad_(False)
+    prepare(model, device, dtype)
     return model
 
 
-def batches(name: str, device: torch.device) -> dict[str, Batch]:
+def to_train(name: str, key: str, device: torch.device) -> MedMoE:
+    """Phase 3 trains experts and meta; in dense models the FFNs in their place."""
+    model = build(dimensions(name), VARIANTS[key])
+    place_experts(model.to(device).train(), device)
+    blocks = model.decoder.blocks
+    freeze_all_but(model, [f"decoder.blocks.{i}.mlp.[!r]*" for i in range(0, len(blocks), 2)])
+    return model
+
+
+def inputs(name: str, device: torch.device) -> dict[str, Batch]:
     """Prompts for 1 and for 8 answers, and a batch to train on: 64 samples, of "mid" 8."""
-    samples, text = load_samples(("phantoms:512",), "vqa", "train"), Text(preset("tiny").llm)
-    config = dimensions(name)
-    found = {str(n): prompts(samples[:n], text, config) for n in (1, 8)}
-    data = Dataset(samples, text, config, False, Images(config.vision.image_size))
-    found["train"] = data.batch(data.epoch(8 if name == "mid" else 64, 0, 0)[0])
+    flags = bench.BenchConfig(what="train", steps=1, batch_size=8 if name == "mid" else 64)
+    samples, text, config = bench.read(flags), Text(preset("tiny").llm), dimensions(name)
+    found = {str(n): bench.prompts(samples[:n], text, config) for n in (1, 8)}
+    (found["train"],) = bench.batches(flags, text, config)
     return {key: batch.to(device) for key, batch in found.items()}
-
-
-def answer(model: MedMoE, batch: Batch, dtype: torch.dtype, n: int) -> int:
-    """Generate n tokens for each prompt."""
-    with autocast(batch.ids.device, dtype):
-        return len(list(generate(model, batch, eos_id=-1, max_new=n)))
 
 
 def measure(name: str, flags: CostConfig) -> dict[str, dict]:
     """What -> variant -> milliseconds, and their ratio to the dense model's of the same round."""
     device, dtype = choose_device(flags.device, flags.dtype)
-    inputs = batches(name, device)
-    models = {key: ready(name, key, device, dtype) for key in VARIANTS}
-    seconds = {}
+    batches, seconds = inputs(name, device), {}
+    models = {key: to_answer(name, key, device, dtype) for key in VARIANTS}
     for size in ("1", "8"):
-        ways = {(key, n): partial(answer, model, inputs[size], dtype, n)
+        ways = {(key, n): partial(bench.answer, model, batches[size], dtype, n)
                 for key, model in models.items() for n in (1, ANSWER + 1)}  # fmt: skip
-        times = interleave(ways, flags.rounds)
-        first = {key: times[key, 1] for key in VARIANTS}
-        seconds[f"prefill, batch {size}"] = first
+        times = bench.interleave(ways, flags.rounds, device)
+        seconds[f"prefill, batch {size}"] = {key: times[key, 1] for key in VARIANTS}
         seconds[f"a token, batch {size}"] = {
-            key: [(s - f) / ANSWER for s, f in zip(times[key, ANSWER + 1], first[key], strict=True)]
-            for key in VARIANTS
-        }
-    steps = {}
-    for key in VARIANTS:
-        model = ready(name, key, device, None)
-        step = stepper(model, lambda b, m=model: mean_loss(m, b), dtype)
-        steps[key] = partial(step, inputs["train"])
-    seconds["training step"] = interleave(steps, flags.rounds)
+            key: [(all_ - first) / ANSWER for all_, first in
+                  zip(times[key, ANSWER + 1], times[key, 1], strict=True)] for key in VARIANTS
+        }  # fmt: skip
+    steps = {key: partial(bench.stepper(to_train(name, key, device), dtype), batches["train"])
+             for key in VARIANTS}  # fmt: skip
+    seconds["training step"] = bench.interleave(steps, flags.rounds, device)
     return {
-        what: {key: {"ms": summary([1000 * s for s in row]), "ratio": ratios(row, rows["dense"])}
-               for key, row in rows.items()}
+        what: {key: {"ms": bench.summary([1000 * s for s in row]),
+                     "ratio": bench.ratios(row, rows["dense"])} for key, row in rows.items()}
         for what, rows in seconds.items()
     }  # fmt: skip
 
 
-def grown(name: str, key: str, what: str, device: str, dtype: str) -> int:
+def grown(name: str, key: str, what: str, flags: CostConfig) -> int:
     """In a fresh process: bytes by which its peak memory grows for weights and work."""
-    chosen = choose_device(device, dtype)
-    inputs = batches(name, chosen[0])
+    device, dtype = choose_device(flags.device, flags.dtype)
+    batches = inputs(name, device)
     build(preset("tiny").model, VARIANTS["dense"])  # what torch itself loads with its first use
-    before = peak(chosen[0])
+    before = peak(device)
     if what == "8 answers":
-        answer(ready(name, key, *chosen), inputs["8"], chosen[1], ANSWER)
+        bench.answer(to_answer(name, key, device, dtype), batches["8"], dtype, ANSWER)
     else:
-        model = ready(name, key, chosen[0], None)
-        stepper(model, lambda b: mean_loss(model, b), chosen[1])(inputs["train"])
-    return peak(chosen[0]) - before
+        bench.stepper(to_train(name, key, device), dtype)(batches["train"])
+    return peak(device) - before
 
 
 def peak(device: torch.device) -> int:
@@ -220,18 +190,17 @@ def peak(device: torch.device) -> int:
 
 def measure_memory(name: str, flags: CostConfig) -> dict[str, dict[str, int]]:
     """What -> variant -> bytes."""
-    context, found = multiprocessing.get_context("spawn"), {}
-    for what in ("8 answers", "training step"):
+    context, found = multiprocessing.get_context("spawn"), {"8 answers": {}, "training step": {}}
+    for what, sizes in found.items():
         for key in VARIANTS:
             with context.Pool(1) as pool:
-                args = name, key, what, flags.device, flags.dtype
-                found.setdefault(what, {})[key] = pool.apply(grown, args)
+                sizes[key] = pool.apply(grown, (name, key, what, flags))
     return found
 
 
 def show_measured(name: str, times: dict, sizes: dict) -> str:
-    lines = [f"{name}: milliseconds, and their ratio to the dense model's; memory in MB"]
-    lines.append(" " * 34 + "".join(f"{what:>22}" for what in (*times, *sizes)))
+    lines = [f"{name}: milliseconds, and their ratio to the dense model's; memory in MB",
+             " " * 34 + "".join(f"{what:>22}" for what in (*times, *sizes))]  # fmt: skip
     for key, variant in VARIANTS.items():
         cells = "".join(f"{row[key]['ms']['median']:>12.1f}  x {row[key]['ratio']['median']:<6.2f}"
                         for row in times.values())  # fmt: skip
@@ -247,10 +216,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     timed = flags.measure or ("tiny", "mid")
     if strange := set(timed) - {"tiny", "mid"}:
         raise UserError(f"--measure {strange.pop()}: tiny or mid")
-    device, dtype = choose_device(flags.device, flags.dtype)
-    result = {"counted": {}, "measured": {}, "memory": {}, "device": str(device),
-              "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-              "rounds": flags.rounds, "torch": torch.__version__}  # fmt: skip
+    result = {"counted": {}, "measured": {}, "memory": {}, "rounds": flags.rounds}
+    result |= bench.machine(*choose_device(flags.device, flags.dtype))
     for name in flags.count or ("phi2", "stablelm2", *timed):
         result["counted"][name] = count(name)
         print(show_counts(name, result["counted"][name]) + "\n", flush=True)

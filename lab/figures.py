@@ -21,11 +21,10 @@ from sources import phantoms
 
 SYSTEM = Path(__file__).parent.parent / "figures" / "system.svg"
 # Each image of the sheet: its organ, how many findings it has, the kind of question below it.
-SHOWN = {"head": (2, "location"), "abdomen": (1, "size"), "brain": (3, "count"),
-         "knee": (2, "side"), "chest": (2, "side"), "hand": (0, "presence"),
-         "colon": (1, "location"), "breast": (3, "height")}  # fmt: skip
-WIDTH, SIDE, STEP, ROW = 1000, 224, 246, 348  # pixels: of the sheet; of an image and its text
-INK, MUTED, BLUE = "#1f2328", "#59636e", "#0a58ca"
+SHOWN = [("head", 2, "location"), ("abdomen", 1, "size"), ("brain", 3, "count"),
+         ("knee", 2, "side"), ("chest", 2, "side"), ("hand", 0, "presence"),
+         ("colon", 1, "location"), ("breast", 3, "height")]  # fmt: skip
+SIDE, STEP, ROW = 224, 246, 348  # pixels: of an image; of an image and its text, across and down
 
 
 @dataclass(frozen=True)
@@ -40,28 +39,29 @@ def pick(organ: str, count: int, kind: str) -> tuple[int, phantoms.Question]:
     for seed in phantoms.SPLITS["test"]:
         truth = phantoms.plan(seed)[1]
         if (truth["organ"], truth["count"]) == (organ, count):
-            questions = phantoms.questions(phantoms.draw(seed, 64))
-            if found := [q for q in questions if q.kind == kind]:
-                return seed, found[0]
+            for question in phantoms.questions(phantoms.draw(seed, 64)):
+                if question.kind == kind:
+                    return seed, question
     raise AssertionError("the split has a billion seeds")
 
 
 def contact_sheet() -> Image.Image:
     """Two rows of four organs, each with its caption, one question and the answer."""
-    sheet = Image.new("RGB", (WIDTH, 2 * ROW + 12), "white")
+    sheet = Image.new("RGB", (1000, 2 * ROW + 12), "white")
     pen = ImageDraw.Draw(sheet)
     plain, small = ImageFont.load_default(15), ImageFont.load_default(14)
-    for i, (organ, (count, kind)) in enumerate(SHOWN.items()):
-        seed, question = pick(organ, count, kind)
+    for i, wanted in enumerate(SHOWN):
+        seed, question = pick(*wanted)
         phantom = phantoms.draw(seed, SIDE)
         x, y = 18 + i % 4 * STEP, 16 + i // 4 * ROW
         sheet.paste(Image.fromarray(phantom.image), (x, y))
-        for j, line in enumerate(textwrap.wrap(phantoms.caption(phantom), 33)):
-            pen.text((x, y + SIDE + 8 + 18 * j), line, INK, plain)
-        lines = textwrap.wrap(question.question, 33)
-        for j, line in enumerate(lines):
-            pen.text((x, y + SIDE + 69 + 17 * j), line, MUTED, small)
-        pen.text((x, y + SIDE + 69 + 17 * len(lines)), question.answer, BLUE, plain)
+        caption, asked = (textwrap.wrap(words, 33)
+                          for words in (phantoms.caption(phantom), question.question))  # fmt: skip
+        lines = [(SIDE + 8 + 18 * j, line, "#1f2328", plain) for j, line in enumerate(caption)]
+        lines += [(SIDE + 69 + 17 * j, line, "#59636e", small) for j, line in enumerate(asked)]
+        lines += [(SIDE + 69 + 17 * len(asked), question.answer, "#0a58ca", plain)]
+        for down, *line in lines:
+            pen.text((x, y + down), *line)
     return sheet.quantize(112, dither=Image.Dither.NONE)
 
 
@@ -80,7 +80,6 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     contact_sheet().save(out / "phantoms.png", optimize=True)
     (out / "system.svg").write_text(system(), encoding="utf-8")
-    print(out / "phantoms.png", out / "system.svg", sep="\n")
 
 
 if __name__ == "__main__":

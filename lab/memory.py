@@ -7,8 +7,7 @@ For each GPU, where the tower is frozen, matmuls run in bf16 and attention is fu
 parameters   4 bytes each, or 2 with bf16 weights; 4 for routers
 gradients    alike, of what is trained
 optimizer    AdamW's two fp32 moments of what is trained; with --weights bf16 its fp32 copy too
-activations  what autograd keeps for backward, and the loss's working memory; all text is taken to
-             be supervised. Of what comes before the first trained parameter nothing is kept
+activations  what autograd keeps for backward, and the loss's working memory, all text supervised
 copies       with fp32 weights, the bf16 copies of matrices: autograd keeps them for backward, and
              autocast those of trained ones until the whole forward is over
 gathered     with several GPUs, each of which holds a part of the first three (FSDP2): two blocks
@@ -18,8 +17,7 @@ total        the most at once. Gradients come while activations and copies go: w
 
 The first three are counted on the model, built without memory; activations and copies by formula.
 Not counted: CUDA itself, workspaces and fragmentation, for which a tenth of a GPU stays free, and
-small tables (routes, rotary angles). Routed tokens are taken to be spread evenly over the GPUs
-that share the experts. Letters are those of config.py; G heads of keys and values.
+small tables (routes, rotary angles). Experts are taken to be evenly loaded. Letters: config.py.
 """
 
 import json
@@ -78,16 +76,15 @@ def block_work(d: DecoderConfig, length: int, phase: int, layer: int, rank: int)
     kept *= before
     if d.dropout:  # a mask of bytes for each branch
         kept += length * width * (1 + before)
-    matrices = 2 * width * width + 2 * width * narrow
-    work = Work(kept, matrices * before, matrices * whole)
-    if phase < 3 or layer % 2:
-        return add(work, ffn_work(d, length, phase == 2, rank, before))
-    routed = length * MOE.top_k
-    meta = ffn_work(d, length, True, rank, before)
-    experts = ffn_work(d, routed, True, rank, before, MOE.n_experts)
-    # Of each routed token: the expert's output, for the gates' gradient, and it times its gate.
-    outputs = 2 * routed * width * (1 + before)
-    return add(work, meta, Work(experts.kept + outputs, 0, 0, experts.copied))
+    matrices, experts, is_sparse = 2 * width * (width + narrow), 0, phase == 3 and layer % 2 == 0
+    ffn = ffn_work(d, length, phase == 2 or is_sparse, rank, before)  # the dense one, or meta
+    if is_sparse:
+        routed = length * MOE.top_k
+        each = ffn_work(d, routed, True, rank, before, MOE.n_experts)
+        # Of each routed token: the expert's output, for the gates' gradient, and it times its gate.
+        kept, experts = kept + each.kept + 2 * routed * width * (1 + before), each.copied
+    copied, cached = matrices * before + ffn.copied, matrices * whole + ffn.cached
+    return Work(kept + ffn.kept, copied, cached, experts)
 
 
 def ffn_work(d: DecoderConfig, rows: int, trained: bool, rank: int, before: bool, n=1) -> Work:
@@ -119,24 +116,6 @@ def rest_work(config: ModelConfig, length: int, phase: int, rank: int) -> Work:
     return Work(kept, d.vocab_size * size + (width + size) * size * aligns)
 
 
-def add(*parts: Work) -> Work:
-    return Work(*map(sum, zip(*parts, strict=True)))
-
-
-def model_of(config: ModelConfig, phase: int, weights: str, rank: int) -> MedMoE:
-    """The model of a phase, with what it trains, on "meta": no memory is used."""
-    with torch.device("meta"):
-        model = MedMoE(config)
-        if phase == 3:
-            make_sparse(model, MOE)
-    if weights != "float32":
-        cast_weights(model, torch.bfloat16)
-    if rank:
-        add_lora(model, rank, phase)
-    freeze_all_but(model, trained_patterns(TrainConfig(lora_rank=rank), phase, model.config))
-    return model
-
-
 def nbytes(module: nn.Module, trained: bool = False, share: float = 1) -> float:
     """Of its parameters, or of those that are trained; of experts a share."""
     return sum(
@@ -149,49 +128,50 @@ def nbytes(module: nn.Module, trained: bool = False, share: float = 1) -> float:
 def phase_plan(flags: MemoryConfig, config: ModelConfig, phase: int, samples: int) -> dict:
     """Bytes a GPU in one phase, `samples` at a time."""
     d, length, rank = config.decoder, flags.length, flags.lora_rank
-    model = model_of(config, phase, flags.weights, rank)
+    with torch.device("meta"):  # no memory is used
+        model = MedMoE(config)
+        if phase == 3:
+            make_sparse(model, MOE)
+    if flags.weights != "float32":
+        cast_weights(model, torch.bfloat16)
+    if rank:
+        add_lora(model, rank, phase)
+    freeze_all_but(model, trained_patterns(TrainConfig(lora_rank=rank), phase, model.config))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    moments = sum(p.numel() * (12 if flags.weights == "bf16" and p.element_size() == 2 else 8)
+                  for p in trained)  # fmt: skip
     works = [block_work(d, length, phase, i, rank) for i in range(d.n_layers)]
     others = rest_work(config, length, phase, rank)
-    n = flags.expert_parallel  # a GPU copies its own experts only
-    copies = [w.copied + w.experts // n for w in works]
+    largest = max(w.kept for w in works)
+    copies = [w.copied + w.experts // flags.expert_parallel for w in works]  # of its own experts
     kept, copied = others.kept + sum(w.kept for w in works), others.copied + sum(copies)
     size, copy = (4, 2) if flags.weights == "float32" else (2, 0)  # bytes
     if flags.activation_checkpointing:
-        inputs = d.n_layers * length * size * d.d_model
-        kept = others.kept + inputs + max(w.kept for w in works)
+        kept = others.kept + d.n_layers * length * size * d.d_model + largest
         copied = others.copied + max(sum(w.cached for w in works), *copies)
     found = {
         "parameters": math.ceil(nbytes(model) / flags.gpus),
         "gradients": math.ceil(nbytes(model, trained=True) / flags.gpus),
-        "optimizer": math.ceil(moments(model, flags.weights) / flags.gpus),
+        "optimizer": math.ceil(moments / flags.gpus),
         "activations": samples * kept,
         "copies": copy * copied,
         "gathered": gathered(flags, model) if flags.gpus > 1 else 0,
     }
     forward, backward = found["activations"] + found["copies"], found["gradients"]
+    most = max(forward, backward + samples * largest)
     if flags.accumulate > 1:  # a second micro-batch finds the first one's gradients
         most = forward + backward
-    else:
-        most = max(forward, backward + samples * max(w.kept for w in works))
     found["total"] = found["parameters"] + found["optimizer"] + found["gathered"] + most
     fitting = [c for c in CLASSES if found["total"] <= USABLE * c * 2**30]
     return found | {"gpu": fitting[0] if fitting else None}
-
-
-def moments(model: MedMoE, weights: str) -> int:
-    """Bytes of AdamW's two fp32 moments, and of the fp32 copy that it keeps of bf16 weights."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return sum(p.numel() * (12 if weights == "bf16" and p.element_size() == 2 else 8)
-               for p in trained)  # fmt: skip
 
 
 def gathered(flags: MemoryConfig, model: MedMoE) -> int:
     """Bytes of what a GPU holds whole for a while; experts only if they are not its own."""
     share = 0 if flags.expert_parallel == flags.gpus else 1 / flags.expert_parallel
     blocks = [*model.vision.blocks, *model.decoder.blocks]
-    stored = [nbytes(block, share=share) for block in blocks]
-    trained = [nbytes(block, True, share) for block in blocks]
-    rest = nbytes(model) - sum(map(nbytes, blocks))
+    stored, trained = ([nbytes(b, which, share) for b in blocks] for which in (False, True))
+    rest = nbytes(model) - sum(nbytes(block) for block in blocks)
     rest_trained = nbytes(model, True) - sum(nbytes(block, True) for block in blocks)
     return math.ceil(rest + max(rest_trained, *trained) + 2 * max(stored))
 
@@ -200,8 +180,7 @@ def plan(flags: MemoryConfig) -> dict:
     """Bytes a GPU by phase, the smallest GPU that holds them, and what was assumed."""
     at_least(flags, gpus=1, batch_size=1, accumulate=1, lora_rank=0, expert_parallel=1)
     chosen, n = preset(flags.preset), flags.expert_parallel
-    config = chosen.model
-    n_patches, longest = config.vision.n_patches, config.decoder.max_len
+    n_patches, longest = chosen.model.vision.n_patches, chosen.model.decoder.max_len
     length = n_patches + 128 if flags.length is None else flags.length
     if not n_patches < length <= longest:
         raise UserError(f"--length {length}: must be from {n_patches + 1}, with text beside the "
@@ -213,7 +192,7 @@ def plan(flags: MemoryConfig) -> dict:
     for phase, recipe in chosen.recipes.items():
         batch = flags.batch_size or recipe.batch_size
         samples = math.ceil(batch / flags.accumulate / flags.gpus)
-        phases[phase] = phase_plan(flags, config, phase, samples) | {"samples": samples}
+        phases[phase] = phase_plan(flags, chosen.model, phase, samples) | {"samples": samples}
     return asdict(flags) | {"phases": phases}
 
 

@@ -5,9 +5,7 @@
 
 The tokenizer is a byte-level BPE; the decoders learn to continue captions and questions, without
 seeing images; the tower learns with CLIP's contrastive loss beside a small text tower that is then
-dropped. All of it is written in the Hugging Face layout of the real weights, in fp16.
-
-Shapes: B batch, S image side, P patches, W tower width, L caption length, V vocabulary.
+dropped. All is written in the Hugging Face layout, in fp16. L caption length, else as config.py.
 """
 
 import itertools
@@ -15,7 +13,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -27,21 +25,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import trange
 
-from config import (
-    ASSETS,
-    CLIP_TINY,
-    IGNORE,
-    PHI_TINY,
-    STABLELM_TINY,
-    DecoderConfig,
-    ModelConfig,
-    VisionConfig,
-    flag,
-)
+from config import ASSETS, CLIP_TINY, IGNORE, PHI_TINY, STABLELM_TINY, ModelConfig, flag
 from data import EOS, Sample, Text, encode_sample, epoch_batches
 from decoder import Decoder
 from engine.cli import parse, user_errors
-from engine.published import CLIP, PHI, STABLELM
+from engine.published import CLIP, DECODERS
 from lab.convert import publish
 from routers import Hints
 from sources.images import Images
@@ -66,13 +54,12 @@ class PretrainConfig:
     seed: int = flag(0, "seeds weights and order")
 
 
-def train(model: nn.Module, loss_of: Callable, n: int, lr: float, title: str, log: Path) -> None:
-    """n optimizer steps on loss_of() -> loss, what else to log; a JSON line every 50 steps."""
-    params = list(model.parameters())
+def train(model: nn.Module, losses: Iterator, n: int, lr: float, title: str, log: Path) -> None:
+    """n optimizer steps, on losses of (loss, what else to log); a JSON line every 50 steps."""
+    params, start = list(model.parameters()), time.time()
     optimizer = torch.optim.AdamW(params, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    start = time.time()
     for step in (bar := trange(n, desc=title)):
-        loss, also = loss_of()
+        loss, also = next(losses)
         loss.backward()
         nn.utils.clip_grad_norm_(params, 1.0)
         rate = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / n))
@@ -106,14 +93,13 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def make_decoders(
-    flags: PretrainConfig, out: Path, captions: list[Sample], dialogues: list[Sample], log: Path
-) -> None:
+def make_decoders(flags: PretrainConfig, captions: list[Sample], log: Path) -> None:
     """The tokenizer, then both decoders, on each caption followed by questions about it.
 
     So they learn to answer questions about a text, as Phi-2 can; phases 1 and 2 then train them to
     answer from image patches.
     """
+    dialogues, out = load_samples(flags.data, "instructions", "train"), Path(flags.out)
     raw = [f"{q} {a}" for sample in captions + dialogues for q, a in sample.turns]
     words = [f"{before}{word}" for word in WORDS.read_text().split() for before in (" ", "")]
     tokenizer = train_tokenizer([*raw, *4 * words, "USER: \n ASSISTANT:"], PHI_TINY.vocab_size)
@@ -123,45 +109,39 @@ def make_decoders(
         directory = out / config.family
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(directory / "tokenizer.json"))
-        text = Text(directory)
-        blind = ModelConfig(replace(CLIP_TINY, image_size=0), config)
+        text, blind = Text(directory), ModelConfig(replace(CLIP_TINY, image_size=0), config)
         before = {s.image: encode_sample(s, text, blind, plain=True)[0] for s in captions}
         texts = []
         for sample in dialogues:  # no patches: the place of the image is empty
             caption, (ids, labels) = before[sample.image], encode_sample(sample, text, blind)
             texts.append((caption + ids, [IGNORE] * len(caption) + labels))
-        decoder = pretrain_decoder(flags, config, texts, log)
+        # torch's own initialisation. GPT-2's 0.02 is small for 128 channels: with it the StableLM
+        # block still guessed yes-or-no questions about organ, side, height after 2000 steps.
+        torch.manual_seed(flags.seed)
+        decoder = Decoder(config)
+        train(
+            decoder, language(decoder, texts, flags.seed), flags.lm_steps, 2e-3, config.family, log
+        )
         tensors = {f"decoder.{name}": p for name, p in decoder.named_parameters()}
-        table = PHI if config.family == "phi" else STABLELM
-        write(out, config.family, publish(tensors, table))
+        write(out, config.family, publish(tensors, DECODERS[config.family]))
 
 
-def pretrain_decoder(
-    flags: PretrainConfig, config: DecoderConfig, texts: Sequence, log: Path
-) -> Decoder:
-    """Language modelling: every token is predicted from those before it, answers count twice."""
-    torch.manual_seed(flags.seed)
-    # torch's own initialisation. GPT-2's 0.02 is small for 128 channels: with it the StableLM block
-    # still guessed yes-or-no questions about organ, side, height and number after 2000 steps.
-    decoder, lengths = Decoder(config), [len(ids) for ids, _ in texts]
-    epochs = (epoch_batches(lengths, LM_BATCH, flags.seed, epoch) for epoch in itertools.count())
-    batches = itertools.chain.from_iterable(epochs)
-
-    def loss() -> tuple[Tensor, dict]:
-        rows = [[torch.tensor(part[: config.max_len]) for part in texts[r]] for r in next(batches)]
-        ids, labels = (
-            nn.utils.rnn.pad_sequence(part, True, IGNORE) for part in zip(*rows, strict=True)
-        )  # both (B, T)
-        mask = ids >= 0
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden, _ = decoder(decoder.embed(ids.clamp(min=0)), mask, Hints())  # (B, T, D)
-            logits = decoder.lm_head(hidden[:, :-1][mask[:, 1:]])  # (n, V), of real positions only
-        losses = F.cross_entropy(logits.float(), ids[:, 1:][mask[:, 1:]], reduction="none")  # (n,)
-        answers = losses[labels[:, 1:][mask[:, 1:]] != IGNORE].mean()
-        return losses.mean() + answers, {"answers": answers.item()}
-
-    train(decoder, loss, flags.lm_steps, 2e-3, config.family, log)
-    return decoder
+def language(decoder: Decoder, texts: Sequence, seed: int) -> Iterator[tuple[Tensor, dict]]:
+    """Losses: every token is predicted from those before it, answers count twice."""
+    lengths, longest = [len(ids) for ids, _ in texts], PHI_TINY.max_len
+    for epoch in itertools.count():
+        for chosen in epoch_batches(lengths, LM_BATCH, seed, epoch):
+            rows = [[torch.tensor(part[:longest]) for part in texts[r]] for r in chosen]
+            ids, labels = (nn.utils.rnn.pad_sequence(part, True, IGNORE)
+                           for part in zip(*rows, strict=True))  # fmt: skip
+            mask = ids >= 0  # (B, T)
+            following = mask[:, 1:]
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden, _ = decoder(decoder.embed(ids.clamp(min=0)), mask, Hints())  # (B, T, D)
+                logits = decoder.lm_head(hidden[:, :-1][following])  # (n, V), of real positions
+            losses = F.cross_entropy(logits.float(), ids[:, 1:][following], reduction="none")
+            answers = losses[labels[:, 1:][following] != IGNORE].mean()
+            yield losses.mean() + answers, {"answers": answers.item()}
 
 
 def write(out: Path, name: str, tensors: dict[str, Tensor], **changed) -> None:
@@ -179,22 +159,22 @@ def write(out: Path, name: str, tensors: dict[str, Tensor], **changed) -> None:
 class TinyCLIP(nn.Module):
     """Both towers and the temperature (Radford et al. 2021, figure 3); text is mean-pooled.
 
-    A caption is matched twice: with CLS after the last layer, as in CLIP, and with the mean patch
-    before it, which is what LLaVA reads. A large tower keeps both informed by itself; this small
-    one, trained with CLS alone, locates findings in its last layer only.
+    A caption is matched with CLS after the last layer, as in CLIP, and with the mean patch before
+    it, which is what LLaVA reads: trained with CLS alone, a small tower locates findings in its
+    last layer only.
     """
 
-    def __init__(self, config: VisionConfig, vocab_size: int, max_len: int):
+    def __init__(self, max_len: int):
         super().__init__()
-        width = config.width
-        self.vision = VisionTower(config)
-        self.last = VisionBlock(width, config.n_heads, config.d_ff)  # published, never used
+        width, n_heads = CLIP_TINY.width, CLIP_TINY.n_heads
+        self.vision = VisionTower(CLIP_TINY)
+        self.last = VisionBlock(width, n_heads, CLIP_TINY.d_ff)  # published, never used
         self.ln_post, self.ln_patches = nn.LayerNorm(width), nn.LayerNorm(width)
         self.project = nn.Linear(width, width, bias=False)
         self.project_patches = nn.Linear(width, width, bias=False)
-        self.embed = nn.Embedding(vocab_size, width)
+        self.embed = nn.Embedding(PHI_TINY.vocab_size, width)
         self.positions = nn.Parameter(torch.zeros(max_len, width))
-        self.text = nn.ModuleList(VisionBlock(width, config.n_heads, 2 * width) for _ in range(2))
+        self.text = nn.ModuleList(VisionBlock(width, n_heads, 2 * width) for _ in range(2))
         self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         for name, param in self.named_parameters():  # GPT-2's normal(0, 0.02), zero biases
             if param.dim() >= 2 or name.endswith(("cls", "positions")):
@@ -204,13 +184,10 @@ class TinyCLIP(nn.Module):
         # Captions that differ in one word must differ from the start: with embeddings as small as
         # the other weights, words and image features get next to no gradient from each other.
         nn.init.normal_(self.embed.weight)
-        self.vision.positions.data.copy_(grid_positions(config))
+        self.vision.positions.data.copy_(grid_positions())
 
     def forward(self, images: Tensor, ids: Tensor) -> list[Tensor]:
-        """images (B, 3, S, S), ids (B, L) padded with -1 -> logits by CLS, logits by patches.
-
-        Both (B, B), images by captions.
-        """
+        """images (B, 3, S, S), ids (B, L), padding -1 -> two logits (B, B), by CLS and patches."""
         x = self.vision.hidden(images)  # (B, P + 1, W)
         cls = self.project(self.ln_post(self.last(x)[:, 0]))  # (B, W)
         patches = self.project_patches(self.ln_patches(x[:, 1:].mean(dim=1)))  # (B, W)
@@ -223,18 +200,18 @@ class TinyCLIP(nn.Module):
         return [scale * F.normalize(image.float(), dim=-1) @ text.T for image in (cls, patches)]
 
 
-def grid_positions(config: VisionConfig) -> Tensor:
+def grid_positions() -> Tensor:
     """(P + 1, W) sines and cosines of each patch's row and column; zeros for CLS.
 
     As large as the patches' contents from the start. With CLIP's 0.02 they are 30 times smaller,
     and after 1400 steps a linear probe of the mean patch had 56 % accuracy on left or right.
     """
-    side, quarter = config.image_size // config.patch_size, config.width // 4
+    side, quarter = CLIP_TINY.image_size // CLIP_TINY.patch_size, CLIP_TINY.width // 4
     at = torch.arange(side)[:, None] / 4 ** (torch.arange(quarter) / (quarter - 1) * 4 - 1)
     wave = torch.cat([at.sin(), at.cos()], dim=1)  # (side, W / 2)
     rows, columns = wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)
     grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (P, W)
-    return torch.cat([torch.zeros(1, config.width), grid]) * 0.5
+    return torch.cat([torch.zeros(1, CLIP_TINY.width), grid]) * 0.5
 
 
 def contrastive_loss(logits: Tensor, captions: list[str]) -> Tensor:
@@ -246,51 +223,52 @@ def contrastive_loss(logits: Tensor, captions: list[str]) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def make_tower(flags: PretrainConfig, out: Path, samples: list[Sample], log: Path) -> None:
-    torch.manual_seed(flags.seed)
-    text, images = Text(out / "phi"), Images(CLIP_TINY.image_size, pad=True)
-    captions = [sample.turns[0][1] for sample in samples]
-    encoded = [torch.tensor(text.encode(caption)) for caption in captions]
-    model = TinyCLIP(CLIP_TINY, PHI_TINY.vocab_size, max_len=max(map(len, encoded)))
-    order = random.Random(flags.seed)
-
-    def loss() -> tuple[Tensor, dict]:
-        rows = order.choices(range(len(samples)), k=flags.batch_size)
-        batch = normalise(torch.stack([images.get(samples[r]) for r in rows]))  # (B, 3, S, S)
-        ids = nn.utils.rnn.pad_sequence([encoded[r] for r in rows], True, padding_value=-1)
+def contrast(model: TinyCLIP, samples: list[Sample], text: Text, n: int, seed: int) -> Iterator:
+    """Losses of n samples, and by CLS and by patches how many images get their own caption."""
+    images, order = Images(CLIP_TINY.image_size, pad=True), random.Random(seed)
+    while True:
+        chosen = order.choices(samples, k=n)
+        texts = [sample.turns[0][1] for sample in chosen]
+        batch = normalise(torch.stack([images.get(sample) for sample in chosen]))  # (B, 3, S, S)
+        ids = [torch.tensor(text.encode(caption)) for caption in texts]
         with torch.autocast("cpu", torch.bfloat16):
-            both = model(batch, ids)
-        texts = [captions[r] for r in rows]
+            both = model(batch, nn.utils.rnn.pad_sequence(ids, True, padding_value=-1))
         right = [sum(texts[h] == s for h, s in zip(logits.argmax(1), texts, strict=True))
                  for logits in both]  # fmt: skip
-        return sum(contrastive_loss(logits, texts) for logits in both) / 2, {"right": right}
+        yield sum(contrastive_loss(logits, texts) for logits in both) / 2, {"right": right}
 
-    train(model, loss, flags.clip_steps, 1e-3, "tower", log)
-    last = f"vision.blocks.{CLIP_TINY.n_layers - 1}"
+
+def make_tower(flags: PretrainConfig, samples: list[Sample], log: Path) -> None:
+    torch.manual_seed(flags.seed)
+    text = Text(Path(flags.out) / "phi")
+    model = TinyCLIP(max(len(text.encode(sample.turns[0][1])) for sample in samples))
+    losses = contrast(model, samples, text, flags.batch_size, flags.seed)
+    train(model, losses, flags.clip_steps, 1e-3, "tower", log)
     tower = {f"vision.{name}": p for name, p in model.vision.named_parameters()}
-    tower |= {f"{last}.{name}": p for name, p in model.last.named_parameters()}
+    for name, param in model.last.named_parameters():
+        tower[f"vision.blocks.{CLIP_TINY.n_layers - 1}.{name}"] = param
     tensors = publish(tower, CLIP)
     for name, param in model.ln_post.named_parameters():
         tensors[f"vision_model.post_layernorm.{name}"] = param.detach().half()
-    write(out, "clip", tensors, pretrained_on=list(flags.data or ("phantoms:16000",)))
+    write(Path(flags.out), "clip", tensors, pretrained_on=list(flags.data))
 
 
 @user_errors
 def main(argv: list[str] | None = None) -> None:
     flags = parse(PretrainConfig, argv, "python -m lab.pretrain_tiny")
-    out, specs = Path(flags.out), flags.data or ("phantoms:16000",)
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "pretrain.jsonl"
+    log = Path(flags.out) / "pretrain.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
     if flags.part == "all":
         log.unlink(missing_ok=True)
     values = {name: value for name, value in asdict(flags).items() if name != "out"}
     append(log, flags=values, torch=torch.__version__, threads=torch.get_num_threads())
-    captions = load_samples(specs, "captions", "train")
+    flags = replace(flags, data=flags.data or ("phantoms:16000",))
+    captions = load_samples(flags.data, "captions", "train")
     print(f"{len(captions)} captions, {asdict(flags)}")
     if flags.part != "tower":
-        make_decoders(flags, out, captions, load_samples(specs, "instructions", "train"), log)
+        make_decoders(flags, captions, log)
     if flags.part in ("all", "tower"):
-        make_tower(flags, out, captions, log)
+        make_tower(flags, captions, log)
 
 
 if __name__ == "__main__":

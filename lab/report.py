@@ -3,9 +3,9 @@
     python -m lab.report runs/tiny/phase3 --out report.html
     python -m lab.report runs/tiny/phase3 --png figures
 
-A single HTML file that needs no server, network or script; lab/report.html is its template. --json
+A single HTML file that needs no server, network or script; its words are in lab/report.html. --json
 writes its numbers, --png its main figures. The questions are the checkpoint's own held-out ones,
-or those of --data. Charts are made by matplotlib (requirements-lab.txt). Not a medical device.
+or those of --data. Not a medical device.
 
 Shapes: B batch, T positions, P patches of an image, L sparse layers, E experts, S image side.
 """
@@ -16,13 +16,14 @@ import math
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+import jinja2  # comes with torch
 import numpy as np
 import torch
 from PIL import Image
@@ -36,10 +37,18 @@ from engine.run import read_log
 from eval import Prediction, Predictor, load_questions, unpack
 from lab.router import ece, reliability
 from metrics import expert_names, score
-from model import MedMoE, autocast, choose_device, count_parameters, generate, sparse_layers
+from model import autocast, choose_device, count_parameters, generate, sparse_layers
 from scoring.compare import value
 from scoring.router import judge_router
 from sources.load import how_read
+
+try:
+    import matplotlib
+    from matplotlib.colors import to_rgba_array
+    from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
+except ImportError:  # only the lab needs it: main() names requirements-lab.txt
+    matplotlib = None
 
 HERE = Path(__file__).parent
 KINDS = ("image patches", "prompt text", "answer")  # of tokens
@@ -62,17 +71,12 @@ class ReportConfig(Common):
     split: Literal["test", "val", "train"] = flag("test", "which questions")
     limit: int | None = flag(None, "only the first N questions")
     max_new: int = flag(48, "longest answer, in tokens")
-    router: str | None = flag(None, "replace the router: a name or FILE.py:Class")
-    router_level: Literal["trained", "token", "sequence"] = flag("trained", "replace its level")
     ablations: str = flag(str(HERE.parent / "results" / "ablations"), "DIR of tables of ablations")
     png: str | None = flag(None, "also draw the main figures into this DIR")
 
 
 class PromptLoad:
-    """Counts where prompts are routed while `Predictor.answer` runs: row -> (2, L, E).
-
-    It has the methods of engine.routes.RouteRecorder that are called there.
-    """
+    """Counts where prompts are routed: row -> (2, L, E). `Predictor.answer` calls its methods."""
 
     def __init__(self) -> None:
         self.found: dict[int, Tensor] = {}
@@ -94,14 +98,12 @@ def load_tables(samples: Sequence[Sample], found: Sequence[Prediction], prompts:
     groups: dict[str, dict] = {"modality": defaultdict(int), "kind": defaultdict(int)}
     for i, (s, p) in enumerate(zip(samples, found, strict=True)):
         groups["modality"][s.modality or "unknown"] += p.load
-        loads = *prompts[i], p.load - prompts[i].sum(dim=0)
-        for kind, load in zip(KINDS, loads, strict=True):
+        for kind, load in zip(KINDS, [*prompts[i], p.load - prompts[i].sum(dim=0)], strict=True):
             groups["kind"][kind] += load
     shares = lambda t: (t.double() / t.sum(dim=-1, keepdim=True).clamp(min=1)).tolist()  # noqa: E731
-    order = [*MODALITIES, "unknown", *KINDS]
     return {
         group: {n: {"shares": shares(tables[n]), "routed": tables[n].sum(dim=-1).tolist()}
-                for n in order if n in tables and tables[n].any()}
+                for n in (*MODALITIES, "unknown", *KINDS) if n in tables and tables[n].any()}
         for group, tables in groups.items()
     }  # fmt: skip
 
@@ -128,17 +130,16 @@ def choose(samples: Sequence[Sample], answers: Sequence[str], n: int) -> list[in
 
     All of different images, and of different kinds of question as far as there are enough.
     """
-    of, chosen = [s.modality or "unknown" for s in samples], []
-    names = [name for name in (*MODALITIES, "unknown") if name in of]
+    order, chosen = [*MODALITIES, None], []
     right = [value(s, a, None) == 1 for s, a in zip(samples, answers, strict=True)]
-    for i_round, name in product(range(n), names):
-        free = [i for i, its in enumerate(of) if its == name and i not in chosen]
-        wanted = [i for i in free if right[i] == (i_round % 2 == 0)]
-        if (pool := wanted or free) and len(chosen) < n:
-            images, kinds = {samples[i].image for i in chosen}, {samples[i].kind for i in chosen}
-            used = [(samples[i].image in images, samples[i].kind in kinds) for i in pool]
-            chosen.append(pool[used.index(min(used))])
-    return sorted(chosen, key=lambda i: names.index(of[i]))
+    for i_round, name in product(range(n), order):
+        images, kinds = {samples[i].image for i in chosen}, {samples[i].kind for i in chosen}
+        free = [i for i, s in enumerate(samples) if s.modality == name and i not in chosen]
+        rank = {i: (right[i] != (i_round % 2 == 0), samples[i].image in images,
+                    samples[i].kind in kinds) for i in free}  # fmt: skip
+        if free and len(chosen) < n:
+            chosen.append(min(free, key=rank.get))
+    return sorted(chosen, key=lambda i: order.index(samples[i].modality))
 
 
 def explain(predictor: Predictor, sample: Sample) -> dict:
@@ -168,13 +169,12 @@ def read_ablations(folder: Path) -> list[dict]:
     """The tables that lab.ablate wrote into the folder, as text, and their plots."""
     found = []
     for file in sorted(folder.glob("*.md")):
-        text, plot = file.read_text(errors="replace"), file.with_suffix(".png")
-        lines = [line[2:-2] for line in text.splitlines() if line.startswith("| ")]
-        if lines:
-            head, *rows = (line.split(" | ") for line in lines)
-            found.append({"name": file.stem, "words": text.partition("\n")[0].replace("`", ""),
-                          "head": head, "rows": rows,
-                          "plot": text_of(plot.read_bytes()) if plot.exists() else ""})  # fmt: skip
+        words, *lines = file.read_text(errors="replace").splitlines()
+        head, *rows = (line[2:-2].split(" | ") for line in lines if line.startswith("| "))
+        plot = file.with_suffix(".png")
+        image = base64_of(plot.read_bytes()) if plot.exists() else ""
+        found.append({"name": file.stem, "words": words.replace("`", ""), "head": head,
+                      "rows": rows, "plot": image})  # fmt: skip
     return found
 
 
@@ -206,67 +206,66 @@ def measure(predictor: Predictor, flags: ReportConfig, meta: dict) -> tuple[dict
     return numbers, [explain(predictor, samples[i]) for i in chosen]
 
 
-def new_figure(width: float, height: float, layout: str | None = None) -> Any:
-    from matplotlib.figure import Figure  # only the lab needs it
-
-    return Figure((width, height), layout=layout)
-
-
-def axes(x: str, y: str, height: float = 2.2) -> tuple[Any, Any]:
-    """A chart as wide as a phone: matplotlib's figure and its axes."""
-    figure = new_figure(3.6, height, "constrained")
-    ax = figure.add_subplot(xlabel=x, ylabel=y)
-    ax.grid(alpha=0.3)
-    return figure, ax
-
-
-def curves(named: dict[str, Any], steps: Sequence[int], y: str) -> tuple[Any, str]:
-    """Values over the steps, means of neighbours where there are many -> the chart and its text."""
-    figure, ax = axes("step", y)
-    thin = lambda v: [np.mean(part) for part in np.array_split(v, min(len(v), MOST_POINTS))]  # noqa: E731
-    for i, (name, v) in enumerate(named.items()):
-        style = {"color": COLOURS[i % 8], "linestyle": ("-", "--", ":", "-.")[i % 4]}
-        ax.plot(thin(steps), thin(v), marker="" if len(v) > 1 else "o", label=name, **style)
-    ax.set_ylim(bottom=min(0, *map(min, named.values())))
-    figure.legend(loc="outside lower center", ncols=2)
-    words = (f"{name} from {v[0]:.3f} to {v[-1]:.3f}, between {min(v):.3f} and {max(v):.3f}"
-             for name, v in named.items())  # fmt: skip
-    return figure, f"{y} over steps {steps[0]} to {steps[-1]}: {'; '.join(words)}."
-
-
-def training(steps: Sequence[dict], names: Sequence[str]) -> dict[str, tuple[Any, str]]:
-    """Charts of the loss and, where the log has the load, of each expert's share and balance.
+def training_curves(steps: Sequence[dict], names: Sequence[str]) -> dict[str, dict]:
+    """The loss and, where the log has the load, each expert's share and the balance, over steps.
 
     CV: standard deviation over mean; MaxVio: largest over mean, minus 1 (arXiv 2408.15664).
     """
-    if not steps:
-        return {}
-    at, loss = [r["step"] for r in steps], [r["loss"] for r in steps]
-    smooth = [np.mean(loss[max(0, i - 9) : i + 1]) for i in range(len(loss))]
-    named = {"loss": loss, "mean of the last 10 steps": smooth}
-    found = {"Loss": curves(named, at, "Training loss")}
+    loss, curves = [r["loss"] for r in steps], {}
+    if steps:
+        smooth = [np.mean(loss[max(0, i - 9) : i + 1]) for i in range(len(loss))]
+        curves["Loss"] = (
+            "Training loss",
+            steps,
+            {"loss": loss, "mean of the last 10 steps": smooth},
+        )
     if kept := [r for r in steps if names and r.get("load")]:
-        at, load = [r["step"] for r in kept], np.array([r["load"] for r in kept])  # (steps, L, E)
+        load = np.array([r["load"] for r in kept])  # (steps, L, E)
         mean = load.mean(axis=-1).clip(1e-9)
         shares = (load / mean[..., None]).mean(axis=1).T / len(names)  # (E, steps)
-        found["Load"] = curves(dict(zip(names, shares, strict=True)), at, "Share of routed tokens")
         balance = {"CV": (load.std(axis=-1) / mean).mean(axis=1),
                    "MaxVio": (load.max(axis=-1) / mean - 1).mean(axis=1)}  # fmt: skip
-        found["Balance"] = curves(balance, at, "CV, MaxVio")
-    return found
+        by_expert = dict(zip(names, shares, strict=True))
+        curves |= {"Load": ("Share of routed tokens", kept, by_expert),
+                   "Balance": ("CV, MaxVio", kept, balance)}  # fmt: skip
+    return {title: {"y": y, "steps": [r["step"] for r in at], "named": named}
+            for title, (y, at, named) in curves.items()}  # fmt: skip
 
 
-def reliability_chart(found: dict) -> tuple[Any, str]:
-    """Accuracy over confidence: a bar is a bin, its dot the mean, the diagonal is calibrated."""
-    figure, ax = axes("confidence: softmax of the likeliest expert", "accuracy", 2.8)
-    low, confidence, accuracy = ([b[k] for b in found["bins"]]
-                                 for k in ("low", "confidence", "accuracy"))  # fmt: skip
-    ax.bar(low, accuracy, 1 / N_BINS, align="edge", color=COLOURS[0], alpha=0.4, edgecolor=INK)
+def chart(draw: Callable, found: dict, x: str, y: str, height: float) -> "Figure":
+    """A chart as wide as a phone, on whose axes draw(axes, found) draws."""
+    figure = Figure((3.6, height), layout="constrained")
+    ax = figure.add_subplot(xlabel=x, ylabel=y)
+    ax.grid(alpha=0.3)
+    draw(ax, found)
+    return figure
+
+
+def draw_curves(ax: Any, curve: dict) -> None:
+    """Values over the steps; means of neighbours where there are many."""
+    thin = lambda v: [np.mean(part) for part in np.array_split(v, min(len(v), MOST_POINTS))]  # noqa: E731
+    for i, (name, v) in enumerate(curve["named"].items()):
+        style = {"color": COLOURS[i % 8], "linestyle": ("-", "--", ":", "-.")[i % 4]}
+        ax.plot(
+            thin(curve["steps"]), thin(v), marker="" if len(v) > 1 else "o", label=name, **style
+        )
+    ax.set_ylim(bottom=min(0, *map(min, curve["named"].values())))
+    ax.figure.legend(loc="outside lower center", ncols=2)
+
+
+def draw_reliability(ax: Any, found: dict) -> None:
+    """A bar is a bin, its dot the mean; on the diagonal, confidence is calibrated."""
+    for b in found["bins"]:
+        ax.bar(b["low"], b["accuracy"], 1 / N_BINS, align="edge", color=COLOURS[0], alpha=0.4,
+               edgecolor=INK)  # fmt: skip
+        ax.plot(b["confidence"], b["accuracy"], "o", color=COLOURS[1], zorder=3)
     ax.plot([0, 1], [0, 1], color="#8b949e", linestyle="--", linewidth=1)
-    ax.plot(confidence, accuracy, "o", color=COLOURS[1])
     ax.set(xlim=(0, 1), ylim=(0, 1.04))
-    return figure, (f"Reliability diagram of {found['n']} images, expected calibration error "
-                    f"{found['ece']:.3f}; the table below has its numbers.")  # fmt: skip
+
+
+def reliability_chart(found: dict) -> "Figure":
+    x = "confidence: softmax of the likeliest expert"
+    return chart(draw_reliability, found, x, "accuracy", 2.8)
 
 
 def first_experts(patches: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -275,20 +274,8 @@ def first_experts(patches: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return first.masked_fill(gates == 0, -1).numpy(), gates.numpy()
 
 
-def describe(patches: Tensor, names: Sequence[str]) -> str:
-    """The text alternative of an overlay."""
-    first, gates = first_experts(patches)
-    parts = [f"{n} to {f'expert {e}, {names[e]}' if e >= 0 else 'no expert'} "
-             f"(mean gate {gates[first == e].mean():.2f})"
-             for e, n in Counter(first.tolist()).most_common()]  # fmt: skip
-    return f"Of {len(first)} patches, by their first expert: {'; '.join(parts)}."
-
-
-def overlay(ax: Any, image: Tensor, patches: Tensor | None, inches: float) -> None:
+def draw_patches(ax: Any, image: Tensor, patches: Tensor | None, inches: float) -> None:
     """The image; with its patches' gates (P, E), the number of each one's first expert on it."""
-    from matplotlib.colors import to_rgba_array
-    from matplotlib.patheffects import withStroke
-
     ax.set_axis_off()
     ax.imshow(image.permute(1, 2, 0).numpy(), extent=(0, 1, 1, 0))
     if patches is None:
@@ -305,11 +292,11 @@ def overlay(ax: Any, image: Tensor, patches: Tensor | None, inches: float) -> No
                 path_effects=edge)  # fmt: skip
 
 
-def text_of(data: bytes) -> str:
+def base64_of(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def png(figure: Any, dpi: int) -> bytes:
+def png(figure: "Figure", dpi: int) -> bytes:
     """The figure on white, in at most 200 colours."""
     data, small = io.BytesIO(), io.BytesIO()
     figure.savefig(data, dpi=dpi, facecolor="white")
@@ -318,101 +305,85 @@ def png(figure: Any, dpi: int) -> bytes:
     return small.getvalue()
 
 
-def svg(figure: Any, words: str) -> dict[str, str]:
-    """A chart as inline SVG in the page's colours; words: its text alternative."""
+def svg(figure: "Figure") -> str:
+    """A chart as inline SVG in the page's colours."""
     data = io.StringIO()
     figure.savefig(data, format="svg", transparent=True)
     text = data.getvalue()[data.getvalue().index("<svg") :]
     text = re.sub(r'<(metadata|style).*?</\1>| xmlns[:\w]*="[^"]*"| (width|height)="[\d.]+pt"', "",
                   text, flags=re.DOTALL)  # fmt: skip
-    own = f"c{zlib.crc32(words.encode())}-"  # identifiers that no other chart of a page has
-    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{own}", text)
-    return {"svg": text.replace(INK, "currentColor"), "alt": words}
+    own = f"c{zlib.crc32(text.encode())}-"  # identifiers that no other chart of a page has
+    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{own}", text).replace(INK, "currentColor")
 
 
-def views(e: dict, numbers: dict) -> list[dict]:
-    """The image, then its patches with the experts of at most MOST_LAYERS sparse layers."""
-    if e["image"] is None:
-        return []
-    blocks, shown, size = numbers["blocks"], [], 2.4
-    found = [(None, "the image", f"{e['modality']} image of the question")]
-    layers = np.linspace(0, len(blocks) - 1, MOST_LAYERS).round().astype(int)
-    for layer in np.unique(layers) if blocks else []:
-        gates = e["patches"][layer]
-        found.append((gates, f"block {blocks[layer]}", describe(gates, numbers["experts"])))
-    for gates, title, words in found:
-        figure = new_figure(size, size)
-        overlay(figure.add_axes((0, 0, 1, 1)), e["image"], gates, size)
-        shown.append({"png": text_of(png(figure, 120)), "title": title, "alt": words})
+def views(e: dict, blocks: Sequence[int]) -> list[dict]:
+    """The image, then its patches with the experts of at most MOST_LAYERS sparse layers.
+
+    counts: (expert, how many patches it has, the mean of their gates), -1 for no expert.
+    """
+    layers = np.linspace(0, len(blocks) - 1, MOST_LAYERS).round().astype(int) if blocks else []
+    shown = []
+    for layer in [None, *np.unique(layers)] if e["image"] is not None else []:
+        figure, gates = Figure((2.4, 2.4)), None if layer is None else e["patches"][layer]
+        draw_patches(figure.add_axes((0, 0, 1, 1)), e["image"], gates, 2.4)
+        first, gate = ([], []) if layer is None else first_experts(gates)
+        counts = [(i, n, gate[first == i].mean()) for i, n in Counter(list(first)).most_common()]
+        block = None if layer is None else blocks[layer]
+        shown.append({"png": base64_of(png(figure, 120)), "block": block, "counts": counts})
     return shown
 
 
-def render(numbers: dict, examples: Sequence[dict], model: MedMoE, meta: dict) -> str:
+def render(numbers: dict, examples: Sequence[dict], model: Any, meta: dict) -> str:
     """The page: lab/report.html, in which everything is escaped."""
-    import jinja2  # comes with torch
-
-    moe, found = model.config.moe, numbers["calibration"]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((HERE / "report.html").read_text(encoding="utf-8"))
+    curves = training_curves(numbers["steps"], numbers["experts"])
     return template.render(
-        title=f"Routing report: {'/'.join(Path(numbers['checkpoint']).parts[-2:])}",
-        numbers=numbers, meta=meta, model=model.config, moe=moe, names=numbers["experts"],
-        trained=f"converted from {meta['from']}" if "from" in meta
-                else cli.command_line(TrainConfig, meta["flags"], "train.py"),
-        unit="sample" if moe and moe.level == "sequence" else "token",
-        examples=[e | {"views": views(e, numbers)} for e in examples],
-        reliability=svg(*reliability_chart(found)) if found else None,
-        training={title: svg(*chart) for title, chart in
-                  training(numbers["steps"], numbers["experts"]).items()},
+        numbers=numbers, meta=meta, model=model, moe=model.moe, names=numbers["experts"],
+        place="/".join(Path(numbers["checkpoint"]).parts[-2:]),
+        command="from" not in meta and cli.command_line(TrainConfig, meta["flags"], "train.py"),
+        examples=[e | {"views": views(e, numbers["blocks"])} for e in examples],
+        reliability=numbers["calibration"] and svg(reliability_chart(numbers["calibration"])),
+        training={title: c | {"svg": svg(chart(draw_curves, c, "step", c["y"], 2.2))}
+                  for title, c in curves.items()},
     )  # fmt: skip
 
 
-def load_figure(numbers: dict) -> Any:
+def load_figure(numbers: dict) -> "Figure":
     """Each expert's share of the routed tokens, by modality and by kind of token."""
     blocks, names = numbers["blocks"], numbers["experts"]
-    figure = new_figure(8, 6, "constrained")
+    figure = Figure((8, 6), layout="constrained")
     for ax, (group, tables) in zip(figure.subplots(2), numbers["load"].items(), strict=True):
         shares = [found["shares"][i] for i in range(len(blocks)) for found in tables.values()]
         rows = [f"block {block}, {name}" for block in blocks for name in tables]
         ax.imshow(shares, cmap="Blues", vmin=0, vmax=1.5, aspect="auto")
         for (row, column), share in np.ndenumerate(shares):
             ax.text(column, row, f"{100 * share:.1f} %", ha="center", va="center")
-        ax.set(xticks=range(len(names)), xticklabels=[f"{name} expert" for name in names],
-               yticks=range(len(rows)), yticklabels=rows)  # fmt: skip
+        ax.set_xticks(range(len(names)), [f"{name} expert" for name in names])
+        ax.set_yticks(range(len(rows)), rows)
         ax.set_title(f"Share of routed tokens by {group}", loc="left", weight="bold")
         ax.tick_params(length=0, labeltop=True, labelbottom=False)
         ax.spines[:].set_visible(False)
     return figure
 
 
-def overlay_figure(numbers: dict, examples: Sequence[dict]) -> Any:
+def overlay_figure(numbers: dict, examples: Sequence[dict]) -> "Figure":
     """The first example of each modality: its image, and the patches in two sparse layers."""
     first = {e["modality"]: e for e in reversed(examples) if e["image"] is not None}.values()
     n_rows, n = max(1, -(-len(first) // 2)), 1 + min(2, len(numbers["blocks"]))
-    figure = new_figure(4 * n, 0.4 + 2.2 * n_rows)
+    figure = Figure((4 * n, 0.4 + 2.2 * n_rows))
     key = ", ".join(f"{i} {name}" for i, name in enumerate(numbers["experts"]))
     figure.suptitle(f"The number on a patch is its first expert: {key}")
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.87, 0.04, 0.14)
-    places = figure.subplots(n_rows, 2 * n, squeeze=False).reshape(-1, n)
+    places = figure.subplots(n_rows, 2 * n, squeeze=False)
     for ax in places.flat:
         ax.set_axis_off()
-    for row, e in zip(places, reversed(first), strict=False):
+    for row, e in zip(places.reshape(-1, n), reversed(first), strict=False):
         for ax, gates in zip(row, [None, *e["patches"]], strict=False):
-            overlay(ax, e["image"], gates, 1.9)
+            draw_patches(ax, e["image"], gates, 1.9)
         words = f"{e['modality']}: {e['question']} “{e['answer']}” (truth: {e['truth']})"
         row[0].set_title(words, loc="left")
     return figure
-
-
-def draw_figures(numbers: dict, examples: Sequence[dict], folder: Path) -> None:
-    """load.png, overlays.png and, where modalities are known, calibration.png."""
-    figures = {"load": load_figure(numbers), "overlays": overlay_figure(numbers, examples)}
-    if numbers["calibration"]["n"]:
-        figures["calibration"] = reliability_chart(numbers["calibration"])[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        (folder / f"{name}.png").write_bytes(png(figure, 200))
-        print(folder / f"{name}.png")
 
 
 @cli.user_errors
@@ -420,24 +391,25 @@ def main(argv: list[str] | None = None) -> dict:
     flags = cli.parse(ReportConfig, argv, "python -m lab.report")
     cli.at_least(flags, images=1, limit=1, max_new=1, batch_size=1, max_missing=0)
     cli.check_outputs((flags.out, flags.json), ())
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("matplotlib is needed: pip install -r requirements-lab.txt") from error
+    if matplotlib is None:
+        raise UserError("matplotlib is needed: pip install -r requirements-lab.txt")
     device, dtype = choose_device(flags.device, flags.dtype)
-    model, text, meta = load_model(
-        Path(flags.checkpoint), device, dtype, flags.router, flags.router_level
-    )
+    model, text, meta = load_model(Path(flags.checkpoint), device, dtype)
     if flags.png and model.config.moe is None:
         raise UserError(f"--png {flags.png}: the checkpoint is dense, no routing to draw")
     predictor = Predictor(model, text, device, dtype, flags.batch_size or 64, flags.max_new)
     numbers, examples = measure(predictor, flags, meta)
     with matplotlib.rc_context(SETTINGS):
-        page = render(numbers, examples, model, meta)
+        page = render(numbers, examples, model.config, meta)
         cli.write_text(Path(flags.out), page, "--out")
         print(f"{flags.out}  {len(page.encode()) / 1000:,.0f} kB, {numbers['n']:,} questions")
         if flags.png:
-            draw_figures(numbers, examples, Path(flags.png))
+            figures = {"load": load_figure(numbers), "overlays": overlay_figure(numbers, examples)}
+            if numbers["calibration"]["n"]:
+                figures["calibration"] = reliability_chart(numbers["calibration"])
+            Path(flags.png).mkdir(parents=True, exist_ok=True)
+            for name, figure in figures.items():
+                (Path(flags.png) / f"{name}.png").write_bytes(png(figure, 200))
     if flags.json:
         cli.write_json(Path(flags.json), numbers)
     return numbers

@@ -1,5 +1,8 @@
 """Tiny models and batches for all tests, with weights large enough that choices are not ties."""
 
+from functools import wraps
+from types import FunctionType
+
 import pytest
 import torch
 
@@ -68,16 +71,51 @@ def collate(rows, images=None, side="right", modality=None, seed=0):
     return Batch(ids, mask, labels, images, modality)
 
 
-@pytest.fixture(name="shake")
-def _shake():
-    return shake
+def randn(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype)
 
 
-@pytest.fixture(name="build")
-def _build():
-    return build
+PROMPTS = ([5, *[IMAGE_ID] * 4, 9, 11], [21, 22, 23], [7, 8, *[IMAGE_ID] * 4, 30, 31, 32])
 
 
-@pytest.fixture(name="collate")
-def _collate():
-    return collate
+def prompts(rows=(0, 1, 2), side="left"):
+    """Some of PROMPTS as a batch, each with the image that it has in any other batch."""
+    batch = collate([(PROMPTS[r], [IGNORE] * len(PROMPTS[r])) for r in rows], side=side)
+    images = [randn(1, 3, 32, 32, seed=r) for r in rows if IMAGE_ID in PROMPTS[r]]
+    modality = torch.tensor([2, -1, 0])[list(rows)]
+    return batch._replace(images=torch.cat([*images, batch.images[:0]]), modality=modality)
+
+
+# The same as fixtures.
+_shake = pytest.fixture(name="shake")(lambda: shake)
+_build = pytest.fixture(name="build")(lambda: build)
+_collate = pytest.fixture(name="collate")(lambda: collate)
+
+
+@pytest.fixture
+def monkeypatch():
+    """pytest's, and a function that replaces another must be called, or nothing was tested."""
+    uncalled = set()
+    with pytest.MonkeyPatch.context() as patch:
+        setattr_ = patch.setattr
+
+        def watched(target, name, *value, **kwargs):
+            *before, new = (name, *value)  # setattr("module.name", new) has no third argument
+            if isinstance(new, FunctionType):
+                place = f"{getattr(target, '__name__', target)}.{before}"
+                uncalled.add(place)
+
+                @wraps(new)
+                def called(*args, **kwargs):
+                    uncalled.discard(place)
+                    return new(*args, **kwargs)
+
+                before.append(called)
+            else:
+                before.append(new)
+            setattr_(target, *before, **kwargs)
+
+        patch.setattr = watched
+        yield patch
+    assert not uncalled, f"replaced and never called: {uncalled}"

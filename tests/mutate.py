@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("sources", "scoring", "engine")
 # Files without a test file of their own name: who tests them.
 TESTED_BY = {
+    "engine/processes.py": "tests/engine/test_parallel.py",
     "ops.py": "tests/test_ops.py tests/test_kernels.py",
     "sources/painting.py": "tests/sources/test_phantoms.py",
 }

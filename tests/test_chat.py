@@ -1,7 +1,8 @@
 """Asking a checkpoint: the answer as it is generated, and the experts it was routed to."""
 
-import runpy
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from PIL import Image
 
 import chat
 from checkpoint import load_model
-from config import Common, MoEConfig, UserError
+from config import Common, MoEConfig
 from data import IMAGE_ID, collate, encode_prompt
 from engine.cli import parse
 from model import Generated, generate
@@ -23,9 +24,9 @@ def phase3(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("mini") / "phase3")
 
 
-@pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "x.png"
+@pytest.fixture(scope="module")
+def image(phase3):
+    path = phase3.parent / "x.png"
     Image.effect_noise((60, 30), 90).save(path)
     return path
 
@@ -77,6 +78,9 @@ def test_sampled_answers_follow_seed_temperature_and_top_p(phase3, capsys):
         answer = sampled(seed, 1.5, 0.9)
         assert asked(capsys, phase3, None, *argv, "--seed", str(seed)).startswith(answer + "\n")
     assert len({answer, sampled(0, 1.5, 0.9), sampled(1, 1.5, 0.5), sampled(1, 0.5, 0.9)}) == 4
+    for least in (("--temperature", "0.01"), ("--temperature", "9", "--top-p", "1e-9")):
+        answer = asked(capsys, phase3, None, *least)
+        assert answer.startswith(generated(phase3, None).lstrip() + "\n")
 
 
 @pytest.mark.parametrize(("router", "name"), [("oracle", " pathol"), ("topk", "e3")])
@@ -96,10 +100,9 @@ def test_a_dense_model_answers_without_a_table(tmp_path, capsys):
 def test_the_table_counts_the_experts_of_tokens_block_by_block(capsys):
     ids = torch.tensor([[1, IMAGE_ID, IMAGE_ID, 2]])
     gates = torch.tensor([[[0.5, 0.5, 0], [0, 1, 0], [0.2, 0.8, 0], [0, 0, 0.7]]])
-    nowhere = torch.zeros_like(gates)
-    later = Routing(torch.tensor([[[0.1, 0, 0.2]]]), None)
-    first = [Routing(gates, None), Routing(nowhere, None)]
-    steps = [Generated(torch.tensor([i]), r) for i, r in ((0, first), (9, [later, later]))]
+    first = [Routing(gates, None), Routing(0 * gates, None)]
+    later = [Routing(torch.tensor([[[0.1, 0, 0.2]]]), None)] * 2
+    steps = [Generated(torch.tensor([i]), r) for i, r in ((0, first), (9, later))]
     text = SimpleNamespace(decode=lambda ids: f"w{ids[0]}")
     chat.show_routes(steps, SimpleNamespace(ids=ids), text, ["a", "b", "c"], [4, 6])
     assert capsys.readouterr().out.splitlines() == [
@@ -113,59 +116,41 @@ def test_the_table_counts_the_experts_of_tokens_block_by_block(capsys):
     ]
 
 
-def test_without_a_question_it_asks_until_an_empty_line_or_the_end(phase3, monkeypatch, capsys):
-    for typed in (iter(["Which?", "Is it the hand?", " ", "unread"]), iter(["Which?", "What?"])):
-
-        def line(prompt, typed=typed):
-            if (found := next(typed, None)) is None:
-                raise EOFError
-            return found
-
-        monkeypatch.setattr("builtins.input", line)
-        chat.main([str(phase3), "--image", "phantom:2000000003", "--max-new", "2"])
-        found = capsys.readouterr()
-        assert found.out.count("\nexperts ") == 2 and "Not a medical device" in found.err
-        assert next(typed, None) in ("unread", None)
+@pytest.mark.parametrize("end", [" ", EOFError])
+def test_without_a_question_it_asks_until_an_empty_line_or_the_end(
+    phase3, end, monkeypatch, capsys
+):
+    typed = Mock(side_effect=["Which?", "Is it the hand?", end, "unread"])
+    monkeypatch.setattr("builtins.input", typed)
+    chat.main([str(phase3), "--image", "phantom:2000000003", "--max-new", "2"])
+    found = capsys.readouterr()
+    assert found.out.count("\nexperts ") == 2 and "Not a medical device" in found.err
+    assert typed.call_count == 3
 
 
 def test_the_stream_waits_for_whole_characters(capsys):
-    parts = {1: "", 2: "gr", 3: "gr\ufffd", 4: "grün", 5: "grün  e"}
+    parts, shown = ("", "", "gr", "gr\ufffd", "grün", "grün  e"), []
     stream = chat.Stream(SimpleNamespace(decode=lambda ids: " " + parts[len(ids)]))
-    shown = []
     for token in range(5):
         stream.add(token)
         shown.append(capsys.readouterr().out)
     assert shown == ["", "gr", "", "ün", "  e"] and stream.ids == [0, 1, 2, 3, 4]
 
 
-def test_an_image_is_a_file_or_a_phantom():
-    assert chat.as_sample("phantom:12", "").image == 12
-    assert chat.as_sample("a/b.png", "").image.name == "b.png"
-    assert chat.as_sample(None, "Q?") == chat.Sample("question", "you", "chat", None, (("Q?", ""),))
-    with pytest.raises(UserError, match="--image phantom:x: must be phantom:SEED"):
-        chat.as_sample("phantom:x", "")
+@pytest.mark.parametrize(
+    ("typed", "image"), [("phantom:12", 12), ("a/b.png", Path("a/b.png")), (None, None)]
+)
+def test_an_image_is_a_file_or_a_phantom(typed, image):
+    wanted = chat.Sample("question", "you", "chat", image, (("Q?", ""),))
+    assert chat.as_sample(typed, "Q?") == wanted
 
 
 @pytest.mark.parametrize(
-    "argv",
-    [("--temperature", "-1"), ("--temperature", "nan"), ("--temperature", "0.0099"),
-     ("--top-p", "0"), ("--top-p", "1.01")],
+    "argv", ["--temperature -1", "--temperature nan", "--temperature 0.0099", "--top-p 0",
+             "--top-p 1.01", "--image phantom:x"],
 )  # fmt: skip
-def test_a_setting_that_cannot_be_is_one_line(argv, capsys):
+def test_a_setting_that_cannot_be_is_one_line(phase3, argv, capsys):
     with pytest.raises(SystemExit) as stop:
-        chat.main(["x", *argv])
+        chat.main([str(phase3), "--question", "Q?", *argv.split()])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and argv[0] in error and error.count("\n") == 1
-
-
-def test_it_is_a_script(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["chat.py"])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(chat.__file__, run_name="__main__")
-    assert stopped.value.code == 2
-
-
-def test_the_least_temperature_and_top_p_are_allowed(phase3, capsys):
-    answer = generated(phase3, None).lstrip()
-    for argv in (("--temperature", "0.01"), ("--temperature", "9", "--top-p", "1e-9")):
-        assert asked(capsys, phase3, None, *argv).startswith(answer)
+    assert stop.value.code == 2 and argv.split()[0] in error and error.count("\n") == 1

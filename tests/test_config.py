@@ -112,28 +112,21 @@ def test_a_config_survives_its_way_through_json():
     [("every-second", None), ("first-half", (0, 1)), ("second-half", (2, 3, 4)), ("3", (3,)),
      ("all", (0, 1, 2, 3, 4)), ("4,0,2,2", (0, 2, 4))],
 )  # fmt: skip
-def test_sparse_layers_are_named_or_numbered(name, layers):
+def test_sparse_layers_are_named_or_numbered_and_all_must_be_there(name, layers):
     assert named_layers(name, 5) == layers
-
-
-@pytest.mark.parametrize("name", ["5", "-1", "", "1,", "half", "1;2"])
-def test_layers_that_are_not_there_are_refused(name):
-    with pytest.raises(UserError, match=f"--moe-layers {name}: every-second.* below 5 "):
-        named_layers(name, 5)
+    for wrong in ("5", "-1", "", "1,", "half", "1;2"):
+        with pytest.raises(UserError, match=f"--moe-layers {wrong}: every-second.* below 5 "):
+            named_layers(wrong, 5)
 
 
 @pytest.mark.parametrize(
     ("text", "most", "line"),
-    [("a\n\tb\x1b[1mc", 99, "a b [1mc"), ("abcd", 4, "abcd"), ("abcde", 4, "abcd ..."),
-     ("    x   y", 4, "x")],  # of an endless text only the beginning is looked at
+    [("a\n\tb\x1b[1mc", (99,), "a b [1mc"), ("abcd", (4,), "abcd"), ("abcde", (4,), "abcd ..."),
+     ("    x   y", (4,), "x"),  # of an endless text only the beginning is looked at
+     ("x" * 2000, (), "x" * 2000), ("x" * 2001, (), "x" * 2000 + " ...")],
 )  # fmt: skip
 def test_text_of_files_is_printed_as_one_short_line(text, most, line):
-    assert one_line(text, most) == line
-
-
-def test_a_line_has_at_most_2000_characters():
-    assert one_line("x" * 2000) == "x" * 2000
-    assert one_line("x" * 2001) == "x" * 2000 + " ..."
+    assert one_line(text, *most) == line
 
 
 def test_a_warning_is_printed_once_and_to_stderr(capsys):

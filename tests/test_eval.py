@@ -3,20 +3,17 @@
 import io
 import itertools
 import json
-import runpy
 from contextlib import redirect_stdout
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import eval as evaluation  # the script; the builtin keeps its name
 import metrics
 from checkpoint import load_model, read_seen
-from config import Common, UserError
+from config import Common, UserError, to_dict
 from data import collate, encode_prompt, encode_sample
 from engine.cli import parse
 from engine.durable import seal
@@ -45,24 +42,24 @@ def test_unpack_counts_routed_tokens_of_prompt_and_answer_but_not_of_padding_or_
     """Two samples, two sparse layers, three experts; the second ends after one token."""
     mask = torch.tensor([[True, True, True], [False, True, True]])
 
-    def routing(expert: list[list[int]]) -> Routing:
-        gates = torch.nn.functional.one_hot(torch.tensor(expert), 3).float()
-        return Routing(gates * 0.5, gates * 7)
+    def routings(*experts: list[int]) -> list[Routing]:
+        gates = torch.nn.functional.one_hot(torch.tensor(experts), 3).float()
+        return [Routing(gates * 0.5, gates * 7)] * 2
 
-    prompt = [routing([[0, 1, 1], [2, 2, 0]])] * 2
-    later = [[routing([[e], [e]])] * 2 for e in (2, 1)]
+    routed = routings([0, 1, 1], [2, 2, 0]), routings([2], [2]), routings([1], [1])
     tokens = [torch.tensor(t) for t in ([4, 5], [6, EOS], [EOS, 8])]
-    steps = [Generated(t, r) for t, r in zip(tokens, [prompt, *later], strict=True)]
+    steps = [Generated(*step) for step in zip(tokens, routed, strict=True)]
     text = SimpleNamespace(eos_id=EOS, decode=lambda ids: " " + " ".join(map(str, ids)))
-    first, second = evaluation.unpack(steps, mask, text)
-    assert (first.answer, second.answer) == ("4 6", "5")
-    assert first.load.tolist() == [[1, 3, 1]] * 2  # 0 1 1, then 2 for "4" and 1 for "6"
-    assert second.load.tolist() == [[1, 0, 2]] * 2  # padding's 2 is left out, "5" is routed to 2
-    assert first.votes.tolist() == pytest.approx([14 / 3, 28 / 3, 0])  # per position, two layers
-    assert second.votes.tolist() == [7, 0, 7]  # padding's vote for 2 is left out
+    found = evaluation.unpack(steps, mask, text)
+    assert [p.answer for p in found] == ["4 6", "5"]
+    # 0 1 1, then 2 for "4" and 1 for "6"; padding's 2 is left out, "5" is routed to 2.
+    assert [p.load.tolist() for p in found] == [[[1, 3, 1]] * 2, [[1, 0, 2]] * 2]
+    votes = [*found[0].votes.tolist(), *found[1].votes.tolist()]  # per position, of two layers
+    assert votes == pytest.approx([14 / 3, 28 / 3, 0, 7, 0, 7])
     dense = evaluation.unpack([step._replace(routings=[]) for step in steps], mask, text)
-    assert [p.answer for p in dense] == ["4 6", "5"]
-    assert dense[0].votes.shape == (0,) and dense[0].load.shape == (0, 0)
+    assert [(p.answer, p.votes.shape, p.load.shape) for p in dense] == [
+        (answer, (0,), (0, 0)) for answer in ("4 6", "5")
+    ]
 
 
 # A model that answers
@@ -87,12 +84,10 @@ def test_batches_are_of_similar_lengths_and_shared_among_processes(predictor, mo
     samples, ahead = held_out(11), []
     monkeypatch.setattr(predictor.images, "prefetch", lambda samples: ahead.append([*samples]))
     batches = list(predictor.batches(samples, "x"))
-    assert [len(rows) for rows, _ in batches] == [4, 4, 3]
-    n = [[int(b.mask[i].sum()) for i in range(len(rows))] for rows, b in batches]
-    n = [*itertools.chain(*n)]
-    assert n == sorted(n) and n[0] < n[-1]
-    assert sorted(itertools.chain(*(rows for rows, _ in batches))) == list(range(11))
     rows = [rows for rows, _ in batches]
+    assert [len(part) for part in rows] == [4, 4, 3]
+    n = [int(n) for part, batch in batches for n in batch.mask.sum(dim=1)[: len(part)]]
+    assert n == sorted(n) and n[0] < n[-1] and sorted(itertools.chain(*rows)) == list(range(11))
     assert ahead == [[samples[i] for i in part] for part in [*rows[1:], []]]
     assert all(batch.mask[:, -1].all() for _, batch in batches)  # padded on the left
     assert predictor.images.pad and predictor.images.pool is not None
@@ -114,15 +109,16 @@ def test_answers_are_what_the_model_generates_whatever_the_batch(predictor):
 
 def test_options_are_chosen_by_the_likelihood_of_the_whole_answer(predictor):
     """Batches of sorted prompts, cached, against one plain text at a time."""
-    options = ("yes", "no", "upper left")
+    options, model, text = ("yes", "no", "upper left"), predictor.model, predictor.text
     samples = [replace(s, options=options) for s in held_out(7)]
     expected = torch.zeros(7, 3)
     for (i, s), (j, option) in itertools.product(enumerate(samples), enumerate(options)):
         answered = replace(s, turns=((s.turns[0][0], option),))
-        encoded = encode_sample(answered, predictor.text, predictor.model.config)
-        batch = collate([answered], [encoded], predictor.images, predictor.text.eos_id)
+        encoded = encode_sample(answered, text, model.config)
         with torch.no_grad():
-            expected[i, j] = -predictor.model.loss(batch).total
+            expected[i, j] = -model.loss(
+                collate([answered], [encoded], predictor.images, text.eos_id)
+            ).total
     found = predictor.choose(samples)
     torch.testing.assert_close(found, expected.softmax(dim=1), atol=1e-4, rtol=0)
 
@@ -142,10 +138,10 @@ def test_blind_every_question_has_the_mean_of_the_different_images(predictor):
 
 
 def test_the_parameter_line_names_its_three_denominators():
-    millions = {"total": 8000, "activated": 3500, "dense_base": 1750}
-    line = evaluation.show_parameters({name: n * 10**6 for name, n in millions.items()})
-    assert "43.8% of its own total" in line and "200.0% of the dense model" in line
-    assert "50.00% of 7 B" in line
+    line = evaluation.show_parameters(
+        {"total": 8 * 10**9, "activated": 35 * 10**8, "dense_base": 175 * 10**7}
+    )
+    assert all(part in line for part in ("43.8% of its", "200.0% of the dense", "50.00% of 7"))
 
 
 # The command
@@ -165,33 +161,30 @@ def scored(phase3):
 
 def test_evaluation_writes_everything_it_measured(phase3, predictor, scored):
     result, samples = scored.result, held_out(24)
-    found = predictor.answer(samples)
+    found, train = predictor.answer(samples), load_samples(["phantoms:8"], "vqa", "train")
     said = [p.answer for p in found]
-    assert result["answers"] == dict(zip([s.id for s in samples], said, strict=True))
-    assert {row["question_id"]: row["text"] for row in scored.lines} == result["answers"]
-    blind = predictor.answer(samples, predictor.mean_image(samples))
-    train = load_samples(["phantoms:8"], "vqa", "train")
-    for name, by in (("", said), ("blind", [p.answer for p in blind]),
-                     ("majority", metrics.majority(samples, train))):  # fmt: skip
-        part = result[name] if name else result
-        assert part["protocols"] == json.loads(json.dumps(under_all(samples, by)))
-    assert said != [p.answer for p in blind]
-    for name, key in (("by_modality", lambda s: s.modality),
-                      ("by_kind", lambda s: f"{s.kind} ({s.answer_type})")):  # fmt: skip
-        wanted = json.loads(json.dumps(metrics.split_by(samples, said, key)))
-        assert result[name] == wanted and len(wanted) > 1
-    assert result["leaks"] == json.loads(json.dumps(leaks.check(samples, read_seen(phase3))))
-    assert result["router"] == json.loads(json.dumps(judge_router(samples, found)))
-    assert result["load"] == expert_load(samples, found)
-    assert result["params"] == evaluation.count_parameters(predictor.model)
+    blind = [p.answer for p in predictor.answer(samples, predictor.mean_image(samples))]
+    assert said != blind
+    wanted = {
+        **to_dict(Common()), "data": ["phantoms:8"], "n": 24, "split": "test", "limit": 24,
+        "preset": "tiny", "phase": 3, "seed": 0, "dtype": "torch.float32", "classification": {},
+        "checkpoint": str(phase3), "device": "cpu",
+        "answers": dict(zip([s.id for s in samples], said, strict=True)),
+        "protocols": under_all(samples, said),
+        "blind": {"protocols": under_all(samples, blind)},
+        "majority": {"protocols": under_all(samples, metrics.majority(samples, train))},
+        "by_modality": metrics.split_by(samples, said, lambda s: s.modality),
+        "by_kind": metrics.split_by(samples, said, lambda s: f"{s.kind} ({s.answer_type})"),
+        "leaks": leaks.check(samples, read_seen(phase3)), "load": expert_load(samples, found),
+        "router": judge_router(samples, found),
+        "params": evaluation.count_parameters(predictor.model),
+        "trained_with": "python train.py --data phantoms:8 --device cpu --dtype float32",
+    }  # fmt: skip
     assert result["command"].startswith(f"python eval.py {phase3} --limit 24")
-    assert (
-        result["trained_with"] == "python train.py --data phantoms:8 --device cpu --dtype float32"
-    )
-    assert {k: result[k] for k in ("n", "split", "limit", "preset", "phase", "seed", "dtype")} == {
-        "n": 24, "split": "test", "limit": 24, "preset": "tiny", "phase": 3, "seed": 0,
-        "dtype": "torch.float32"}  # fmt: skip
-    assert result["data"] == ["phantoms:8"] and result["classification"] == {}
+    wanted = {k: v for k, v in json.loads(json.dumps(wanted)).items() if k in result}
+    assert result == wanted | {"command": result["command"]}
+    assert len(wanted["by_modality"]) > 1 and len(wanted["by_kind"]) > 1
+    assert {row["question_id"]: row["text"] for row in scored.lines} == result["answers"]
     for part in ("blind control", "majority baseline", "block 2", "of 7 B", "finding (open)"):
         assert part in scored.out
 
@@ -207,77 +200,49 @@ def test_a_dense_converted_model_has_no_router_to_judge(tmp_path, capsys):
 
 
 def test_classification_is_scored_by_likelihood_for_each_source_with_options(predictor, capsys):
-    options, samples = ("normal", "pneumonia"), held_out(4)
-    asked = [
-        replace(s, source="pneumoniamnist", options=options, turns=(("Which?", options[i % 2]),))
-        for i, s in enumerate(samples)
-    ]
-    answers = ["normal"] * 8
+    options, samples, answers = ("normal", "pneumonia"), held_out(4), ["normal"] * 8
+    asked = [replace(s, source="pneumoniamnist", options=options, turns=(("?", options[i % 2]),))
+             for i, s in enumerate(samples)]  # fmt: skip
     found = evaluation.classification(predictor, [*samples, *asked], answers)
     likely = predictor.choose(asked).double().numpy()
     assert found == {"pneumoniamnist": evaluation.judge_classes(asked, answers[4:], likely)}
-    assert "pneumoniamnist" in capsys.readouterr().out
+    assert "pneumonia" in capsys.readouterr().out
     assert evaluation.classification(predictor, samples, answers[:4]) == {}
 
 
-def test_the_router_and_its_level_can_be_replaced(phase3, scored):
-    found = evaluation.main([str(phase3), "--limit", "24", "--max-new", "5", "--router", "random",
-                             "--router-level", "sequence"])  # fmt: skip
-    assert found["load"] != scored.result["load"]
-    with pytest.raises(SystemExit):
-        evaluation.main([str(phase3), "--router", "nowhere.py:Router"])
-
-
-def test_routes_are_recorded_and_replayed(phase3, scored, tmp_path):
+def test_routers_are_replaced_and_routes_are_recorded_and_replayed(phase3, scored, tmp_path):
     file = str(tmp_path / "routes.safetensors")
     argv = [str(phase3), "--limit", "24", "--max-new", "5", "--dtype", "float32"]
     assert evaluation.main([*argv, "--record-routes", file])["load"] == scored.result["load"]
+    other = evaluation.main([*argv, "--router", "random", "--router-level", "sequence"])
+    assert other["load"] != scored.result["load"]
     replayed = evaluation.main([*argv, "--router", "oracle", "--replay-routes", file])
     assert replayed["answers"] == scored.result["answers"]
-
-
-def test_it_is_a_script(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["eval.py"])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(evaluation.__file__, run_name="__main__")
-    assert stopped.value.code == 2
+    with pytest.raises(SystemExit):
+        evaluation.main([str(phase3), "--router", "nowhere.py:Router"])
 
 
 # Which questions
 
 
-def llava(folder, split, *rows):
-    """Rows of (image's seed, question, answer) -> a LLaVA file and its images."""
-    items = []
-    for i, (seed, question, answer) in enumerate(rows):
-        image = folder / "images" / f"{split}{seed}.png"
-        image.parent.mkdir(exist_ok=True, parents=True)
-        coarse = np.random.default_rng(seed).integers(256, size=(6, 6, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((96, 96), Image.Resampling.BICUBIC).save(image)
-        turns = [
-            {"from": "human", "value": f"<image>\n{question}"},
-            {"from": "gpt", "value": answer},
-        ]
-        items.append({"id": i, "image": image.name, "conversations": turns})
-    (folder / f"{split}.json").write_text(json.dumps(items))
-    return f"llava:{folder / split}.json"
+def llava(folder, *rows):
+    """Rows of (question, answer) -> a LLaVA file of text alone."""
+    items = [{"id": i, "conversations": [{"from": "human", "value": question},
+                                         {"from": "gpt", "value": answer}]}
+             for i, (question, answer) in enumerate(rows)]  # fmt: skip
+    (folder / "test.json").write_text(json.dumps(items))
+    return f"llava:{folder / 'test.json'}"
 
 
-def test_a_planted_test_question_is_found_and_another_split_is_clean(tmp_path, capsys):
-    seen = [(i, f"What is number {i}?", "a lung") for i in range(4)]
-    trained = load_samples([llava(tmp_path, "train", *seen)], "vqa", "train")
-    planted = llava(tmp_path, "planted", (9, "New?", "yes"), (2, "what is Number 2", "A lung."))
-    clean = llava(tmp_path, "clean", (7, "New?", "yes"), (8, "What is number 3?", "a lung"))
-    folder = checkpoint(tmp_path / "run", seen=trained)
-    argv = [str(folder), "--max-new", "1", "--data"]
-    found = evaluation.main([*argv, planted])["leaks"]
+def test_questions_that_were_seen_in_training_are_reported(tmp_path, capsys):
+    folder, samples = checkpoint(tmp_path / "run", seen=held_out(2)), held_out(24)
+    argv = [str(folder), "--max-new", "1", "--limit", "24"]
+    found = evaluation.main(argv)["leaks"]
+    assert found == leaks.check(samples, read_seen(folder)) and found["questions_seen"] == 2
     assert "LEAK" in capsys.readouterr().out
-    assert found["questions_seen"] == 1 and found["first"][0]["id"] == "1"
-    found = evaluation.main([*argv, clean])["leaks"]
-    assert found["images_seen"] == found["questions_seen"] == 0 and found["pairs_seen"] == 1
     (folder / "seen.safetensors").unlink()  # as of a converted checkpoint
     seal(folder)
-    assert evaluation.main([*argv, clean])["leaks"] == {"fingerprint": found["fingerprint"]}
+    assert evaluation.main(argv)["leaks"] == {"fingerprint": found["fingerprint"]}
     assert "run has no record of its training data" in capsys.readouterr().out
 
 
@@ -285,8 +250,7 @@ def test_without_data_the_questions_are_those_of_training_and_given_flags_win(mo
     flags = evaluation.EvalConfig(limit=5)
     known = {"data": ("phantoms:8", "llava:x.json"), "lang": "zh", "max_missing": 3, "limit": 2}
     found, samples = evaluation.load_questions(flags, known)
-    assert (found.data, found.lang, found.max_missing, found.limit) == (
-        ("phantoms:8",), "zh", 3, 5)  # fmt: skip
+    assert found == replace(flags, data=("phantoms:8",), lang="zh", max_missing=3)
     assert samples == held_out(5)
     found, samples = evaluation.load_questions(replace(flags, data=("phantoms:9",)), known)
     assert found.lang == "en" and len(samples) == 5
@@ -301,25 +265,20 @@ def test_without_data_the_questions_are_those_of_training_and_given_flags_win(mo
 def test_the_majority_baseline_takes_the_train_split_of_the_data_or_the_training_data(
     tmp_path, capsys
 ):
-    spec, flags = llava(tmp_path, "x", (1, "Is it?", "no")), evaluation.EvalConfig()
+    spec, flags = llava(tmp_path, ("Is it?", "no")), evaluation.EvalConfig(router_labels="none")
     train = load_samples(["phantoms:8"], "vqa", "train")
-    for data, trained in ((("phantoms:8",), ["phantoms:9"]), ((spec,), ["phantoms:8"])):
-        labelled = replace(flags, data=data, router_labels="none.json")
-        assert evaluation.training_questions(labelled, trained) == train
-    (tmp_path / "test.json").write_text((tmp_path / "x.json").read_text())
-    assert evaluation.training_questions(replace(flags, data=(f"llava:{tmp_path}",)), []) == []
+    for data, trained in (("phantoms:8", ["phantoms:9"]), (spec, ["phantoms:8"])):
+        assert evaluation.training_questions(replace(flags, data=(data,)), trained) == train
+    folder = replace(flags, data=(f"llava:{tmp_path}",))  # a test split alone
+    assert evaluation.training_questions(folder, []) == []
     assert "warning: no majority baseline: " in capsys.readouterr().err
 
 
 def test_text_only_questions_and_too_long_ones(phase3, tmp_path, capsys):
-    turns = [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "no"}]
-    file = tmp_path / "x.json"
-    file.write_text(json.dumps([{"id": 1, "conversations": turns}]))
-    argv = [str(phase3), "--data", f"llava:{file}", "--max-new", "1", "--blind"]
+    argv = [str(phase3), "--data", llava(tmp_path, ("Is it?", "no")), "--max-new", "1", "--blind"]
     found = evaluation.main(argv)
     assert found["n"] == 1 and [*found["by_modality"]] == ["unknown"] and found["router"]["n"] == 0
-    turns[0]["value"] = "word " * 1000
-    file.write_text(json.dumps([{"id": 1, "conversations": turns}]))
+    llava(tmp_path, ("word " * 1000, "no"))
     with pytest.raises(SystemExit):
         evaluation.main(argv)
     assert "the model reads 512" in capsys.readouterr().err
@@ -329,16 +288,15 @@ def test_text_only_questions_and_too_long_ones(phase3, tmp_path, capsys):
 
 
 def test_anyones_answers_are_scored_without_a_model(tmp_path, capsys):
-    spec = llava(tmp_path, "test", (1, "Is it?", "no"), (2, "What?", "left lung"))
+    spec = llava(tmp_path, ("Is it?", "no"), ("What?", "left lung"))
     answers, out = tmp_path / "answers.jsonl", tmp_path / "out.json"
     lines = [{"question_id": 1, "text": "left"}, {"question_id": "0", "text": "abnormal"}]
     answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluation.main(["--predictions", str(answers), "--data", spec, "--json", str(out)])
     result = json.loads(out.read_text())
-    found = result["protocols"]
-    assert {name: s["closed_accuracy"] for name, s in found.items()} == {
-        "strict": 0.0, "med-moe": 1.0, "llava-med": 1.0}  # fmt: skip
-    assert {name: s["open_recall"] for name, s in found.items()} == dict.fromkeys(found, 0.5)
+    found = {name: (s["closed_accuracy"], s["open_recall"])
+             for name, s in result["protocols"].items()}  # fmt: skip
+    assert found == {"strict": (0.0, 0.5), "med-moe": (1.0, 0.5), "llava-med": (1.0, 0.5)}
     assert result["leaks"].keys() == {"fingerprint"} and "not checked" in capsys.readouterr().out
 
 
@@ -352,40 +310,30 @@ def test_two_sets_of_answers_are_compared_from_files_of_either_kind(scored, tmp_
     assert gap > 0 and found["overall"]["difference"] == pytest.approx(gap)
     assert found["compared"] == [first, str(second)] and found["data"] == ["phantoms:8"]
     assert found["overall"]["n"] == 24 and "McNemar" in capsys.readouterr().out
-    for argv, message in (
-        (["--data", "phantoms", "--split", "val"], "another split?"),
-        (["--answers", "x"], "only for a checkpoint"),
-    ):
-        with pytest.raises(SystemExit):
-            evaluation.main(["--compare", first, str(second), *argv])
-        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluation.main(["--compare", first, str(second), "--data", "phantoms", "--split", "val"])
+    assert "another split?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ([], "takes one of: a checkpoint DIR, --predictions FILE, --compare A B"),
-        (["runs", "--predictions", "x"], "takes one of"),
-        (["--predictions", "x.jsonl"], "--data SOURCE is needed"),
-        (["--predictions", "none.jsonl", "--data", "phantoms"], "none.jsonl: No such file"),
-        (["--predictions", "x", "--answers", "y"], "only for a checkpoint"),
-        (["--predictions", "x", "--record-routes", "y"], "only for a checkpoint"),
-        (["--predictions", "x", "--replay-routes", "y"], "only for a checkpoint"),
-        (["--predictions", "x.json", "--json", "x.json"], "would be written over another file"),
-        (["--compare", "a.json", "b.json"], "a.json: No such file"),
-        (["--compare", "a.json", "b.json", "--json", "b.json"], "over another file"),
-        (["--compare", "a.json"], "expected 2 arguments"),
-        (["runs", "--limit", "0"], "--limit 0: must be at least 1"),
-        (["runs", "--max-new", "0"], "--max-new 0: must be at least 1"),
-        (["runs", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
-        (["runs", "--max-missing", "-1"], "--max-missing -1: must be at least 0"),
-        (["runs", "--json", "nowhere/x.json"], "nowhere/x.json: cannot be written there"),
-        (["runs", "--answers", "."], ".: cannot be written there"),
-        (["nowhere"], "checkpoint nowhere: no such directory"),
-    ],
-)
-def test_a_wrong_call_is_one_line(argv, message, capsys):
+    ("argv", "named"),
+    [("", "takes one of: a checkpoint DIR, --predictions FILE, --compare A B"),
+     ("runs --predictions x", "takes one of"), ("--predictions x.jsonl", "--data SOURCE is needed"),
+     ("--predictions none.jsonl --data phantoms", "none.jsonl: No such file"),
+     ("--predictions x --answers y", "only for a checkpoint"),
+     ("--predictions x --record-routes y", "only for a checkpoint"),
+     ("--predictions x --replay-routes y", "only for a checkpoint"),
+     ("--compare a b --answers x", "only for a checkpoint"),
+     ("--predictions x.json --json x.json", "would be written over another file"),
+     ("--compare a.json b.json", "a.json: No such file"),
+     ("--compare a.json b.json --json b.json", "over another file"),
+     ("runs --limit 0", "--limit 0"), ("runs --max-new 0", "--max-new 0"),
+     ("runs --batch-size 0", "--batch-size 0"), ("runs --max-missing -1", "--max-missing -1"),
+     ("runs --json nowhere/x.json", "nowhere/x.json"), ("runs --answers .", ".: cannot be written"),
+     ("nowhere", "checkpoint nowhere: no such directory")],
+)  # fmt: skip
+def test_a_wrong_call_is_one_line(argv, named, capsys):
     with pytest.raises(SystemExit) as stopped:
-        evaluation.main(argv)
+        evaluation.main(argv.split())
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+    assert stopped.value.code == 2 and named in error and error.count("\n") == 1

@@ -9,27 +9,23 @@ from data import Sample
 from metrics import bootstrap, confusion, f1_scores, is_right, router_report, wilson, words
 
 
-def test_words_drop_case_punctuation_and_articles():
-    assert words("The left lung, a bit LOWER an.") == ["left", "lung", "bit", "lower"]
-    assert words("T2-weighted snake_case") == ["t2", "weighted", "snake", "case"]
-    assert words("肺部CT") == ["肺", "部", "ct"] and words("") == []
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("The left lung, a bit LOWER an.", ["left", "lung", "bit", "lower"]), ("", []),
+     ("T2-weighted snake_case", ["t2", "weighted", "snake", "case"]),
+     ("肺部CT", ["肺", "部", "ct"])],
+)  # fmt: skip
+def test_words_drop_case_punctuation_and_articles(text, found):
+    assert words(text) == found
 
 
 @pytest.mark.parametrize(
     ("answer", "truth", "right"),
-    [
-        ("yes", "Yes", True),
-        ("No.", "no", True),
-        ("normal", "no", False),  # the released scorer finds "no" in it
-        ("none", "no", False),
-        ("No, it is normal", "no", True),
-        ("yes and no", "yes", False),
-        ("", "no", False),
-        ("left lung", "left", False),
-        ("the left", "Left", True),
-        ("left upper", "upper left", False),
-    ],
-)
+    [("yes", "Yes", True), ("No.", "no", True), ("none", "no", False), ("", "no", False),
+     ("normal", "no", False),  # the released scorer finds "no" in it
+     ("No, it is normal", "no", True), ("yes and no", "yes", False), ("the left", "Left", True),
+     ("left lung", "left", False), ("left upper", "upper left", False)],
+)  # fmt: skip
 def test_a_closed_answer_is_right_or_wrong(answer, truth, right):
     assert is_right(answer, truth) is right
 
@@ -56,13 +52,14 @@ def test_open_answers_are_scored_by_their_words(answer, truth, recall, precision
     assert metrics.STRICT.closed(answer, truth) == exact
 
 
-def test_wilson_agrees_with_published_values():
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe 1998, table I
-    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
-    assert wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
-    assert wilson(0, 20) == (0.0, pytest.approx(0.1611, abs=5e-5))
-    assert wilson(20, 20) == (pytest.approx(0.8389, abs=5e-5), 1.0)
-    assert wilson(0, 0) == (0.0, 1.0)
+@pytest.mark.parametrize(
+    ("right", "n", "interval"),
+    [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (1, 29, (0.0061, 0.1718)),
+     (0, 20, (0.0, 0.1611)), (20, 20, (0.8389, 1.0)), (0, 0, (0.0, 1.0))],
+)  # fmt: skip
+def test_wilson_agrees_with_newcombe_1998_table_1(right, n, interval):
+    assert wilson(right, n) == pytest.approx(interval, abs=5e-5)
+    assert min(wilson(right, n)) >= 0 and max(wilson(right, n)) <= 1
 
 
 def test_a_bootstrap_draws_whole_groups_2000_times():
@@ -119,18 +116,20 @@ ANSWERS = ["yes", "yes", "lung", "left", "left"]
 
 def test_a_score_counts_closed_and_open_answers_apart():
     found = metrics.score(SAMPLES, ANSWERS)
-    assert {k: found[k] for k in ("n", "n_closed", "n_open")} == {
-        "n": 5,
-        "n_closed": 2,
-        "n_open": 3,
+    images = ["1", "1", "1", "2", "2"]  # of the closed ones, then of the others
+    wanted = {
+        "closed_accuracy": (1 / 2, wilson(1, 2)),
+        "overall": (2.5 / 5, bootstrap([1, 0, 0.5, 1, 0], images)),
+        "accuracy": (2 / 5, bootstrap([1, 0, 0, 1, 0], images)),
     }
-    assert found["closed_accuracy"] == 0.5 and found["open_recall"] == 0.5
-    assert found["open_precision"] == 2 / 3 and found["open_exact_match"] == 1 / 3
-    assert found["overall"] == pytest.approx(2.5 / 5) and found["accuracy"] == pytest.approx(2 / 5)
-    assert found["ci95"]["closed_accuracy"] == wilson(1, 2)
-    assert found["ci95"]["open_recall"] == bootstrap([0.5, 1, 0], ["1", "2", "2"])
-    assert found["ci95"]["overall"] == bootstrap([1, 0, 0.5, 1, 0], ["1", "1", "1", "2", "2"])
-    assert found["ci95"]["accuracy"] == bootstrap([1, 0, 0, 1, 0], ["1", "1", "1", "2", "2"])
+    first = {"recall": 0.5, "precision": 1, "f1": 2 / 3, "exact_match": 0, "bleu1": np.exp(-1)}
+    for name, score in first.items():
+        values = (score, 1, 0)
+        wanted[f"open_{name}"] = sum(values) / 3, bootstrap(values, images[2:])
+    assert found.pop("ci95") == {name: interval for name, (_, interval) in wanted.items()}
+    assert found == {"n": 5, "n_closed": 2, "n_open": 3} | {
+        name: pytest.approx(value) for name, (value, _) in wanted.items()
+    }
     nothing = metrics.score([], [])
     assert nothing["overall"] == nothing["closed_accuracy"] == 0.0 and nothing["n"] == 0
     for shorter in (metrics.score, lambda s, a: metrics.split_by(s, a, lambda _: "")):
@@ -140,26 +139,19 @@ def test_a_score_counts_closed_and_open_answers_apart():
 
 def test_scores_are_split_by_any_key():
     parts = metrics.split_by(SAMPLES, ANSWERS, lambda s: s.kind)
-    assert list(parts) == ["a", "b"] and [p["n"] for p in parts.values()] == [2, 3]
-    assert parts["b"] == metrics.score(
-        [SAMPLES[i] for i in (1, 3, 4)], [ANSWERS[i] for i in (1, 3, 4)]
-    )
+    picks = {"a": (0, 2), "b": (1, 3, 4)}
+    assert list(parts) == ["a", "b"]
+    assert parts == {key: metrics.score([SAMPLES[i] for i in rows], [ANSWERS[i] for i in rows])
+                     for key, rows in picks.items()}  # fmt: skip
 
 
 def test_the_majority_baseline_is_the_commonest_training_answer_to_this_kind_of_question():
     train = [sample("", a, t, 1, k) for a, t, k in (
         ("yes", "closed", "a"), ("no", "closed", "a"), ("no", "closed", "a"),
         ("yes", "closed", "b"), ("yes", "closed", "b"), ("lung", "open", "a"))]  # fmt: skip
-    asked = [
-        sample("", "?", t, 1, k)
-        for t, k in (
-            ("closed", "a"),
-            ("closed", "b"),
-            ("closed", "new"),
-            ("open", "new"),
-            ("other", "a"),
-        )
-    ]
+    asked = [sample("", "?", t, 1, k) for t, k in (
+        ("closed", "a"), ("closed", "b"), ("closed", "new"), ("open", "new"),
+        ("other", "a"))]  # fmt: skip
     assert metrics.majority(asked, train) == ["no", "yes", "yes", "lung", ""]
 
 

@@ -6,16 +6,15 @@ The golden curve is made by: python -m tests.test_train
 import io
 import json
 import math
-import runpy
 import sys
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -38,13 +37,9 @@ from config import (
     to_dict,
 )
 from data import Batch, Dataset, Text
-from engine.inference import compile_blocks
 from engine.processes import ALONE, Processes
-from engine.run import checkpoint_blocks
 from model import Loss, MedMoE, freeze_all_but, make_sparse
-from moe import MLP, upcycle
-from ops import use_sorted_experts
-from routers import Hints, Routing, TopKRouter, load_balancing_loss, router_z_loss
+from routers import Routing, load_balancing_loss, router_z_loss
 from scoring import leaks
 from sources.images import Images
 from sources.load import load_samples
@@ -126,23 +121,22 @@ def test_the_summary_of_parameters_has_one_line_for_each_family():
     model = MedMoE(ModelConfig(VISION, DECODER))
     freeze_all_but(model, ("projector.*", "decoder.*.ln.*"))
     rows = [line.split() for line in train.describe(model).splitlines()]
-    assert [row[:2] for row in rows] == [
-        ["trains", "decoder.blocks.*.ln"], ["trains", "projector.fc1"], ["trains", "projector.fc2"],
-        *(["frozen", f"decoder.{n}"] for n in ("blocks.*.attn", "blocks.*.mlp", "embed", "lm_head",
-                                               "ln_f")), ["frozen", "vision"]]  # fmt: skip
-    n = {name: int(count.replace(",", "")) for _, name, count in rows}
-    assert n["decoder.blocks.*.ln"] == 3 * 2 * 32 and n["decoder.embed"] == 1024 * 32
-    assert sum(n.values()) == sum(p.numel() for p in model.parameters())
+    names = ["decoder.blocks.*.ln", "projector.fc1", "projector.fc2", "decoder.blocks.*.attn",
+             "decoder.blocks.*.mlp", "decoder.embed", "decoder.lm_head", "decoder.ln_f",
+             "vision"]  # fmt: skip
+    assert [row[:2] for row in rows] == [["trains" if i < 3 else "frozen", name]
+                                         for i, name in enumerate(names)]  # fmt: skip
+    n = [int(row[2].replace(",", "")) for row in rows]
+    assert n[0] == 3 * 2 * 32 and n[5] == 1024 * 32
+    assert sum(n) == sum(p.numel() for p in model.parameters())
 
 
 # The loop
 
 
 def test_the_learning_rate_warms_up_over_3_percent_and_falls_to_zero_as_a_cosine():
-    assert [train.lr_scale(i, 103) for i in range(4)] == [1 / 3, 2 / 3, 1.0, 1.0]
-    assert train.lr_scale(53, 103) == pytest.approx(0.5)
-    assert train.lr_scale(28, 103) == pytest.approx((1 + math.sqrt(0.5)) / 2)
-    assert train.lr_scale(103, 103) == pytest.approx(0)
+    found = [train.lr_scale(step, 103) for step in (0, 1, 2, 3, 28, 53, 103)]
+    assert found == pytest.approx([1 / 3, 2 / 3, 1, 1, (1 + math.sqrt(0.5)) / 2, 0.5, 0])
     assert train.lr_scale(0, 50) == 0.5 and train.lr_scale(0, 1) == train.lr_scale(1, 1) == 1.0
 
 
@@ -178,49 +172,32 @@ def test_a_step_is_split_into_micro_batches_and_these_among_processes(rank, worl
 
 
 @pytest.mark.parametrize("phase", [2, 3])
-def test_accumulation_is_exact_in_the_number_of_supervised_tokens(phase, tmp_path, monkeypatch):
+def test_accumulation_is_exact_in_the_number_of_supervised_tokens(phase, tmp_path):
     """8 x 1 = 4 x 2 = 1 x 8, and 3 + 3 + 2, where micro-batches differ in labels and lengths."""
-    plain, found, parts = Dataset.batch, [], []
-
-    def in_fp64(data, rows):
-        parts.append(rows)
-        batch = plain(data, rows)
-        return batch._replace(images=batch.images.double())
-
-    monkeypatch.setattr(Dataset, "batch", in_fp64)
-    short, long = (questions(ModelConfig(VISION, DECODER), k) for k in ("vqa", "instructions"))
-    data, rows = short, [0, 1, 2, 3, 4, -1, -2, -3]
-    data.samples, data.encoded = short.samples + long.samples, short.encoded + long.encoded
-    lengths = [len(data.encoded[row][0]) for row in rows]
+    data, long = (questions(ModelConfig(VISION, DECODER), k) for k in ("vqa", "instructions"))
+    data.samples, data.encoded = data.samples + long.samples, data.encoded + long.encoded
+    rows, found, parts, batch = [0, 1, 2, 3, 4, -1, -2, -3], [], [], data.batch
     n_supervised = [sum(label != IGNORE for label in data.encoded[row][1]) for row in rows]
-    assert len(set(lengths)) > 3 and sum(n_supervised[4:]) > 2 * sum(n_supervised[:4])
+    assert sum(n_supervised[4:]) > 2 * sum(n_supervised[:4])
+
+    def in_fp64(rows):
+        parts.append(rows)
+        return (of := batch(rows))._replace(images=of.images.double())
+
+    data.batch = in_fp64
     for accumulate in (1, 2, 8, 3):
         model, _, flags = prepared(phase, dropout=0.0, accumulate=accumulate)
-        model.double()
         run = place(tmp_path, flags)
-        loss, load = gradients(model, data, rows, flags, run)
-        assert run.counts[3] == sum(lengths) and len(parts) == accumulate
+        loss, load = gradients(model.double(), data, rows, flags, run)
+        assert run.counts[3] == sum(len(data.encoded[row][0]) for row in rows)
+        assert len(parts) == accumulate
         parts.clear()
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         found.append((loss, grads, load))
-    assert len(found) == 4 and len(found[0][1]) > 20
-    assert min(grad.abs().max() for grad in found[0][1].values()) > 1e-6
+    assert len(found) == 4 and min(grad.abs().max() for grad in found[0][1].values()) > 1e-6
     for loss, grads, load in found[1:]:
         assert loss == pytest.approx(found[0][0], abs=5e-6)  # cross-entropies are fp32
-        torch.testing.assert_close(load, found[0][2], rtol=0, atol=1e-6)
-        torch.testing.assert_close(grads, found[0][1], rtol=0, atol=1e-6)
-
-
-def test_accumulation_weighs_the_router_losses_too(tmp_path):
-    """The same two samples twice: two micro-batches are alike, so their mean is either's."""
-    found = []
-    for accumulate in (1, 2):
-        model, data, flags = prepared(dropout=0.0, accumulate=accumulate, z_loss=0.5)
-        loss = gradients(model, data, [0, 1, 0, 1], flags, place(tmp_path, flags))[0]
-        found.append((loss, model.decoder.blocks[0].mlp.router.proj.weight.grad))
-    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=0)
-    without = gradients(model, data, [0, 1], replace(flags, z_loss=0.0), place(tmp_path, flags))
-    assert found[0][0] > without[0] + 0.1
+        torch.testing.assert_close((load, grads), (found[0][2], found[0][1]), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("flag", "limit"), [(0.3, 0.3), (0.0, math.inf)])
@@ -239,79 +216,54 @@ def test_gradients_are_clipped_to_the_norm_of_the_flag(tmp_path, flag, limit):
     assert [u.item() for u in used] == pytest.approx([min(b, limit) for b in before], rel=1e-4)
 
 
-def poison(where, value, model, batch):
-    """Put the value into a pixel, a weight or a gradient."""
-    weight = model.projector.fc1.weight
-    if where == "pixel":
-        batch.images[0, 0, 0, 0] = value
-    elif where == "weight":
-        weight.data[0, 0] = value
-    else:
-        weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), value))
-
-
-@contextmanager
-def poisoned(at, where, value):
-    """Poison batch `at` (from 1), and see that no step follows and that nothing has changed."""
-    batch_of, loss_of, seen, steps = Dataset.batch, MedMoE.loss, [], []
-    hook = register_optimizer_step_pre_hook(lambda *_: steps.append(1))
-
-    def loss(model, batch):
-        seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
-        if len(seen) == at:
-            poison(where, value, model, batch)
-            seen[-1] = {n: p.detach().clone() for n, p in model.named_parameters()}
-            noted["model"] = model
-        return loss_of(model, batch)
-
-    def batch(data, rows):
-        noted["ids"] = ", ".join(data.samples[row].id for row in rows)
-        return batch_of(data, rows)
-
-    noted = {}
-    Dataset.batch, MedMoE.loss = batch, loss
-    try:
-        yield noted
-    finally:
-        Dataset.batch, MedMoE.loss = batch_of, loss_of
-        hook.remove()
-    assert len(seen) == at == len(steps) + 1
-    after = dict(noted["model"].named_parameters())
-    torch.testing.assert_close(after, seen[-1], rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize(
-    ("where", "value"),
-    [("pixel", math.nan), ("weight", math.inf), ("gradient", math.nan), ("gradient", math.inf)],
-)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["pixel", "weight", "gradient"])
 def test_a_number_that_is_none_stops_the_step_and_changes_nothing(where, value, tmp_path):
     model, data, flags = prepared(steps=5)
-    with poisoned(3, where, value) as noted, pytest.raises(UserError) as stop:
+    batch_of, loss_of, weight, shown, before = (
+        data.batch,
+        model.loss,
+        model.projector.fc1.weight,
+        [],
+        [],
+    )
+
+    def loss(batch):
+        if len(before) == 2 and where == "pixel":
+            batch.images[0, 0, 0, 0] = value
+        elif len(before) == 2 and where == "weight":
+            weight.data[0, 0] = value
+        elif len(before) == 2:
+            weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), value))
+        before.append({n: p.detach().clone() for n, p in model.named_parameters()})
+        return loss_of(batch)
+
+    data.batch, model.loss = lambda rows: shown.append(rows) or batch_of(rows), loss
+    with pytest.raises(UserError, match=r"phase 3, step 2: .*nothing was updated") as stop:
         train.train(model, data, flags, Recipe(1e-3, 1, 8), place(tmp_path, flags))
-    message = str(stop.value)
-    assert "phase 3, step 2: " in message and "nothing was updated" in message
-    assert message.endswith(noted["ids"])
+    assert str(stop.value).endswith(", ".join(data.samples[row].id for row in shown[-1]))
+    assert len(before) == 3 and not same(before[0], before[1])
+    after = dict(model.named_parameters())
+    torch.testing.assert_close(after, before[-1], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("epochs", "n"), [(2, 6), (0.4, 1), (0.01, 1), (1.4, 4)])
 def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own(
     tmp_path, monkeypatch, epochs, n
 ):
-    model, data, flags = prepared(2, seed=5)
-    data.samples, data.encoded = data.samples[:24], data.encoded[:24]
-    data.lengths, data.weights = data.lengths[:24], data.weights[:24]
+    model, data, flags = prepared(2, seed=5, jitter=n > 4)
+    for part in (data.samples, data.encoded, data.lengths, data.weights):
+        del part[24:]
     batch, shown, ahead = data.batch, [], []
     data.batch = lambda rows: shown.append(rows) or batch(rows)
     data.prefetch = lambda batches: ahead.append([*batches])
-    jittered = []
-    monkeypatch.setattr(train, "jitter", lambda images: jittered.append(images) or images)
-    train.train(model, data, replace(flags, jitter=n > 4), Recipe(1e-3, epochs, 8),
-                place(tmp_path, flags))  # fmt: skip
-    orders = [Dataset.epoch(data, 8, 5, epoch) for epoch in (0, 1)]
+    monkeypatch.setattr(train, "jitter", Mock(side_effect=torch.clone))
+    train.train(model, data, flags, Recipe(1e-3, epochs, 8), place(tmp_path, flags))
+    orders = [data.epoch(8, 5, epoch) for epoch in (0, 1)]
     assert shown == [*orders[0], *orders[1]][:n] and len(losses(tmp_path)) == n
     assert sorted(chain.from_iterable(orders[0])) == list(range(24)) and orders[0] != orders[1]
     assert ahead[:3] == [orders[0][1:3], orders[0][2:3], []][:n]
-    assert len(jittered) == (n if n > 4 else 0) and not model.training
+    assert train.jitter.call_count == (n if n > 4 else 0) and not model.training
 
 
 def test_a_batch_of_text_alone_is_not_jittered(tmp_path):
@@ -345,120 +297,35 @@ def test_a_routers_penalty_is_in_the_loss_and_its_load_arrives_once_a_step(tmp_p
     for price in ("0.0", "1.5"):
         file = tmp_path / f"counting{price}.py"
         file.write_text(COUNTING.replace("PRICE", price))
+        _, data, flags = prepared(steps=2, accumulate=2)
         torch.manual_seed(0)
         model = MedMoE(ModelConfig(VISION, DECODER))
         make_sparse(model, MoEConfig(router=f"{file}:Counting"))
-        _, data, flags = prepared(steps=2, accumulate=2)
-        torch.manual_seed(0)
         train.train(model, data, flags, Recipe(1e-3, 1, 8), place(tmp_path / price, flags))
-        found.append([record["loss"] for record in losses(tmp_path / price)])
-        seen = [block.mlp.router.seen for block in model.decoder.blocks[::2]]
-        assert all(t.sum() == pytest.approx(2 * 2) for t in seen)  # k, steps
-        loads = torch.tensor([record["load"] for record in losses(tmp_path / price)]).sum(0)
-        torch.testing.assert_close(torch.stack(seen), loads, atol=2e-4, rtol=0)
+        logged = losses(tmp_path / price)
+        found.append([record["loss"] for record in logged])
+        seen = torch.stack([block.mlp.router.seen for block in model.decoder.blocks[::2]])
+        assert seen.sum(dim=1).tolist() == pytest.approx([2 * 2] * 2)  # k, steps
+        loads = torch.tensor([record["load"] for record in logged]).sum(0)
+        torch.testing.assert_close(seen, loads, atol=2e-4, rtol=0)
         assert not torch.equal(*seen)
     assert found[1] == pytest.approx([loss + 1.5 for loss in found[0]], abs=1e-5)
-
-
-# What must not change the numbers
 
 
 def test_training_in_bf16_stays_near_fp32(tmp_path):
     curves = []
     for dtype in ("float32", "bfloat16"):
-        model, data, flags = prepared(steps=12, dtype=dtype)
-        torch.manual_seed(1)
-        with losses_of_steps() as found:
-            train.train(model, data, flags, Recipe(2e-3, 1, 4), place(tmp_path, flags))
-        curves.append(torch.tensor(found))
-    assert len(curves[0]) == 12 and 0 < (curves[0] - curves[1]).abs().max() < 0.01
+        model, data, flags = prepared(steps=5, dtype=dtype, dropout=0.0)
+        train.train(model, data, flags, Recipe(2e-3, 1, 4), place(tmp_path / dtype, flags))
+        curves.append(torch.tensor([record["loss"] for record in losses(tmp_path / dtype)]))
+    assert len(curves[0]) == 5 and 0 < (curves[0] - curves[1]).abs().max() < 0.01
 
 
-def compiled_losses(folder, steps, compiles, recompute=False, resume=False):
-    """Of `steps` steps in phase 3, saved in the middle, or of those after it.
-
-    Without dropout: compiled, its masks differ.
-    """
-    model, data, flags = prepared(
-        dropout=0.0, steps=steps, save_every=steps // 2, resume=resume, keep=1
-    )
-    if recompute:
-        checkpoint_blocks(model)
-    names = [name for name, _ in model.named_parameters()]
-    if compiles:
-        compile_blocks(model)
-    with losses_of_steps() as found:
-        train.train(model, data, flags, Recipe(2e-3, 1, 4), place(folder, flags))
-    assert [name for name, _ in model.named_parameters()] == names
-    return found
-
-
-def test_every_graph_is_whole_says_the_same_and_goes_on_from_a_run_without(tmp_path, monkeypatch):
-    """Traced, not yet compiled: pytest -m slow does that too."""
-    plain, really, traced = compiled_losses(tmp_path, 4, False), torch.compile, []
-
-    def trace(function, **how):
-        traced.append(type(function.__self__).__name__)
-        return really(function, backend="eager", fullgraph=True, **how)
-
-    monkeypatch.setattr(torch, "compile", trace)
-    again = compiled_losses(tmp_path, 4, True, resume=True)
-    assert len(plain) == 4 and again == pytest.approx(plain[2:], abs=1e-5)
-    assert traced[1:] == ["VisionBlock"] * 2 + ["Attention", "MLP", "PhiBlock", "Attention", "MLP"]
-
-
-@pytest.mark.parametrize("width", [16, 18])  # of a multiple of 16 bytes, F.grouped_mm is used
-def test_a_broken_expert_without_tokens_breaks_nothing(width):
-    found = []
-    for broken in (False, True):
-        torch.manual_seed(2)
-        router = TopKRouter(16, 4)
-        nn.init.normal_(router.proj.weight)
-        router.proj.bias.data[1] = -1e4
-        layer = upcycle(MLP(16, width), router, 4, "released")
-        use_sorted_experts(layer)
-        if broken:
-            for param in layer.experts.parameters():
-                param.data[1] = math.nan
-        x = torch.randn(2, 5, 16, requires_grad=True)
-        y, routing = layer(x, torch.ones(2, 5, dtype=torch.bool), Hints())
-        assert (routing.gates != 0).flatten(0, 1).any(0).tolist() == [True, False, True, True]
-        (y.square().sum() + routing.logits.square().mean()).backward()
-        found.append({"y": y, "x": x.grad} | {n: p.grad for n, p in layer.named_parameters()})
-    assert all(t.isfinite().all() for t in found[1].values())
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("family", ["phi", "stablelm", "llama"])
-def test_an_untrained_model_guesses_at_a_loss_of_ln_v(family):
+def test_an_untrained_model_guesses_at_a_loss_of_ln_v():
     torch.manual_seed(0)
-    config = ModelConfig(VISION, replace(DECODER, family=family))
-    out = MedMoE(config).loss(questions(config).batch(range(16)))
+    model = MedMoE(ModelConfig(VISION, replace(DECODER, family="llama")))
+    out = model.loss(questions(model.config).batch(range(16)))
     assert out.total.item() / out.n_tokens == pytest.approx(math.log(1024), abs=0.5)
-
-
-@pytest.mark.parametrize(("phase", "lr", "end"), [(1, 1e-2, 0.5), (2, 1e-3, 1e-3), (3, 3e-3, 1e-3)])
-def test_what_a_phase_trains_can_memorise_a_batch(phase, lr, end, tmp_path):
-    """Phase 1 only in part: the decoder is as it was pretrained, and never saw an image."""
-    flags = train.resolve(
-        TrainConfig(phase=phase, router="topk", data=("phantoms:8",), dtype="float32", device="cpu")
-    )
-    torch.manual_seed(0)
-    model, tokenizer, _ = train.initial_model(flags, None)
-    if phase == 3:
-        train.go_sparse(model, flags, {})
-    freeze_all_but(model, PHASES[phase].trains)
-    samples = load_samples(flags.data, PHASES[phase].task, "train")
-    images = Images(model.config.vision.image_size, pad=phase != 1)
-    data = Dataset(samples, Text(tokenizer), model.config, phase == 1, images)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    found = []
-    while len(found) < 40 and (not found or found[-1] > end):
-        rows = [0] if phase == 1 else [0, 1]
-        found.append(gradients(model, data, rows, flags, place(tmp_path, flags))[0])
-        optimizer.step()
-        optimizer.zero_grad()
-    assert found[0] > 1 and found[-1] < end
 
 
 def curve():
@@ -514,9 +381,8 @@ def test_one_command_runs_the_missing_phases_and_each_changes_only_its_own(finis
     assert [f"phase {n}: saved" in finished.out for n in (1, 2, 3)] == [True] * 3
     assert not list(finished.folder.glob("*step*"))
     one, two, three = map(weights, finished.phases)
-    assert {k for k in one if not torch.equal(one[k], two[k])} == {
-        k for k in one if not k.startswith("vision.")
-    }
+    changed = {k for k in one if not torch.equal(one[k], two[k])}
+    assert changed == {k for k in one if not k.startswith("vision.")}
     kept = set(two) & set(three)
     assert len(kept) > 40 and all(torch.equal(two[k], three[k]) for k in kept)
     config, info = read_config(finished.phases[2])
@@ -525,8 +391,7 @@ def test_one_command_runs_the_missing_phases_and_each_changes_only_its_own(finis
     for layer in (0, 2):
         mine = {k: three[f"decoder.blocks.{layer}.mlp.router.proj.{k}"] for k in ("weight", "bias")}
         assert same(mine, router)
-    report = read_config(finished.phases[1])[1]["router"]
-    assert 1 <= report["n"] <= 4 and sum(map(sum, report["confusion"])) == report["n"]
+    assert 1 <= read_config(finished.phases[1])[1]["router"]["n"] <= 4
     steps = [(r["phase"], r["step"]) for r in losses(finished.folder)]
     assert steps == [(n, i) for n in (1, 2, 3) for i in (0, 1)]
 
@@ -550,13 +415,10 @@ def test_each_phase_reads_its_samples_and_crops_only_the_images_of_captions(fini
 
 def test_then_it_is_scored_in_a_process_of_its_own(finished, monkeypatch):
     (((argv,), kwargs),) = [call[1:] for call in finished.calls if call[0] == "run"]
-    script = str(Path(train.__file__).with_name("eval.py"))
-    how = ["--blind", "--device", "cpu", "--dtype", "float32"]
-    results = ["--json", str(finished.folder / "scores.json")]
-    assert argv == [sys.executable, script, str(finished.phases[2]), *how, *results]
-    assert (
-        "PATH" in kwargs["env"] and f"try it: python chat.py {finished.phases[2]}" in finished.out
-    )
+    script, last = str(Path(train.__file__).with_name("eval.py")), finished.phases[2]
+    assert argv == [sys.executable, script, str(last), "--blind", "--device", "cpu", "--dtype",
+                    "float32", "--json", str(finished.folder / "scores.json")]  # fmt: skip
+    assert "PATH" in kwargs["env"] and f"try it: python chat.py {last}" in finished.out
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
     calls, failed = [], SimpleNamespace(returncode=3)
@@ -571,7 +433,7 @@ def test_phases_that_are_done_are_kept_and_must_have_been_trained_alike(finished
     argv = [*ARGV, "--out", str(finished.folder), "--no-eval"]
     train.main([*argv, "--resume"])
     assert same(weights(finished.phases[2]), before)
-    assert [f"phase {n}: done before" in capsys.readouterr().out for n in (3,)] == [True]
+    assert "phase 3: done before" in capsys.readouterr().out
     for change in (["--resume", "--seed", "5"], ["--data", "phantoms:13"]):
         with pytest.raises(SystemExit) as stop:
             train.main([*argv, *change])
@@ -589,18 +451,16 @@ def test_a_phase_starts_from_the_checkpoint_before_only_if_it_fits(finished):
     assert train.initial_model(flags, one)[2] == {}
     sparse, _, _ = train.initial_model(flags, three)
     assert same(dict(sparse.named_parameters()), weights(three))
-    with pytest.raises(UserError, match="phase2: a checkpoint of mini, not of --preset tiny"):
-        train.initial_model(replace(flags, preset="tiny"), two)
-    with pytest.raises(UserError, match="--preset phi2 comes without weights: give --clip DIR"):
-        train.pretrained(TrainConfig(preset="phi2"))
-    mine = train.pretrained(TrainConfig(preset="tiny", clip="a", llm="b"))
-    assert mine == (Path("a"), Path("b"))
-    for weights_of, experts, message in (
-        ({}, 4, "has no router.safetensors"),
-        (router, 3, "--experts 3: phase 2's router has 4"),
-    ):
+    assert train.pretrained(TrainConfig(clip="a", llm="b")) == (Path("a"), Path("b"))
+    for refused, message in (
+        (lambda: train.initial_model(replace(flags, preset="tiny"), two),
+         "phase2: a checkpoint of mini, not of --preset tiny"),
+        (lambda: train.pretrained(TrainConfig(preset="phi2")), "--preset phi2 .* --clip DIR"),
+        (lambda: train.go_sparse(model, flags, {}), "has no router.safetensors"),
+        (lambda: train.go_sparse(model, replace(flags, experts=3), router), "--experts 3: .* 4"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            train.go_sparse(model, replace(flags, experts=experts), weights_of)
+            refused()
     train.go_sparse(model, replace(flags, router="topk", top_k=1), router)
     assert model.config.moe == MoEConfig(router="topk", top_k=1)
     assert not torch.equal(model.decoder.blocks[0].mlp.router.proj.weight, router["weight"])
@@ -628,19 +488,17 @@ def test_which_phases_run_and_what_follows(tmp_path, monkeypatch, capsys):
         return Path(f"p{number}")
 
     monkeypatch.setattr(train, "run_phase", run_phase)
-    monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: pytest.fail("nothing to score"))
+    monkeypatch.setattr(train.subprocess, "run", Mock())
     train.run_phases(flags, ALONE)
-    assert calls == [(1, None), (2, Path("p1"))]
     assert "llava:x.json has no held-out split" in capsys.readouterr().out
     train.run_phases(replace(flags, init="i", phase=3), ALONE)
     train.run_phases(replace(flags, resume=True, phase=1, eval=False), ALONE)
-    assert calls[2:] == [(3, Path("i")), (1, None)]
-    second = Processes(1, 2)
-    ended = []
+    assert calls == [(1, None), (2, Path("p1")), (3, Path("i")), (1, None)]
+    second, ended = Processes(1, 2), []
     second.end = lambda: ended.append(1)
     capsys.readouterr()
     train.run_phases(replace(flags, phase=1, data=("phantoms",)), second)
-    assert ended == [1] and capsys.readouterr().out == ""
+    assert ended == [1] and capsys.readouterr().out == "" and not train.subprocess.run.called
 
 
 def test_a_recipe_is_the_presets_longer_with_the_tower_and_changed_by_flags():
@@ -681,9 +539,7 @@ def test_an_earlier_phase_is_reused_only_if_it_was_trained_alike(tmp_path):
 def test_a_tower_is_trained_only_on_what_its_config_says_it_has_not_seen(
     tmp_path, known, data, tunes
 ):
-    values = json.loads((ASSETS / "clip" / "config.json").read_text())
-    del values["pretrained_on"]
-    values |= {} if known is None else {"pretrained_on": known}
+    values = {} if known is None else {"pretrained_on": known}
     (tmp_path / "config.json").write_text(json.dumps(values))
     flags = train.resolve(TrainConfig(phase=1, data=(data,), clip=str(tmp_path)))
     assert flags.tune_vision is flags.jitter is tunes
@@ -696,33 +552,26 @@ def test_defaults_that_depend_on_other_flags(finished):
     assert (flags.data, flags.out) == (("phantoms",), "runs/mini")
     init = replace(flags, init=str(finished.phases[1]), data=("slake:x",), tune_vision=None)
     assert train.resolve(init).tune_vision is False  # as where it starts
-    for wrong, named in (
-        ({"phase": 3, "top_k": 9}, "--top-k 9"),
-        ({"accumulate": 0}, "--accumulate 0"),
-        ({"cache_features": True, "jitter": True}, "--cache-features"),
-    ):
-        with pytest.raises(UserError, match=named):
+    for wrong in ({"phase": 3, "top_k": 9}, {"accumulate": 0},
+                  {"cache_features": True, "jitter": True}):  # fmt: skip
+        with pytest.raises(UserError, match=r"--(top-k 9|accumulate 0|cache-features)"):
             train.resolve(replace(flags, **wrong))
     assert train.resolve(replace(flags, phase=3, experts=0, top_k=9)).top_k == 9
 
 
-def test_a_router_of_modalities_needs_two_of_them(tmp_path):
-    pixels, labels = np.zeros((4, 28, 28), np.uint8), np.array([[0], [1], [0], [1]], np.uint8)
-    parts = {f"{split}_{name}": values for split in ("train", "val", "test")
-             for name, values in (("images", pixels), ("labels", labels))}  # fmt: skip
-    np.savez(tmp_path / "pneumoniamnist.npz", **parts)
-    flags = TrainConfig(data=(f"medmnist:{tmp_path / 'pneumoniamnist.npz'}",))
-    with pytest.raises(UserError, match="--router modality: fewer than two in medmnist:"):
+def test_a_router_of_modalities_needs_two_of_them(monkeypatch):
+    samples, flags = load_samples(("phantoms:8",), "vqa", "train"), TrainConfig()
+
+    def of(*modalities):
+        known = [replace(s, modality=modalities[i % 2]) for i, s in enumerate(samples)]
+        monkeypatch.setattr(train, "load_samples", Mock(return_value=known))
+
+    of("CT", "MRI")
+    assert train.resolve(flags).router == "modality"
+    of("CT", None)
+    assert train.resolve(replace(flags, router="topk")).router == "topk"
+    with pytest.raises(UserError, match="--router modality: fewer than two in phantoms"):
         train.resolve(flags)
-    for allowed in (replace(flags, router="topk"), replace(flags, data=("phantoms:8",))):
-        assert train.resolve(allowed).router == allowed.router
-
-
-def test_it_is_a_script(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py", "--preset", "huge"])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(train.__file__, run_name="__main__")
-    assert stopped.value.code == 2
 
 
 if __name__ == "__main__":

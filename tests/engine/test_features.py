@@ -1,51 +1,39 @@
-"""The cache of the frozen tower's features: python -m pytest tests/engine/test_features.py"""
-
-import json
+"""--cache-features: the frozen tower's features of each image are computed once."""
 
 import pytest
 import torch
 
 import train
-from config import (
-    ASSETS,
-    DecoderConfig,
-    ModelConfig,
-    TrainConfig,
-    UserError,
-    VisionConfig,
-    warn_once,
-)
-from data import Dataset, Text
+from config import PRESETS, TrainConfig, UserError, warn_once
 from engine.features import CachedTower, cache_features, check_cache
-from model import MedMoE, autocast
-from sources.images import Images
-from sources.load import load_samples
-from tests.one_step import gradients, place
+from model import autocast
+from tests.mini import losses, mini
 from vision import VisionTower
 
-VISION = VisionConfig(image_size=32, patch_size=16, width=32, n_layers=3, n_heads=4, d_ff=64)
-DECODER = DecoderConfig("phi", 1024, 32, 2, 4, 64, rotary_dim=4, max_len=128)
-CONFIG = ModelConfig(VISION, DECODER)
-NBYTES = 4 * 32 * 4  # 4 patches of 32 numbers of 4 bytes
+NBYTES = 4 * 32 * 4  # of an image: 4 patches of 32 numbers of 4 bytes
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def computed(monkeypatch):
     """How many images pass the tower in each call of it."""
-    forward, counts = VisionTower.hidden, []
+    hidden, counts = VisionTower.hidden, []
     monkeypatch.setattr(
-        VisionTower, "hidden", lambda self, x: (counts.append(len(x)), forward(self, x))[1]
+        VisionTower, "hidden", lambda self, x: (counts.append(len(x)), hidden(self, x))[1]
     )
     return counts
 
 
-def frozen(shake):
-    return shake(MedMoE(CONFIG), 1).requires_grad_(False)
+@pytest.fixture
+def model(build):
+    model = build()
+    model.vision.requires_grad_(False)
+    return model
 
 
 def cached(model, gb=1.0, n_processes=1):
     cache_features(model, TrainConfig(cache_features=True, cache_gb=gb), n_processes)
+    assert type(model.vision) is CachedTower
     return model.vision
 
 
@@ -54,102 +42,81 @@ def images(n):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_remembered_features_are_those_that_were_computed(shake, computed, dtype):
+def test_remembered_features_are_those_that_were_computed(model, computed, dtype):
     pixels = images(5)
-    with torch.no_grad(), autocast(CPU, dtype):
-        plain = frozen(shake).vision(pixels)
-        tower = cached(frozen(shake))
-        assert type(tower) is CachedTower
-        first, again = tower(pixels), tower(pixels[[3, 1, 3]])
-    assert len(plain.unique()) > 100
-    for found, expected in ((first, plain), (again, plain[[3, 1, 3]])):
-        assert found.dtype == plain.dtype and torch.equal(found, expected)
-    assert computed == [5, 5]
+    with autocast(CPU, dtype):
+        plain = model.vision(pixels)
+        tower = cached(model)
+        found = [tower(pixels), tower(pixels[[3, 1, 3]])]
+        tower.requires_grad_(True)
+        assert not tower(-pixels[:1]).requires_grad  # they are constants
+    assert found[0].dtype == plain.dtype and len(plain.unique()) > 100
+    assert torch.equal(found[0], plain) and torch.equal(found[1], plain[[3, 1, 3]])
+    assert computed == [5, 5, 1]
 
 
-def test_only_new_images_pass_the_tower_and_each_once(shake, computed):
-    tower, pixels = cached(frozen(shake)), images(5)
-    tower(pixels[[0, 1, 0]])
-    tower(pixels[[1, 2, 0, 3]])
-    tower(pixels[:4])
-    assert computed == [2, 2]
-    changed = pixels[:2].clone()
-    changed[0, 2, 31, 31] += 1e-6
-    found = tower(changed)
-    assert computed == [2, 2, 1]
-    torch.testing.assert_close(found, frozen(shake).vision(changed), rtol=0, atol=1e-6)
+def test_only_new_images_pass_the_tower_and_each_once(model, computed):
+    pixels = images(5)
+    plain, tower = model.vision(pixels), cached(model)
+    for rows in ([0, 1, 0], [1, 2, 0, 3], [0, 1, 2, 3]):
+        torch.testing.assert_close(tower(pixels[rows]), plain[rows], rtol=0, atol=1e-5)
+    assert computed == [5, 2, 2]
+    pixels[0, 2, 31, 31] += 1e-6
+    tower(pixels[:2])
+    assert computed == [5, 2, 2, 1]
 
 
-def test_it_grows_no_larger_than_it_may_and_warns_once(shake, computed, capsys):
+@pytest.mark.parametrize("extra", [0, NBYTES - 1])
+def test_it_grows_no_larger_than_it_may_and_warns_once(model, computed, capsys, extra):
     warn_once.cache_clear()
-    pixels, plain = images(6), frozen(shake).vision(images(6))
-    computed.clear()
-    tower = cached(frozen(shake), gb=7 * NBYTES / 1e9, n_processes=2)  # each may keep 3.5 images
+    pixels, plain = images(6), model.vision(images(6))
+    tower = cached(model, gb=3e-9, n_processes=2)
+    assert tower.room == 1.5 and not tower.known  # each process has its part
+    tower.room = 3 * NBYTES + extra
     for expected in ([2, 2, 2], [1, 2]):
-        found = torch.cat([tower(pixels[:2]), tower(pixels[2:4]), tower(pixels[4:])])
-        torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
-        assert computed == expected and len(tower.known) == 3
         computed.clear()
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "--cache-gb" in lines[0]
+        found = torch.cat([tower(pixels[:2]), tower(pixels[2:4]), tower(pixels[4:])])
+        torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
+        assert computed == expected and len(tower.known) == 3 and tower.room == extra
     assert sum(t.untyped_storage().nbytes() for t in tower.known.values()) == 3 * NBYTES
+    assert capsys.readouterr().err.count("--cache-gb") == 1
 
 
-def test_the_loss_and_its_gradients_are_those_without_a_cache(tmp_path, shake, computed):
-    samples, found = load_samples(("phantoms:12",), "vqa", "train"), []
-    data = Dataset(samples, Text(ASSETS / "phi"), CONFIG, False, Images(32))
-    flags = TrainConfig(device="cpu", dtype="float32", accumulate=2)
-    steps = list(range(0, len(samples), 5)), list(range(2, len(samples), 5))
-    for uses_cache in (False, True):
-        model = frozen(shake)
-        model.projector.requires_grad_(True)
-        if uses_cache:
-            cached(model)
-            computed.clear()
-        for rows in (*steps, *steps):
-            loss, _ = gradients(model, data, rows, flags, place(tmp_path, flags))
-            found.append([torch.tensor(loss), *(p.grad for p in model.projector.parameters())])
-            model.zero_grad()
-    for without, with_cache in zip(found[:4], found[4:], strict=True):
-        torch.testing.assert_close(with_cache, without, rtol=0, atol=1e-6)
-    assert sum(computed) == 12  # every image, once
-
-
-def test_a_batch_of_texts_needs_no_features(shake, collate):
-    model = frozen(shake)
+def test_a_batch_of_texts_needs_no_features(model, collate):
     batch = collate([([1, 2, 3], [-100, 2, 3])])
     plain = model.loss(batch).total
-    cached(model)
-    assert torch.equal(plain, model.loss(batch).total) and not model.vision.known
+    tower = cached(model)
+    assert torch.equal(plain, model.loss(batch).total) and not tower.known
+    assert tower(images(0)).shape == (0, 4, 32)
 
 
-def test_a_phase_that_trains_the_tower_caches_nothing_and_says_so(shake, capsys):
-    model = frozen(shake)
+def test_a_tower_that_is_trained_is_not_cached_and_one_line_says_so(model, capsys):
     cache_features(model, TrainConfig(), 1)
+    assert type(model.vision) is VisionTower and not capsys.readouterr().out
     model.vision.blocks[1].fc2.bias.requires_grad_(True)
     cache_features(model, TrainConfig(phase=2, cache_features=True), 1)
     assert capsys.readouterr().out.count("phase 2: trains the tower") == 1
     assert type(model.vision) is VisionTower
 
 
-def test_images_that_vary_cannot_be_cached(capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--cache-features", "--jitter"])
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and "--no-jitter" in lines[0]
-    check_cache(TrainConfig(jitter=True))
-    for gb in (0.0, -1.0, float("nan")):
-        with pytest.raises(UserError, match=f"--cache-gb {gb}: must be above 0"):
-            check_cache(TrainConfig(cache_gb=gb))
+def test_images_that_vary_and_a_cache_of_no_size_are_refused():
+    for fine in ({"jitter": True}, {"cache_features": True}, {"cache_gb": 1e-9}):
+        check_cache(TrainConfig(**fine))
+    wrong = [({"jitter": True, "cache_features": True}, "--no-jitter")]
+    wrong += [({"cache_gb": gb}, f"--cache-gb {gb}") for gb in (0.0, -1.0, float("nan"))]
+    for flags, named in wrong:
+        with pytest.raises(UserError, match=named):
+            check_cache(TrainConfig(**flags))
 
 
-def test_a_run_computes_every_image_once(tmp_path, computed):
-    argv = ["--data", "phantoms:8", "--batch-size", "8", "--phase", "1", "--steps", "3",
-            "--no-eval", "--dtype", "float32"]  # fmt: skip
-    losses = []
-    for number, more in enumerate(([], ["--cache-features"])):
-        train.main([*argv, "--out", str(tmp_path / str(number)), *more])
-        lines = (tmp_path / str(number) / "log.jsonl").read_text().splitlines()
-        losses.append([r["loss"] for r in map(json.loads, lines) if "loss" in r])
-    assert computed == [8, 8, 8, 8]  # the second run's one is its first
-    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+def test_a_run_computes_every_image_once_and_its_losses_stay(tmp_path, computed, monkeypatch):
+    monkeypatch.setitem(PRESETS, "mini", mini(tmp_path / "parts"))
+    found = []
+    for more in ([], ["--cache-features"]):
+        out = tmp_path / str(len(more))
+        train.main(["--preset", "mini", "--data", "phantoms:8", "--batch-size", "8", "--phase", "1",
+                    "--steps", "3", "--no-eval", "--dtype", "float32", "--out",
+                    str(out), *more])  # fmt: skip
+        found.append([(r["loss"], r["grad_norm"]) for r in losses(out)])
+    assert computed == [8, 8, 8, 8] and len(found[1]) == 3  # the second run's one is its first
+    assert found[1] == [pytest.approx(step, abs=1e-5) for step in found[0]]

@@ -1,58 +1,58 @@
-"""The lab's comparisons: what is trained, what is kept, and the arithmetic of the table."""
+"""lab.ablate: what is trained, what is kept, and the arithmetic of the table."""
 
 import json
+import math
 import shlex
+import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from config import TrainConfig, UserError
 from engine.cli import parse
-from lab import ablate, comparison, forest
-from lab.rows import ROWS, SETS, Row
+from lab import ablate
+from lab.ablate import ROWS, SETS, Row
 from metrics import question_ids
 from sources.load import load_samples
+
+QUESTIONS = load_samples(["phantoms"], "vqa", "test")[:40]
 
 
 class Fake:
     """In place of train.py and eval.py: notes the command, leaves a checkpoint or answers."""
 
-    def __init__(self, monkeypatch, fails=()):
-        self.commands, self.fails, self.lock = [], fails, threading.Lock()
-        monkeypatch.setattr(ablate.Runner, "call", lambda runner, name, command: self(command))
-        self.questions = load_samples(["phantoms"], "vqa", "test")[:40]
+    def __init__(self):
+        self.commands, self.fails, self.lock = [], "", threading.Lock()
 
-    def __call__(self, command):
+    def __call__(self, runner, row, command):
         with self.lock:
             self.commands.append(command)
         value = dict(zip(command, [*command[1:], ""], strict=True))
-        if any(word in command for word in self.fails):
+        if self.fails in command:
             raise UserError("no memory")
-        time.sleep(0.01)
+        time.sleep(0.001)
         if command[0] == "train.py":
             Path(value["--out"], f"phase{value['--phase']}").mkdir(parents=True)
             return
-        folder = Path(command[1]).parent.name
-        right = int(folder[0], 16) + 20  # answers that depend on the checkpoint
-        ids = question_ids(self.questions)
-        answers = {i: s.turns[0][1] if n < right else "?"
-                   for n, (i, s) in enumerate(zip(ids, self.questions, strict=True))}  # fmt: skip
+        right = int(Path(command[1]).parent.name[0], 16) + 20  # the first n answers are right
+        answers = {name: s.turns[0][1] if i < right else "?"
+                   for i, (name, s) in enumerate(zip(question_ids(QUESTIONS), QUESTIONS))}  # noqa: B905 # fmt: skip
         Path(value["--json"]).write_text(json.dumps({
-            "answers": answers, "data": ["phantoms"], "split": "test", "limit": 40,
-            "params": {"total": 3, "activated": 2},
+            "answers": answers, "data": ["phantoms"], "split": "test",
+            "params": {"total": 3_000_000, "activated": 2_000_000},
             "protocols": {"strict": {"overall": right / 40}},
         }))  # fmt: skip
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    short = load_samples(["phantoms"], "vqa", "test")[:40]
-    monkeypatch.setattr(comparison, "questions", lambda data, split: tuple(short))
-    return Fake(monkeypatch)
+    fake = Fake()
+    monkeypatch.setattr(ablate.Runner, "call", lambda *call: fake(*call))
+    monkeypatch.setattr(ablate, "questions", lambda data, split: QUESTIONS)
+    return fake
 
 
 def run(tmp_path, *argv):
@@ -78,129 +78,124 @@ def test_a_row_and_what_it_is_compared_with_are_trained_with_their_flags(fake, t
     run(tmp_path, "oracle-asked-wrong", "--seeds", "1", "--jobs", "1", "--flags", "--batch-size 16")
     train = [c for c in fake.commands if c[0] == "train.py"]
     assert [c[2] for c in train] == ["1", "2", "3", "3"]  # medmoe and oracle
-    assert all(c[c.index("--batch-size") + 1] == "16" for c in train)
-    assert train[3][-2:] == ["--router", "oracle"] and "--router" not in train[1]
-    assert train[3][train[3].index("--init") + 1].endswith("phase2")
+    assert all(c[-2:] == ["--batch-size", "16"] for c in train[:3])
+    assert train[3][-4:] == ["--batch-size", "16", "--router", "oracle"]
+    assert "--init" not in train[0] and train[3][train[3].index("--init") + 1].endswith("phase2")
+    assert all(c[c.index("--seed") + 1] == "0" and "--no-eval" in c for c in train)
     evaluated = [c[c.index("--json") + 2 :] for c in fake.commands if c[0] == "eval.py"]
     assert evaluated == [[], [], ["--router", "lab/controls.py:Wrong"]]
 
 
-def test_after_an_error_what_is_done_stays_and_the_line_names_the_row(monkeypatch, fake, tmp_path,
-                                                                      capsys):  # fmt: skip
-    fake.fails = ("--no-meta",)
-    with pytest.raises(SystemExit) as stopped:
+def test_after_an_error_what_is_done_stays_and_out_of_time_is_said(
+    fake, tmp_path, capsys, monkeypatch
+):
+    fake.fails = "--no-meta"
+    with pytest.raises(SystemExit, match="2"):
         run(tmp_path, "medmoe", "no-meta", "--seeds", "1", "--jobs", "1")
-    assert stopped.value.code == 2 and "no memory" in capsys.readouterr().err
-    before, fake.fails = len(fake.commands), ()
-    run(tmp_path, "medmoe", "no-meta", "--seeds", "1")
-    assert len(fake.commands) == before + 2  # phase 3 of no-meta, and its answers
+    assert "no memory" in capsys.readouterr().err
+    n_before, fake.fails = len(fake.commands), ""
 
+    def stop(*call):
+        raise ablate.OutOfTime
 
-def test_out_of_time_nothing_new_begins_and_unfinished_rows_are_listed(fake, tmp_path, capsys,
-                                                                       monkeypatch):  # fmt: skip
-    slow = fake.__call__
-
-    def call(runner, name, command):
-        if runner.end < time.monotonic() or len(fake.commands) >= 4:
-            raise ablate.OutOfTime
-        slow(command)
-
-    monkeypatch.setattr(ablate.Runner, "call", call)
-    found = run(tmp_path, "medmoe", "no-meta", "--seeds", "1", "--jobs", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate.Runner, "call", stop)
+        found = run(tmp_path, "medmoe", "no-meta", "--seeds", "1")
     assert [row["row"] for row in found["rows"]] == ["medmoe"]
-    assert "not finished: no-meta" in capsys.readouterr().out
+    assert "not finished: no-meta; the same" in capsys.readouterr().out
+    run(tmp_path, "medmoe", "no-meta", "--seeds", "1")
+    assert len(fake.commands) == n_before + 2  # phase 3 of no-meta, and its answers
 
 
-def test_a_failing_command_is_reported_by_its_last_line(tmp_path):
+def test_a_failing_command_is_reported_by_its_last_line_and_stops_the_rest(tmp_path):
     runner = ablate.Runner(parse(ablate.AblateConfig, ["core", "--out", str(tmp_path)], "x"))
-    with pytest.raises(UserError, match=r"--router nobody: 'nobody' is neither"):
-        runner.call("row", ["train.py", "--router", "nobody", "--out", str(tmp_path / "o")])
-    assert runner.stopped
-    runner.end = time.monotonic() - 1
+    assert runner.end == math.inf
+    runner.call(
+        Row("Row"), ["-c", "import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'] != '1')"]
+    )
+    with pytest.raises(UserError, match=r"^Row: python -c .*: the last$"):
+        runner.call(Row("Row"), ["-c", "import sys; sys.exit('a line\\nthe last')"])
     with pytest.raises(ablate.OutOfTime):
-        runner.call("row", ["train.py"])
+        runner.call(Row("Row"), ["train.py", "--no-such-flag"])
+    late = ablate.Runner(parse(ablate.AblateConfig, ["core", "--minutes", "0"], "x"))
+    with pytest.raises(ablate.OutOfTime):
+        late.call(Row("Row"), ["train.py", "--no-such-flag"])
 
 
-def test_an_unknown_row_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(tmp_path, "corre")
-    assert "corre: neither a set (core" in capsys.readouterr().err
-
-
-def test_the_hash_depends_on_every_flag_before(tmp_path):
-    hashes = {ablate.key(seed, *stages) for seed in (0, 1)
-              for stages in (["a"], ["b"], ["a", "b"], [["a", "b"]])}  # fmt: skip
-    assert len(hashes) == 8
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_every_rows_flags_are_flags_of_train(name):
-    row: Row = ROWS[name]
-    assert row.against in ROWS
-    for number in (1, 2, 3):
-        words = shlex.split(f"{row.common} {getattr(row, f'phase{number}') or ''}")
-        parse(TrainConfig, [*words, "--phase", str(number)], "train.py")
-
-
-def test_every_set_names_rows():
+def test_rows_and_sets(tmp_path, capsys):
+    assert len(SETS["core"]) == 23 and len(SETS["experts"]) == 36 and len(ROWS) == 82
     assert all(name in ROWS for names in SETS.values() for name in names)
-    assert {"medmoe", "no-phase-1", "no-meta", "dense-activated", "oracle"} <= set(SETS["core"])
+    assert list(ablate.chosen_rows(["oracle-asked-wrong"])) == ["medmoe", "oracle",
+                                                                "oracle-asked-wrong"]  # fmt: skip
+    assert ROWS["d2-e8-k4"].phase3 == "--router topk --balance 0.01 --experts 8 --top-k 4"
+    for row in ROWS.values():
+        assert row.against in ROWS
+        for number in (1, 2, 3):
+            words = shlex.split(f"{row.common} {getattr(row, f'phase{number}') or ''}")
+            parse(TrainConfig, [*words, "--phase", str(number)], "train.py")
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path, "corre")
+    assert "corre: neither a set" in capsys.readouterr().err
+
+
+def test_the_hash_depends_on_every_flag_before():
+    stages = (["a"], ["b"], ["a", "b"], [["a", "b"]])
+    assert len({ablate.key(seed, *parts) for seed in (0, 1) for parts in stages}) == 8
 
 
 def test_the_paired_interval_by_hand():
     scores = np.array([[1.0, 1, 0, 1], [1, 1, 1, 1], [1, 0, 1, 1]])
     others = np.array([[0.0, 1, 0, 1], [1, 0, 0, 1], [1, 0, 1, 0]])
-    found = comparison.paired(scores, others, ["a", "a", "b", "b"])
+    found = ablate.paired(scores, others, ["a", "a", "b", "b"])
     each = np.array([1, 2, 1]) / 4
-    assert found["difference"] == pytest.approx(each.mean())
     half = 4.303 * each.std(ddof=1) / 3**0.5
-    assert found["ci95_seeds"] == pytest.approx((each.mean() - half, each.mean() + half))
+    assert found["difference"] == pytest.approx(1 / 3)
+    assert found["ci95_seeds"] == pytest.approx((1 / 3 - half, 1 / 3 + half))
     # image a gains 1/3 a question, b as much: any sample of images has the same mean
     assert found["ci95"] == pytest.approx((1 / 3, 1 / 3))
-    alone = comparison.paired(scores[:1], others[:1], ["a", "a", "b", "b"])
+    alone = ablate.paired(scores[:1], others[:1], ["a", "a", "b", "b"])
     assert alone["ci95_seeds"] is None and alone["ci95"] == pytest.approx((0, 0.5))
 
 
-def test_the_table_has_what_was_counted(fake, tmp_path):
+def test_the_table_has_what_was_counted(fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # the table is there without it
     found = run(tmp_path, "medmoe", "top-1", "--seeds", "3")
+    assert "pip install -r requirements-lab.txt" in capsys.readouterr().out
+    assert not list((tmp_path / "r").glob("*.png"))
+    assert found == json.loads((tmp_path / "r" / "medmoe-top-1.json").read_text()) | {
+        "rows": found["rows"]}  # fmt: skip
     text = (tmp_path / "r" / "medmoe-top-1.md").read_text()
-    assert found["hash"] in text and found["command"] in text
+    assert f"`{found['command']}`, hash {found['hash']}" in text
     first, second = found["rows"]
+    closed = np.array([s.answer_type == "closed" for s in QUESTIONS])
+    assert 0 < closed.sum() < 40
+    means = []
+    for row in (first, second):
+        runner = ablate.Runner(ablate.AblateConfig(names=(), out=str(tmp_path / "kept")))
+        folders = [runner.phase(3, ROWS[row["row"]], seed).parent.name for seed in range(3)]
+        rights = [np.arange(40) < int(name[0], 16) + 20 for name in folders]  # of each seed
+        for part, which in (("closed", closed), ("open", ~closed), ("together", closed | True)):
+            shares = [right[which].mean() for right in rights]
+            assert row[part] == pytest.approx({"mean": np.mean(shares),
+                                               "sd": np.std(shares, ddof=1)})  # fmt: skip
+        means.append(row["together"]["mean"])
+        sd = row["together"]["sd"]
+        assert f"| {100 * means[-1]:.1f} ± {100 * sd:.1f} |" in text
     assert first["against"] is None and second["against"]["row"] == "medmoe"
-    closed = [s.answer_type == "closed" for s in fake.questions]
-    # of the first n questions all are right; so many are closed
-    kept = sorted(Path(tmp_path / "kept").glob("*/answers-*.json"))
-    means = [json.loads(p.read_text())["protocols"]["strict"]["overall"] for p in kept]
-    n_closed = sum(closed)
-    assert sorted(m for row in found["rows"] for m in [row["together"]["mean"]]) == pytest.approx(
-        sorted([first["together"]["mean"], second["together"]["mean"]])
-    )
-    total = sum(row["together"]["mean"] for row in found["rows"]) * 3
-    assert total == pytest.approx(sum(means))
-    assert first["together"]["mean"] * 40 == pytest.approx(
-        first["closed"]["mean"] * n_closed + first["open"]["mean"] * (40 - n_closed)
-    )
-    difference = second["together"]["mean"] - first["together"]["mean"]
-    assert second["against"]["difference"] == pytest.approx(difference)
-    assert f"{difference * 100:+.1f}" in text and "0.00 M / 0.00 M" in text
+    assert second["against"]["difference"] == pytest.approx(means[1] - means[0])
+    assert f"| medmoe | {(means[1] - means[0]) * 100:+.1f} | [" in text
+    assert text.count("| 2.00 M / 3.00 M |") == 2
 
 
-def test_the_plot_puts_each_dot_where_its_difference_is(fake, tmp_path):
-    found = run(tmp_path, "medmoe", "top-1", "no-meta", "--seeds", "2")
-    rows = found["rows"][1:]
-    for row, difference in zip(rows, (-0.02, 0.01), strict=True):
-        row["against"] |= {"difference": difference, "ci95": (-0.03, 0.03), "ci95_seeds": None}
-    file = tmp_path / "plot.png"
-    forest.forest(found, file)
-    plot = np.asarray(Image.open(file).convert("RGB")).astype(int)
-    assert plot.shape == (forest.TOP + 2 * forest.ROW + 40, forest.WIDTH, 3)
-    is_dot = np.abs(plot - (0x0A, 0x58, 0xCA)).sum(axis=2) < 30
-    is_line = plot[forest.TOP + 1].sum(axis=1) < 450  # the line at 0; the others are light
-    zero = np.flatnonzero(is_line).mean()
-    middles = []
-    for i in range(2):
-        part = is_dot[forest.TOP + i * forest.ROW : forest.TOP + (i + 1) * forest.ROW]
-        tall = np.flatnonzero(part.sum(axis=0) > 7)  # the dot is taller than its interval's line
-        middles.append(tall.mean() - zero)
-    assert middles[0] < 0 < middles[1]
-    assert middles[0] / middles[1] == pytest.approx(-2, rel=0.05)
+def test_the_plot_is_drawn_with_matplotlib(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure")
+    against = {"row": "a", "difference": 0.01, "ci95": [0, 0.02], "ci95_seeds": None}
+    rows = [{"title": "b", "against": None}, {"title": "c", "against": against}]
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure.Figure, "savefig", lambda self, file, **_: drawn.append(self))
+        ablate.plot({"rows": rows, "seeds": [0]}, tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    lines = [line.get_xydata().tolist() for line in axes.lines]
+    assert lines[:2] == [[[0, 0], [2, 0]], [[1, 0]]]  # the interval, then the difference
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["c (less a)"]

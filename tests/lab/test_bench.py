@@ -1,7 +1,4 @@
-"""The benchmark compares two models that compute the same.
-
-Most of it is skipped where transformers is not installed: the project itself does not need it.
-"""
+"""The benchmark compares two models that compute the same; needs transformers for most of it."""
 
 import importlib.util
 import json
@@ -12,7 +9,7 @@ import torch
 
 from config import EXPERTS_AND_META, IGNORE, IMAGE_ID
 from lab import bench
-from model import freeze_all_but, generate
+from model import freeze_all_but
 from tests.conftest import build, collate
 
 oracle = pytest.mark.skipif(
@@ -36,15 +33,20 @@ def a_batch(side):
     return collate(rows, side=side)
 
 
+def mean(loss):
+    return loss.total / loss.n_tokens
+
+
 @oracle
 @FAMILIES
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_loss_and_gradients_are_those_of_the_assembled_model(family, top_k):
-    (ours, theirs), batch = pair(family, top_k=top_k), a_batch("right")
-    loss, their_loss = bench.mean_loss(ours, batch), theirs.loss(batch)
-    loss.backward()
-    their_loss.backward()
-    torch.testing.assert_close(loss, their_loss, rtol=1e-5, atol=0)
+    models, batch = pair(family, top_k=top_k), a_batch("right")
+    losses = [mean(model.loss(batch)) for model in models]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    ours, theirs = models
     for layer in (0, 2):
         mlp, their_mlp = ours.decoder.blocks[layer].mlp, theirs.decoder.model.layers[layer].mlp
         params = dict(mlp.experts.named_parameters())
@@ -63,23 +65,21 @@ def test_loss_and_gradients_are_those_of_the_assembled_model(family, top_k):
 @FAMILIES
 def test_greedy_tokens_are_those_of_the_assembled_model(family):
     (ours, theirs), batch = pair(family), a_batch("left")
-    tokens = torch.stack([s.tokens for s in generate(ours, batch, eos_id=-1, max_new=32)], dim=1)
-    assert torch.equal(tokens, theirs.generate(batch, 32))
-    assert len(tokens.unique()) > 3
+    tokens = bench.answer(ours, batch, torch.float32, 32)
+    assert tokens.shape == (3, 32) and len(tokens.unique()) > 3
+    assert torch.equal(tokens, theirs.answer(batch, torch.float32, 32))
 
 
 @oracle
 def test_two_steps_in_bf16_move_both_models_alike():
-    ours, theirs = pair("stablelm")
-    counts = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (ours, theirs)]
+    models, batch, gains = pair("stablelm"), a_batch("right"), []
+    counts = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in models]
     assert counts[0] == counts[1] > 0
-    gains, batch = [], a_batch("right")
-    for model, loss in ((ours, lambda b: bench.mean_loss(ours, b)), (theirs, theirs.loss)):
-        step = bench.stepper(model, loss, torch.bfloat16)
-        before = loss(batch).item()
-        for _ in range(2):
-            step(batch)
-        gains.append(before - loss(batch).item())
+    for model in models:
+        step, before = bench.stepper(model, torch.bfloat16), mean(model.loss(batch)).item()
+        step(batch)
+        step(batch)
+        gains.append(before - mean(model.loss(batch)).item())
     assert gains[0] > 0 and gains[0] == pytest.approx(gains[1], rel=0.1)
 
 

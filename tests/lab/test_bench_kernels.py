@@ -4,12 +4,14 @@ The GPU's part runs on the simulated GPU of tests/cuda_on_cpu.h.
 """
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import config
 import ops
 from config import UserError
 from lab import bench, bench_kernels
@@ -23,10 +25,9 @@ BOTH = pytest.mark.parametrize("name", SMALL)
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    def preset(name):
-        return SimpleNamespace(model=SimpleNamespace(decoder=SMALL[name]))
-
-    monkeypatch.setattr(bench_kernels, "preset", preset)
+    for name, decoder in SMALL.items():
+        small = SimpleNamespace(model=SimpleNamespace(decoder=decoder))
+        monkeypatch.setitem(config.PRESETS, name, small)
 
 
 @BOTH
@@ -37,7 +38,7 @@ def test_the_implementations_of_the_layer_compute_the_same(name, routing):
     assert (gates != 0).sum(dim=1).eq(2).all()
     assert ((gates != 0).sum(dim=0)[0] == 40) == (routing == "skewed")
     ours, looped = experts(x, gates), bench_kernels.Experts.forward(experts, x, gates)
-    assert type(experts) is bench_kernels.SortedExperts
+    assert type(experts) is ops.SortedExperts
     torch.testing.assert_close(ours, looped, rtol=1e-4, atol=1e-4)
     kept = bench_kernels.einsum(experts, x, gates)
     near = (kept - ours).abs().amax(dim=1) < 1e-4
@@ -80,14 +81,15 @@ def test_every_kernel_is_compared_and_timed_where_the_extension_is_on(name, monk
     cuda_on_cpu.Machine(cuda_on_cpu.compiled()).set(order=0, blocks=3, only=-1)
     monkeypatch.setattr(ops, "_enabled", {"cpu"})
     flags = bench_kernels.KernelsConfig(preset=name, rounds=1)
-    found = bench_kernels.bench_size(flags, 16, bench_kernels.Timer(CPU, 1), peak=1e9)
+    timer = partial(bench_kernels.medians, rounds=1, device=CPU)
+    found = bench_kernels.bench_size(flags, 16, timer, peak=1e9)
     printed = capsys.readouterr().out
     for what in ("route", "permute", "unpermute_grad", "forward", "input grad", "weight grad"):
         assert f"  {what}" in printed
     assert ("gelu" in found["products"]) == (name == "phi2")
     monkeypatch.setattr(ops, "weight_grad", lambda dy, x, offs: torch.zeros(4, 24, 16))
     with pytest.raises(UserError, match="weight grad is wrong"):
-        bench_kernels.bench_size(flags, 16, bench_kernels.Timer(CPU, 1), peak=1e9)
+        bench_kernels.bench_size(flags, 16, timer, peak=1e9)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -8,7 +8,7 @@ import torch
 from config import preset
 from engine.flops import model_flops
 from engine.inference import FusedAttention
-from lab import cost
+from lab import bench, cost
 from lab.cost import VARIANTS
 from routers import Hints
 
@@ -47,13 +47,13 @@ def test_gflop_are_those_of_what_the_router_decides(key):
 
 @pytest.mark.parametrize("key", VARIANTS)
 def test_what_is_timed_is_a_model_that_answers_and_one_that_learns(key):
-    cpu, batches = torch.device("cpu"), cost.batches("tiny", torch.device("cpu"))
-    model = cost.ready("tiny", key, cpu, torch.bfloat16)
+    cpu, batches = bench.CPU, cost.inputs("tiny", bench.CPU)
+    model = cost.to_answer("tiny", key, cpu, torch.bfloat16)
     assert all(isinstance(block.attn, FusedAttention) for block in model.decoder.blocks)
     assert not any(p.requires_grad for p in model.parameters())
-    assert cost.answer(model, batches["8"], torch.bfloat16, 3) == 3
-    model = cost.ready("tiny", key, cpu, None)
-    step = cost.stepper(model, lambda b: cost.mean_loss(model, b), torch.float32)
+    assert bench.answer(model, batches["8"], torch.bfloat16, 3).shape == (8, 3)
+    model = cost.to_train("tiny", key, cpu)
+    step = bench.stepper(model, torch.float32)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     step(batches["1"]._replace(labels=batches["1"].ids.clamp(min=0)))
     learned = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}

@@ -164,21 +164,20 @@ def test_record_strips_what_is_bulky_and_hides_where_things_lie(tmp_path, capsys
     assert kept["command"] == "python eval.py phase3 --json=out.json"
     assert "--data slake:DIR@2 --clip clip --router 'my router.py:Top1'" in kept["trained_with"]
     assert kept["leaks"]["named"] == ["xmlab1/source.jpg"] and kept["checkpoint"] == "phase3"
-    tables.main(argv)  # the same once more changes nothing, and needs no --force
+    tables.main(argv)  # the same once more changes nothing
     assert "slake+pneumoniamnist" in show(tmp_path / "r", capsys)
     assert tables.hide("runs/slake/phase3") == "runs/slake/phase3" and tables.hide("a:0") == "a:0"
 
 
-def test_record_names_by_content_and_overwrites_only_by_force(tmp_path, capsys):
+def test_record_names_the_run_and_never_overwrites_another(tmp_path, capsys):
     new = put(tmp_path / "n", result(7), result(7, closed=0.6), result(8, flags=" --top-k 1"))
     into = ["--results", str(tmp_path / "r"), "--record"]
     tables.main([*into, str(new / "0.json"), "--record", str(new / "2.json")])
     names = ["slake-tiny-seed7.json", "slake-tiny-top-k-1-seed8.json"]
     assert sorted(file.name for file in (tmp_path / "r").iterdir()) == names
     assert json.loads((tmp_path / "r" / names[0]).read_text()) == result(7)
-    assert "--force" in refused([*into, new / "1.json"], capsys)
-    tables.main([*into, str(new / "1.json"), "--force"])
-    assert json.loads((tmp_path / "r" / names[0]).read_text()) == result(7, closed=0.6)
+    assert names[0] in refused([*into, new / "1.json"], capsys)
+    assert json.loads((tmp_path / "r" / names[0]).read_text()) == result(7)
     assert "two of" in refused(["--results", new], capsys)
 
 

@@ -20,6 +20,7 @@ from config import IMAGE_ID, MoEConfig, preset
 from data import Batch
 from engine.published import clip_table, decoder_table, load_published, rename
 from model import MedMoE, generate, make_sparse
+from tests.published import decoder_fields, vision_fields
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -51,19 +52,12 @@ def write_shards(directory: Path, prefix: str, table: dict) -> None:
 
 def write(directory: Path) -> dict:
     v, d = CONFIG.vision, CONFIG.decoder
-    write_shards(directory / "clip", "vision.", clip_table(v))
-    (directory / "clip" / "config.json").write_text(json.dumps({
-        "image_size": v.image_size, "patch_size": v.patch_size, "hidden_size": v.width,
-        "num_hidden_layers": v.n_layers, "num_attention_heads": v.n_heads,
-        "intermediate_size": v.d_ff,
-    }))  # fmt: skip
-    write_shards(directory / "phi", "decoder.", decoder_table(d))
-    (directory / "phi" / "config.json").write_text(json.dumps({
-        "model_type": "phi", "vocab_size": d.vocab_size, "hidden_size": d.d_model,
-        "num_hidden_layers": d.n_layers, "num_attention_heads": d.n_heads,
-        "intermediate_size": d.d_ff, "partial_rotary_factor": 0.4, "resid_pdrop": 0.1,
-        "max_position_embeddings": d.max_len,
-    }))  # fmt: skip
+    of_phi = decoder_fields(d) | {"resid_pdrop": 0.1}
+    parts = [("clip", "vision.", clip_table(v), vision_fields(v)),
+             ("phi", "decoder.", decoder_table(d), of_phi)]  # fmt: skip
+    for name, prefix, table, fields in parts:
+        write_shards(directory / name, prefix, table)
+        (directory / name / "config.json").write_text(json.dumps(fields))
     return {"bytes": sum(p.stat().st_size for p in directory.rglob("*.safetensors"))}
 
 

@@ -1,0 +1,134 @@
+"""Training with two and four processes, by the launcher and the command that users have.
+
+torchrun starts this file as a script: train.py that gets SIGTERM in its n-th step.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from engine.run import Run
+from tests.mini import weights
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+FLAGS = ["--data", "phantoms:15", "--steps", str(STEPS), "--batch-size", "7", "--no-eval",
+         "--router-images", "15", "--dtype", "float32", "--save-every", "100"]  # fmt: skip
+EXPERTS = ["--expert-parallel", "2"]
+
+
+def start(n: int, *argv: str) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    command = [sys.executable, *(launcher if n > 1 else []), *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+def launch(n: int, out: Path, *argv: str, stop_at: int = 0) -> str:
+    """Train with n processes; stop_at: SIGTERM during that step."""
+    done = start(n, __file__, str(stop_at), "--out", str(out), *FLAGS, *argv)
+    printed = done.stdout + done.stderr
+    code = 0 if not stop_at else 143 if n == 1 else 1  # torchrun has a code of its own
+    assert done.returncode == code, printed[-3000:]
+    return printed
+
+
+def steps(out: Path, phase: int, key: str = "loss") -> list[float]:
+    """Losses, or norms of the gradients: Adam would hide it if all were twice as large."""
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    found = [r for r in lines if r["phase"] == phase and "loss" in r]
+    assert [r["step"] for r in found] == list(range(STEPS))
+    return [r[key] for r in found]
+
+
+def alike(a: Path, b: Path, phase: int) -> bool:
+    return steps(a, phase) == pytest.approx(steps(b, phase), abs=1e-5) and steps(
+        a, phase, "grad_norm"
+    ) == pytest.approx(steps(b, phase, "grad_norm"), rel=1e-4)
+
+
+def close(a: Path, b: Path) -> None:
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name in a:  # Adam divides by gradients near 0
+        torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=0, msg=name)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """All phases by one process."""
+    launch(1, out := tmp_path_factory.mktemp("one"))
+    return out
+
+
+def phase_3(one: Path) -> list[str]:
+    return ["--phase", "3", "--init", str(one / "phase2")]
+
+
+@pytest.mark.parametrize("more", [[], EXPERTS], ids=["fsdp", "experts"])
+def test_two_processes_train_what_one_trains_in_every_phase(one, tmp_path, more):
+    for phase in (1, 2, 3):
+        init = [] if phase == 1 else ["--init", str(one / f"phase{phase - 1}")]
+        launch(2, tmp_path, "--phase", str(phase), *init, *more)
+        assert alike(tmp_path, one, phase), phase
+        close(one / f"phase{phase}", tmp_path / f"phase{phase}")
+
+
+@pytest.mark.parametrize("first", [1, 2], ids=["one-then-two", "two-then-one"])
+@pytest.mark.parametrize("more", [[], EXPERTS], ids=["fsdp", "experts"])
+def test_each_resumes_from_the_others_checkpoint(one, tmp_path, first, more):
+    argv = {1: phase_3(one), 2: [*phase_3(one), *more]}
+    assert "stopped by SIGTERM after 7 steps" in launch(first, tmp_path, *argv[first], stop_at=7)
+    printed = launch(3 - first, tmp_path, *argv[3 - first], "--resume")
+    assert f"processes {first}, now {3 - first}" in printed and alike(tmp_path, one, 3)
+    close(one / "phase3", tmp_path / "phase3")
+
+
+def test_four_processes_in_two_copies_of_two_halves_of_the_experts(one, tmp_path):
+    launch(4, tmp_path, *phase_3(one), *EXPERTS)
+    assert alike(tmp_path, one, 3)
+
+
+@pytest.mark.parametrize("more", [["--weights", "bf16", "--dtype", "bfloat16"],
+                                  ["--lora-rank", "4"], ["--preset", "tiny-stablelm"],
+                                  ["--activation-checkpointing"], ["--cache-features"]],
+                         ids=lambda more: more[0])  # fmt: skip
+def test_two_processes_train_like_one_with_other_flags(tmp_path, more):
+    for n in (1, 2):
+        launch(n, tmp_path / str(n), *more)
+    # A weight in bf16 steps by 1/256 of itself: roundings can be seen after three phases.
+    near = 0.1 if "bf16" in more else 1e-3
+    assert steps(tmp_path / "1", 3) == pytest.approx(steps(tmp_path / "2", 3), abs=near)
+
+
+def test_two_processes_share_an_evaluation(one, tmp_path):
+    found = []
+    for n in (1, 2):
+        file = tmp_path / f"{n}.json"
+        done = start(n, str(ROOT / "eval.py"), str(one / "phase3"), "--data",
+                     "phantoms:20", "--dtype", "float32", "--blind", "--batch-size", "16",
+                     "--json", str(file))  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append({k: v for k, v in json.loads(file.read_text()).items() if k != "command"})
+    assert found[0] == found[1]
+
+
+if __name__ == "__main__":
+    reduce, calls = Run.sum_loss_and_load, []
+
+    def stop_at_the_nth(run, loss):
+        calls.append(1)
+        if len(calls) == int(sys.argv[1]) and run.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return reduce(run, loss)
+
+    Run.sum_loss_and_load = stop_at_the_nth
+    train.main(sys.argv[2:])
