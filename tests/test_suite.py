@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("tests/**/*.py"), *ROOT.glob("course/tests/**/*.py")])
 # Calls that give items where their arguments have some, and methods where their object has some.
 KEEP = {"zip", "enumerate", "sorted", "list", "tuple", "reversed", "map", "product", "set", "dict",
-        "permutations", "items", "keys", "values", "pairwise", "combinations"}  # fmt: skip
+        "permutations", "split", "items", "keys", "values", "pairwise", "combinations"}  # fmt: skip
 # A model has parameters, a syntax tree nodes.
 NEVER_EMPTY = {"parameters", "named_parameters", "modules", "named_modules", "children", "walk",
                "named_children", "named_buffers"}  # fmt: skip
@@ -41,7 +41,8 @@ def has_items(node: ast.expr, known: set[str]) -> bool:
             parts = node.elts
             return any(not isinstance(p, ast.Starred) or has_items(p.value, known) for p in parts)
         case ast.Dict():
-            return any(k is not None or has_items(v, known) for k, v in zip(node.keys, node.values))
+            pairs = zip(node.keys, node.values, strict=True)
+            return any(k is not None or has_items(v, known) for k, v in pairs)
         case ast.ListComp() | ast.SetComp() | ast.GeneratorExp() | ast.DictComp():
             return all(has_items(g.iter, known) and not g.ifs for g in node.generators)
         case ast.BinOp():
@@ -57,7 +58,7 @@ def call_has_items(node: ast.Call, known: set[str]) -> bool:
     name = ast.unparse(node.func).split(".")[-1]
     if name == "range":
         end = node.args[min(1, len(node.args) - 1)]
-        return isinstance(end, ast.Constant) and end.value > 0
+        return has_items(end, known)
     if name not in KEEP:
         return name in NEVER_EMPTY
     parts = node.args[name == "map" :]
@@ -70,16 +71,13 @@ def call_has_items(node: ast.Call, known: set[str]) -> bool:
 
 def filled(body: list[ast.stmt], known: set[str], loops: tuple = ()) -> Iterator[str]:
     """Names of lists that are appended to, in loops that have items or none."""
+    runs = all(has_items(loop, known) for loop in loops)
     for node in body:
-        is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
-        if is_call and isinstance(node.value.func, ast.Attribute):
-            target = node.value.func.value
-            if node.value.func.attr in ("append", "add") and isinstance(target, ast.Name):
-                if all(has_items(loop, known) for loop in loops):
-                    yield target.id
-        if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
-            if has_items(node.value, known) and all(has_items(i, known) for i in loops):
-                yield node.target.id
+        match node:
+            case ast.Expr(ast.Call(ast.Attribute(ast.Name(name), "append" | "add"))) if runs:
+                yield name
+            case ast.AugAssign(ast.Name(name), _, value) if runs and has_items(value, known):
+                yield name
         inner = (*loops, node.iter) if isinstance(node, ast.For) else loops
         if not isinstance(node, ast.If | ast.FunctionDef | ast.Try):
             yield from filled(getattr(node, "body", []), known, inner)
@@ -129,6 +127,9 @@ def assertions(body: list[ast.stmt], loops: tuple = ()) -> Iterator[tuple[ast.st
 
 
 def may_be_empty(function: ast.FunctionDef, known: set[str]) -> list[str]:
+    for call in function.decorator_list:  # what is parametrized is written out
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("parametrize"):
+            known = known | {n.value for n in ast.walk(call.args[0]) if isinstance(n, ast.Constant)}
     known = known_names(function.body, known)
     found = list(assertions(function.body))
     sure = [node for node, loops in found if all(has_items(loop, known) for loop in loops)]

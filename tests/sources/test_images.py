@@ -1,7 +1,6 @@
 """Images are read as a viewer shows them, bad files refused in one line, and pixels kept."""
 
 import re
-import resource
 import struct
 import zlib
 
@@ -38,9 +37,7 @@ def read(path):
 @pytest.mark.parametrize("ending", ["png", "bmp", "tiff", "webp", "gif", "jpg"])
 def test_every_format_is_known_by_its_content_and_shows_its_first_frame(tmp_path, ending):
     frames = {"save_all": True, "append_images": [Image.new("RGB", (32, 16), GREEN)]}
-    path = save(
-        tmp_path / f"a.{ending}", PATTERN, **(frames if ending not in ("bmp", "jpg") else {})
-    )
+    path = save(tmp_path / f"a.{ending}", PATTERN, **(frames if ending in ("gif", "tiff") else {}))
     path = path.rename(tmp_path / "a.image")
     np.testing.assert_allclose(read(path), PATTERN, atol=4 * (ending == "jpg"))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
@@ -48,33 +45,14 @@ def test_every_format_is_known_by_its_content_and_shows_its_first_frame(tmp_path
         open_image(path)
 
 
-def palette():
+def test_what_is_transparent_lies_on_black_and_a_cmyk_jpeg_is_not_a_negative(tmp_path):
+    path = save(tmp_path / "a.png", np.uint8([[[200, 100, 50, 128]]]))
+    np.testing.assert_array_equal(read(path), [[(100, 50, 25)]])
     image = Image.frombytes("P", (2, 1), bytes([0, 1]))
     image.putpalette([*RED, *GREEN])
-    return image
-
-
-@pytest.mark.parametrize(
-    ("image", "transparency", "expected"),
-    [
-        (palette(), None, [RED, GREEN]),
-        (palette(), 1, [RED, BLACK]),
-        (np.uint8([[RED, GREEN]]), RED, [BLACK, GREEN]),
-        (np.uint8([[[200, 100, 50, 128]]]), None, [(100, 50, 25)]),
-        (Image.frombytes("LA", (2, 1), bytes([200, 0, 200, 255])), None, [BLACK, [200] * 3]),
-        (np.array([[True, False]]), None, [[255] * 3, BLACK]),
-    ],
-)
-def test_palettes_are_applied_and_what_is_transparent_lies_on_black(
-    tmp_path, image, transparency, expected
-):
-    more = {} if transparency is None else {"transparency": transparency}
-    np.testing.assert_allclose(read(save(tmp_path / "a.png", image, **more))[0], expected)
-
-
-def test_a_cmyk_jpeg_is_not_a_negative(tmp_path):
-    path = save(tmp_path / "a.jpg", Image.new("CMYK", (16, 16), (255, 0, 0, 0)))
-    assert b"Adobe" in path.read_bytes()  # which means: stored inverted
+    path = save(tmp_path / "b.png", image, transparency=1)
+    np.testing.assert_array_equal(read(path), [[RED, BLACK]])
+    path = save(tmp_path / "c.jpg", Image.new("CMYK", (16, 16), (255, 0, 0, 0)))
     np.testing.assert_allclose(read(path)[8, 8], (0, 255, 255), atol=3)
 
 
@@ -130,13 +108,14 @@ def png(width, height):
     [
         (b"", "is empty"),
         (b"this is not an image", "not a readable image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a readable image"),
         (b"P6 1 1 255 abc", "not a readable image"),  # Pillow could, but is not asked to
         (png(0, 5), "read"),
         (png(1, 101), "1 x 101 pixels: a side is over 100 times"),
         (png(2, 200), "truncated"),  # not too thin
         (png(50_000_001, 1), "claims 50000001 x 1 pixels; at most 50000000"),
         (png(5_000_000, 10), "a side is over 100 times"),  # not too many
+        (png(7072, 7072), "pixels; at most"),
+        (png(20_000, 20_000), "pixels) exceeds"),  # an error in Pillow
     ],
 )
 def test_what_is_no_image_is_refused_with_file_and_reason(tmp_path, content, reason):
@@ -148,16 +127,6 @@ def test_what_is_no_image_is_refused_with_file_and_reason(tmp_path, content, rea
     ):
         with pytest.raises(UserError, match=rf"^image {file}: {found}$"):
             open_image(file)
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("side", [7072, 10_000, 20_000])  # silence, a warning, an error in Pillow
-def test_a_claim_of_too_many_pixels_is_refused_before_memory_is_allocated(tmp_path, side):
-    (tmp_path / "bomb.png").write_bytes(png(side, side))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match=r"bomb\.png: .*(pixels; at most|pixels\) exceeds)"):
-        open_image(tmp_path / "bomb.png")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # KiB
 
 
 def sample(image):

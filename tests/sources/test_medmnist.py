@@ -2,9 +2,7 @@
 
 import io
 import os
-import tracemalloc
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,32 +14,23 @@ from sources.medmnist import SETS, SPLITS, accuracy, auc, read_split, which
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "pneumoniamnist"
 IMAGES, LABELS = "test_images.npy", "test_labels.npy"
-# From the owners' info.py: a task other than multi-class, our modality, the number of classes,
-# published images in each split, and one label.
+# As the owners' info.py has them: the number of classes, and of images in each split.
 FACTS = {
-    "pathmnist": ("", "pathology", 9, 89996, 10004, 7180, 4, "mucus"),
-    "chestmnist": ("multi-label", "X-ray", 14, 78468, 11219, 22433, 7, "pneumothorax"),
-    "dermamnist": ("", None, 7, 7007, 1003, 2005, 4, "melanoma"),
-    "octmnist": ("", None, 4, 97477, 10832, 1000, 3, "normal"),
-    "pneumoniamnist": ("binary-class", "X-ray", 2, 4708, 524, 624, 1, "pneumonia"),
-    "retinamnist": ("ordinal", None, 5, 1080, 120, 400, 4, "grade 4"),
-    "breastmnist": ("binary-class", None, 2, 546, 78, 156, 0, "malignant"),
-    "bloodmnist": ("", None, 8, 11959, 1712, 3421, 3, "immature granulocytes"),
-    "tissuemnist": ("", None, 8, 165466, 23640, 47280, 6, "proximal tubule segments"),
-    "organamnist": ("", "CT", 11, 34561, 6491, 17778, 1, "left femur"),
-    "organcmnist": ("", "CT", 11, 12975, 2392, 8216, 2, "right femur"),
-    "organsmnist": ("", "CT", 11, 13932, 2452, 8827, 10, "spleen"),
-}
+    "pathmnist": (9, 89996, 10004, 7180), "chestmnist": (14, 78468, 11219, 22433),
+    "dermamnist": (7, 7007, 1003, 2005), "octmnist": (4, 97477, 10832, 1000),
+    "pneumoniamnist": (2, 4708, 524, 624), "retinamnist": (5, 1080, 120, 400),
+    "breastmnist": (2, 546, 78, 156), "bloodmnist": (8, 11959, 1712, 3421),
+    "tissuemnist": (8, 165466, 23640, 47280), "organamnist": (11, 34561, 6491, 17778),
+    "organcmnist": (11, 12975, 2392, 8216), "organsmnist": (11, 13932, 2452, 8827),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FACTS)
-def test_a_set_is_known_by_its_files_name_and_described_as_its_owners_do(name):
+def test_a_set_is_known_by_its_files_name_and_described_as_its_owners_do():
+    assert {name: (len(set(s.classes)), *s.counts) for name, s in SETS.items()} == FACTS
     for ending in (".npz", "_64.npz", "_rebuilt.npz"):
-        assert which(Path("mnist") / f"{name}{ending}") is SETS[name]
-    known, (task, modality, n_classes, *counts, label, meaning) = SETS[name], FACTS[name]
-    assert (known.task, known.modality) == (task or "multi-class", modality)
-    assert len(set(known.classes)) == n_classes and known.counts == tuple(counts)
-    assert known.classes[label] == meaning and len(SETS) == len(FACTS)
+        assert which(Path("mnist") / f"organsmnist{ending}") is SETS["organsmnist"]
+    assert SETS["octmnist"].classes[3] == "normal" and SETS["organsmnist"].classes[10] == "spleen"
+    assert (SETS["chestmnist"].task, SETS["chestmnist"].modality) == ("multi-label", "X-ray")
 
 
 def test_another_name_is_refused_with_the_twelve():
@@ -57,21 +46,17 @@ def npy(array, version=(1, 0)):
     return file.getvalue()
 
 
-def header(text, data=b"", version=(1, 0)):
-    """A .npy with any text for its header."""
-    length = len(text).to_bytes(2 if version == (1, 0) else 4, "little")
-    return b"\x93NUMPY" + bytes(version) + length + text.encode() + data
+def claiming(shape, n):
+    """A .npy that claims a shape and has n bytes."""
+    text = str({"descr": "|u1", "fortran_order": False, "shape": shape})
+    return b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text.encode() + bytes(n)
 
 
-def claiming(shape, dtype="|u1", data=b""):
-    return header(str({"descr": dtype, "fortran_order": False, "shape": shape}), data)
-
-
-def write(file, members, method=zipfile.ZIP_DEFLATED, **claims):
+def write(file, members, method=zipfile.ZIP_DEFLATED, twice="", **claims):
     """A zip of named bytes. `claims` are what the zip's directory then claims about the images."""
     with zipfile.ZipFile(file, "w", method) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
+        for name in [*members, twice] if twice else members:
+            archive.writestr(name, members[name])
         for field, value in claims.items():
             setattr(archive.getinfo(IMAGES), field, value)
     read_split.cache_clear()
@@ -136,15 +121,15 @@ def test_arrays_may_be_in_fortran_order_and_other_splits_need_not_be_there(file)
     refused(file, "'Test'", "train, val, test", split="Test")
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (lambda file: file.write_bytes(b""), "not a zip"),
-        (lambda file: file.write_bytes(npy(PIXELS)), "not a zip"),
-        (lambda file: file.write_bytes(write(file, GOOD).read_bytes()[:-30]), "not a zip"),
         (lambda file: None, "no such file"),
         (Path.mkdir, "is a directory"),
         (os.mkfifo, "no such file"),  # which is not waited for
+        (lambda file: write(file, GOOD, twice=LABELS), f"{LABELS}: is in the file twice"),
         (lambda file: write(file, GOOD, flag_bits=1), f"{IMAGES}: is encrypted"),
         (lambda file: write(file, GOOD, zipfile.ZIP_LZMA), "packed otherwise"),
         (lambda file: write(file, GOOD, CRC=1), f"{IMAGES}: Bad CRC"),
@@ -155,13 +140,6 @@ def test_arrays_may_be_in_fortran_order_and_other_splits_need_not_be_there(file)
 def test_what_is_no_sound_zip_of_arrays_is_refused(file, make, reason):
     make(file)
     refused(file, reason)
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_an_array_that_is_in_the_file_twice_is_refused(file):
-    with zipfile.ZipFile(write(file, GOOD), "a") as archive:
-        archive.writestr(LABELS, ZEROS)
-    refused(file, f"{LABELS}: is in the file twice")
 
 
 def is_not_uint8(dtype, *shape):
@@ -181,13 +159,9 @@ def is_not_uint8(dtype, *shape):
         (LABELS, np.zeros((5, 1), int), "must be integers (6, 1)"),
         (LABELS, np.array([[0], [1], [3], [4], [0], [0]]), "row 3 (from 0) is 4, must be 0 to 3"),
         (LABELS, np.array([[0]] * 5 + [[-1]]), "row 5 (from 0) is -1, must be 0 to 3"),
-        (LABELS, np.full((6, 1), 2**64 - 1, np.uint64), "row 0 (from 0) is 18446744073709551615"),
         *((member, content, "its npy header") for member in (IMAGES, LABELS) for content in (
-            b"", b"\x80\x04N.", b"PK\x03\x04" + bytes(200), np.array([{"a": 1}], dtype=object),
-            claiming((2,), "|O", bytes(16)), header("", version=(9, 9)), header("1\n  2\n 3"),
-            header(" " * 9_000_000, version=(2, 0)), header("__import__('os').getcwd()"),
-            claiming((-6, -28, 28), data=bytes(4704)), claiming((10**200, 28, 28)),
-            claiming((6, 28, 28), data=bytes(4703)), claiming((6, 28, 28), data=bytes(4705)))),
+            b"", b"PK\x03\x04" + bytes(200), np.array([{"a": 1}], dtype=object),
+            claiming((6, 28, 28), 4703), claiming((6, 28, 28), 4705))),
     ],
 )  # fmt: skip
 def test_arrays_that_are_pickles_or_malformed_or_do_not_fit_are_refused(
@@ -195,10 +169,7 @@ def test_arrays_that_are_pickles_or_malformed_or_do_not_fit_are_refused(
 ):
     content = content if isinstance(content, bytes) else npy(content)
     refused(write(file, GOOD | {member: content}), member, reason)
-
-
-def test_each_label_of_a_multi_label_set_is_0_or_1(tmp_path):
-    file = tmp_path / "chestmnist.npz"
+    file = file.with_name("chestmnist.npz")  # of 14 labels, 0 or 1 each
     refused(write(file, GOOD), LABELS, "must be integers (6, 14)")
     write(file, GOOD | {LABELS: npy(2 * np.eye(6, 14, -2, int))})
     refused(file, LABELS, "row 2 (from 0) is 2, must be 0 to 1")
@@ -219,25 +190,12 @@ def test_what_compresses_too_well_is_refused_unless_it_is_small(file):
     assert read_split(write(file, zeros(9)), "test")[0].shape == (9, 1000, 1000)
 
 
-def test_what_inflates_beyond_its_claim_is_read_no_further(file):
-    content = claiming((6, 28, 28), data=bytes(40_000_000))
-    claim = len(content) - 40_000_000 + 6 * 784
-    crc = zlib.crc32(content[:claim])
-    write(file, GOOD | {IMAGES: content}, file_size=claim, CRC=crc)
-    tracemalloc.start()
-    assert read_split(file, "test")[0].shape == (6, 28, 28)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2_000_000
-
-
-@pytest.mark.parametrize(("text", "reason"), [("\n", "MemoryError"), ("Not\n9 GiB", "Not")])
-def test_too_little_memory_is_reported(file, monkeypatch, text, reason):
+def test_too_little_memory_is_reported(file, monkeypatch):
     def fail(*_, **__):
-        raise MemoryError(text)
+        raise MemoryError
 
     monkeypatch.setattr(medmnist.np.lib.format, "read_array", fail)
-    refused(write(file, GOOD), f"{IMAGES}: {reason}")
+    refused(write(file, GOOD), f"{IMAGES}: MemoryError")
 
 
 def naive(truth, scores, task):

@@ -57,29 +57,11 @@ def test_a_seed_always_gives_this_caption_and_these_questions():
     assert zlib.crc32(every.encode()) == 3529288676  # as in every version so far
 
 
-def test_images_are_bytes_grey_but_for_pathology_and_truth_does_not_depend_on_the_size():
-    for seed, size in enumerate((16, 48, 64, 112) * 3):
-        p = draw(seed, size)
-        assert p.image.shape == (size, size, 3) and p.image.dtype == np.uint8
-        is_grey = (p.image == p.image[..., :1]).all()
-        assert is_grey == (p.modality != "pathology") and caption(p) == caption(TRUTHS[seed])
-
-
 def test_splits_are_a_billion_seeds_each_and_worlds_ten():
     assert phantoms.seeds("train", 3) == range(3)
     assert phantoms.seeds("val", 3, 5) == range(10**9 + 5, 10**9 + 8)
     assert phantoms.seeds("test", 3, domains=8) == range(82 * 10**9, 82 * 10**9 + 3)
-    assert phantoms.seeds("test", 3) == phantoms.seeds("test", 3, domains=4)
     assert len(phantoms.seeds("train", 9, 10**9 - 2)) == 2  # the next are of the next split
-
-
-def test_each_modality_has_two_organs_with_findings_of_their_own():
-    assert ORGANS == {"CT": ("head", "abdomen"), "MRI": ("brain", "knee"),
-                      "X-ray": ("chest", "hand"), "pathology": ("colon", "breast")}  # fmt: skip
-    assert tuple(ORGANS) == MODALITIES and len(set(FINDINGS.values())) == 8
-    for p in TRUTHS:
-        assert p.organ in ORGANS[p.modality]
-        assert p.finding == (FINDINGS[p.organ] if p.count else "none")
 
 
 def test_findings_lie_in_the_quadrant_that_is_named_off_the_mid_lines():
@@ -124,30 +106,22 @@ def test_spots_lie_in_the_image_clear_of_each_other_and_normal_ones_in_another_q
     np.testing.assert_allclose(*np.mean(sums, axis=0), rtol=0.06)  # as many and as large
 
 
-def test_answers_follow_from_the_truth_and_cannot_be_guessed_from_the_words():
-    answers, by_words, right = defaultdict(Counter), defaultdict(Counter), []
+def test_answers_follow_from_the_truth_and_are_balanced():
+    answers = defaultdict(Counter)
     for p in TRUTHS:
+        assert p.organ in ORGANS[p.modality]
+        assert p.finding == (FINDINGS[p.organ] if p.count else "none")
         for q in phantoms.questions(p):
             answers[q.answer_type, q.kind][q.answer] += 1
             words = q.question if q.kind == "finding" else q.question.replace(FINDINGS[p.organ], "")
             truth = {"location": f"{p.height} {p.side}", "count": COUNTS[p.count]}
             value = truth.get(q.kind) or getattr(p, q.kind, None)
-            if q.answer_type == "open":
-                assert q.answer == value
-                continue
             is_true = value in words if value else (p.count == 0) == ("normal?" in words.split())
-            assert q.answer == ("yes" if is_true else "no")
-            if p.seed < 1000:
-                by_words[q.question][q.answer] += 1
-            else:
-                guess = by_words[q.question].most_common(1)
-                right.append(bool(guess) and guess[0][0] == q.answer)
-    assert set(answers) == {("closed", "presence"), *(("closed", kind) for kind in CLOSED),
-                            *(("open", kind) for kind in OPEN)}  # fmt: skip
+            assert q.answer == (value if q.answer_type == "open" else ("no", "yes")[is_true])
+    assert len(answers) == 1 + len(CLOSED) + len(OPEN)
     for (answer_type, _), count in answers.items():
         share = max(count.values()) / count.total()
         assert share < (0.55 if answer_type == "closed" else 0.6)
-    assert 0.45 < np.mean(right) < 0.55 and len(right) > 3000
 
 
 @pytest.mark.parametrize("domains", [1, 2, 4, 8])
@@ -175,9 +149,10 @@ def test_a_world_has_as_many_conventions_as_it_has_domains(domains):
 def test_an_organ_is_painted_as_before_but_for_rounding(organ):
     place = 48 * list(SEEDS).index(organ)
     expected = np.asarray(Image.open(GOLDEN))[:, place : place + 48].astype(int)
-    phantom = phantoms.draw(SEEDS[organ], 48)
-    assert phantom.organ == organ and phantom.image.shape == expected.shape
-    assert (np.abs(phantom.image - expected) > 1).sum() < 10  # of 6 912; float32 sums may differ
+    p = phantoms.draw(SEEDS[organ], 48)
+    assert p.organ == organ and p.image.shape == expected.shape and p.image.dtype == np.uint8
+    assert (np.abs(p.image - expected) > 1).sum() < 10  # of 6 912; float32 sums may differ
+    assert caption(p) == caption(draw(SEEDS[organ]))  # at any size
 
 
 def test_the_window_in_which_a_shape_is_painted_cuts_nothing_off():

@@ -25,20 +25,17 @@ def every_warning_again():
     config.warn_once.cache_clear()
 
 
-def test_a_slake_row_becomes_a_sample_and_a_title(tmp_path):
-    slake(tmp_path, SLAKE, SLAKE | {"qid": 12, "modality": "ct"}, SLAKE | {"q_lang": "zh"})
+def test_slakes_rows_become_samples_and_titles_in_one_language_or_both(tmp_path, capsys):
+    ct, chinese = SLAKE | {"qid": 12, "modality": "ct"}, SLAKE | {"qid": 13, "q_lang": "zh"}
+    slake(tmp_path, SLAKE, ct, chinese)
     first, second = read_slake(tmp_path, "train", "en")
     turns, image = (("Is this a CT?", "Yes"),), tmp_path / "imgs" / "xmlab0" / "source.jpg"
     sample = Sample("11", "slake", "train", image, turns, "X-ray", "closed", "modality")
     assert first == (sample, "an X-ray of the brain tissue.")
     assert second[1] == "a CT of the brain tissue." and second[0].modality == "CT"
-
-
-def test_slakes_languages_are_read_alone_or_together_with_a_warning_of_the_leak(tmp_path, capsys):
-    slake(tmp_path, SLAKE, SLAKE | {"qid": 12, "q_lang": "zh"})
-    assert [s.id for s, _ in read_slake(tmp_path, "train", "zh")] == ["12"]
+    assert [s.id for s, _ in read_slake(tmp_path, "train", "zh")] == ["13"]
     assert not capsys.readouterr().err
-    assert [s.id for s, _ in read_slake(tmp_path, "train", "all")] == ["11", "12"]
+    assert [s.id for s, _ in read_slake(tmp_path, "train", "all")] == ["11", "12", "13"]
     assert "images of the test split are in training" in capsys.readouterr().err
 
 
@@ -159,9 +156,6 @@ def test_a_pickle_holds_plain_data_in_every_protocol_or_is_refused(tmp_path, pro
     values = [{"a": "é\ud7ff", "b": [1, -(10**30), 2.5, None, True], "c": ["x"] * 300}] * 3
     file.write_bytes(pickle.dumps(values, protocol))
     assert read_pickle(file) == values
-    values[0]["itself"] = values  # a list within itself is a list
-    file.write_bytes(pickle.dumps(values, protocol))
-    assert len(read_pickle(file)) == 3
     file.write_bytes(pickle.dumps([Attack()], protocol))
     with pytest.raises(UserError, match=rf"^{file}: [^\n]*more than hold data[^\n]*$"):
         read_pickle(file)
@@ -171,12 +165,9 @@ def test_a_pickle_holds_plain_data_in_every_protocol_or_is_refused(tmp_path, pro
     ("data", "message"),
     [
         (b"", "not a pickle"),
-        (pickle.dumps(list(range(100)))[:-20], "not a pickle"),
         (b"cos\nsystem\n(S'true'\ntR.", "more than hold data: GLOBAL os system"),
-        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "more than hold data: STACK_GLOBAL"),
         (b"]r\xff\xff\xff\x7f.", "numbers its value 2147483647"),  # a table of 16 GiB
         (b"]q\x02.", "numbers its value 2"),
-        (pickle.dumps({"a": {1, 2}}), "more than hold data: EMPTY_SET"),
         (b"\x80\x02]})" + b"2\x86" * 45 + b"Nsa.", "more than hold data: EMPTY_TUPLE"),  # 2^45
         (b"c" + b"A" * 5_000_000 + b"\nx\n.", "more than hold data: GLOBAL " + "A" * 60),
         (pickle.dumps({"a": 1}), 'must be a list of records, is {"a": 1}'),
@@ -191,47 +182,31 @@ def test_a_malicious_or_broken_pickle_is_refused_in_one_line(tmp_path, data, mes
         load_samples([spec], "vqa", "test")
 
 
-def counts(samples):
-    return len(samples), sum(s.answer_type == "closed" for s in samples)
+@REAL
+def test_the_real_data_sets_have_their_published_sizes(tmp_path):
+    slake, rad = f"slake:{DATA / 'slake'}", f"vqa-rad:{DATA / 'vqa_rad'}"
+    (tmp_path / "pvqa_test.json").symlink_to(DATA / "pathvqa" / "pvqa_test.json")
+    (tmp_path / "images" / "test").mkdir(parents=True)
+    for entry in json.loads((tmp_path / "pvqa_test.json").read_text()):
+        (tmp_path / "images" / "test" / f"{entry['img_id']}.jpg").touch()  # never opened here
+    for spec, split, sizes in (
+        (slake, "train", (4918, 1943, 450)),  # of 4 919 one has no answer
+        (slake, "val", (1053, 422, 96)), (slake, "test", (1061, 416, 96)),
+        (rad, "train", (1797, 1027, 313)), (rad, "test", (451, 272, 203)),
+        (rad.replace("rad:", "rad-3515:"), "train", (3064, 1823, 314)),
+        (f"pathvqa:{tmp_path}", "test", (6761, 3391, 858)),
+    ):  # fmt: skip
+        found = load_samples([spec], "vqa", split)
+        n_closed = sum(s.answer_type == "closed" for s in found)
+        assert (len(found), n_closed, len({s.image for s in found})) == sizes, spec
 
 
 @REAL
-def test_slake_has_its_published_sizes_and_its_english_splits_share_no_image():
-    spec, images = f"slake:{DATA / 'slake'}", []
-    for split, expected in (("train", (4918, 1943)), ("val", (1053, 422)), ("test", (1061, 416))):
-        samples = load_samples([spec], "vqa", split)
-        assert counts(samples) == expected  # of 4 919 in training one has no answer
-        images.append({s.image for s in samples})
-    assert [len(names) for names in images] == [450, 96, 96] and len(set.union(*images)) == 642
-    assert len(load_samples([spec], "vqa", "test", lang="zh")) == 1033
-
-
-@REAL
-def test_vqa_rad_has_its_published_sizes_and_no_test_question_in_training_but_one(capsys):
-    spec, training = f"{DATA / 'vqa_rad'}", defaultdict(str)
-    assert counts(load_samples([f"vqa-rad:{spec}"], "vqa", "train")) == (1797, 1027)
-    test = load_samples([f"vqa-rad:{spec}"], "vqa", "test")
-    assert counts(test) == (451, 272) and not capsys.readouterr().err
-    assert len(load_samples([f"vqa-rad-3515:{spec}"], "vqa", "train")) == 3064
-    assert "284 of the framed questions in training restate" in capsys.readouterr().err
+def test_no_test_question_of_vqa_rad_is_in_training_but_one():
+    spec, training = f"vqa-rad:{DATA / 'vqa_rad'}", defaultdict(str)
     for what in ("captions", "instructions"):
-        for s in load_samples([f"vqa-rad:{spec}"], what, "train"):
+        for s in load_samples([spec], what, "train"):
             training[s.image] += "".join(f" {q} {a}." for q, a in s.turns)
+    test = load_samples([spec], "vqa", "test")
     leaked = [s.id for s in test if f" {' '.join(s.turns[0])}." in training[s.image]]
     assert leaked == ["447"]  # its owners put it into both splits
-
-
-@REAL
-@pytest.mark.parametrize(
-    ("split", "expected"),
-    [pytest.param("train", (19_755, 9_806), marks=pytest.mark.slow),
-     pytest.param("val", (6_279, 3_135), marks=pytest.mark.slow), ("test", (6_761, 3_391))],
-)  # fmt: skip
-def test_pathvqa_has_its_published_sizes(tmp_path, split, expected):
-    file = DATA / "pathvqa" / f"pvqa_{split}.json"
-    (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "images" / split).mkdir(parents=True)
-    for entry in json.loads(file.read_text()):
-        (tmp_path / "images" / split / f"{entry['img_id']}.jpg").touch()  # never opened here
-    samples = load_samples([f"pathvqa:{tmp_path}"], "vqa", split)
-    assert counts(samples) == expected and len({s.id for s in samples}) == len(samples)
