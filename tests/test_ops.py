@@ -4,6 +4,7 @@ python -m pytest tests/test_ops.py
 """
 
 import copy
+import math
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -133,6 +134,21 @@ def test_sorted_experts_equal_the_definition_and_with_lora_the_loop(ffn, rank):
     assert learns == [[True, False, True]] * len(params)  # 0 for the idle expert, and not None
     if not rank:
         close(found[1][0], reference.experts(params, x, gates))
+
+
+@pytest.mark.parametrize("width", [16, 18])  # of a multiple of 16 bytes, F.grouped_mm is used
+def test_an_expert_without_tokens_may_hold_nan(width):
+    found = []
+    for value in (0.0, math.nan):
+        layer = shake(SortedExperts(MLP(16, width), 4))
+        for param in layer.parameters():
+            param.data[1] = value
+        x = randn(10, 16).requires_grad_()
+        y = layer(x, torch.tensor([[0.5, 0.0, 0.2, 0.3]]).expand(10, -1))
+        y.square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in layer.parameters())])
+    assert len(found[1]) == 6 and all(t.isfinite().all() for t in found[1])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def test_use_sorted_experts_changes_every_sparse_layer_and_place_experts_where_it_is_faster():

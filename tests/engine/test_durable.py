@@ -22,11 +22,12 @@ FILES = ("a.bin", "b.json")
 
 
 @pytest.fixture(autouse=True)
-def synced(monkeypatch):
+def synced():
     """What os.fsync was called with, (handle, inode); it is slow, and here does nothing."""
     found = []
-    monkeypatch.setattr(os, "fsync", lambda handle: found.append((handle, os.stat(handle).st_ino)))
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: found.append((handle, os.stat(handle).st_ino)))
+        yield found
 
 
 def put(text, path):

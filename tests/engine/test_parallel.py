@@ -144,14 +144,17 @@ def test_one_process_alone_exchanges_nothing(monkeypatch):
 def test_each_process_of_torchrun_takes_the_gpu_of_its_local_rank(
     monkeypatch, device, n_gpus, local_rank, backend
 ):
+    def note(begun, backend, timeout):
+        begun.append(backend)
+
     taken, begun = [], []
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     for place, name, value in [(torch.cuda, "device_count", lambda: n_gpus),
                                (torch.cuda, "set_device", taken.append),
-                               (dist, "init_process_group", lambda n, timeout: begun.append(n)),
-                               (dist, "get_rank", lambda: 3)]:  # fmt: skip
+                               (dist, "init_process_group", partial(note, begun)),
+                               (dist, "get_rank", partial(int, 3))]:  # fmt: skip
         monkeypatch.setattr(place, name, value)
     if backend is UserError:
         with pytest.raises(UserError, match="this machine has 1 GPUs"):

@@ -9,6 +9,7 @@ import random
 import resource
 import signal
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -557,7 +558,7 @@ def test_gradients_are_scaled_to_their_joint_norm(build, world):
 def test_flags_of_speed_reach_the_model(tmp_path, monkeypatch, build, rank):
     called, names = [], ("compile_blocks", "checkpoint_blocks", "shard", "cache_features")
     for place, name in [(module.ops, "place_experts"), *((module, name) for name in names)]:
-        monkeypatch.setattr(place, name, lambda *args, name=name: called.append((name, *args)))
+        monkeypatch.setattr(place, name, partial(lambda *args: called.append(args), name))
     model, processes, is_on = build(), Processes(rank, 2), rank == 1
     flags = TrainConfig(out=str(tmp_path), device="cpu", seed=7, expert_parallel=3, compile=is_on,
                         activation_checkpointing=is_on)  # fmt: skip

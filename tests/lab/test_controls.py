@@ -59,6 +59,7 @@ def test_forced_by_modality_moves_the_gates_and_keeps_their_values(n_experts, k)
     top = logits.softmax(-1).topk(k)
     gates = torch.zeros_like(logits).scatter(-1, top.indices, top.values)
     modality, inner = torch.tensor([0, 1, 2, 3, 1, -1]), TopKRouter(8, n_experts, k)
+    assert n_experts > 1
     for shift in range(n_experts):
         change = ByModality(inner, shift).change
         moved = change(gates, logits, modality)
@@ -87,12 +88,16 @@ def test_forced_routing_holds_while_the_answer_is_generated(build, collate, leve
 
     own = routings()
     with forced(model, partial(ByModality, shift=1)):
-        for i, routing in enumerate(routings()):
+        shifted = routings()
+        for i, routing in enumerate(shifted):
             real = routing.gates if i >= 2 else routing.gates[:, 1:]  # without the padding
             assert (real.argmax(-1) == torch.tensor([[3], [0]])).all()
             assert (real[0, :, 2] == 0).all() and (real[1, :, 3] == 0).all()
             assert i >= 2 or routing.gates[1, 0].eq(0).all()
     with forced(model, partial(Alone, expert=1)):
-        assert all((r.gates[:, -1] == torch.tensor([0, 1.0, 0, 0])).all() for r in routings())
-    for a, b in zip(own, routings(), strict=True):  # its own routers are back
+        alone = routings()
+    again = routings()  # its own routers are back
+    assert len(shifted) == len(alone) == len(again) == len(own) == 8
+    assert all((r.gates[:, -1] == torch.tensor([0, 1.0, 0, 0])).all() for r in alone)
+    for a, b in zip(own, again, strict=True):
         assert torch.equal(a.gates, b.gates)

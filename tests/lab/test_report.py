@@ -139,7 +139,7 @@ def test_the_load_is_what_counting_routed_tokens_one_by_one_gives(run, shown):
     assert {(g, name) for g in numbers["load"] for name in numbers["load"][g]} == counts.keys()
     for (group, name), rows in counts.items():
         found = numbers["load"][group][name]
-        assert found["routed"] == [sum(row) for row in rows] and len(rows) == 2
+        assert found["routed"] == [sum(row) for row in rows] and found["shares"]
         for row, shares in zip(rows, found["shares"], strict=True):
             assert shares == pytest.approx([n / sum(row) for n in row])
             cells = "".join(rf"<td[^>]*>{100 * n / sum(row):.1f}</td>" for n in row)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
-from safetensors.torch import load_file, save_file
 
 from config import UserError
 from data import Packed, Sample
@@ -43,7 +42,7 @@ def found(image, trained) -> tuple[int, int]:
     return report["images_seen"], report["images_alike"]
 
 
-def test_a_copied_re_encoded_rescaled_or_brighter_image_is_found(tmp_path):
+def test_a_changed_copy_of_an_image_is_found_and_a_mirrored_or_another_is_not(tmp_path):
     original = saved(photo(0), tmp_path / "a.png")
     copy = Path(shutil.copy(original, tmp_path / "renamed.png"))
     assert found(copy, original) == (1, 1)
@@ -54,13 +53,8 @@ def test_a_copied_re_encoded_rescaled_or_brighter_image_is_found(tmp_path):
         "brighter": saved(ImageEnhance.Brightness(photo(0)).enhance(1.1), tmp_path / "c.png"),
         "grey": saved(photo(0).convert("L"), tmp_path / "grey.png"),
     }
-    assert {name: found(file, original) for name, file in changed.items()} == dict.fromkeys(
-        changed, (0, 1)
-    )
-
-
-def test_a_mirrored_or_another_image_is_not_found(tmp_path):
-    original = saved(photo(0), tmp_path / "a.png")
+    counts = {name: found(file, original) for name, file in changed.items()}
+    assert counts == dict.fromkeys(changed, (0, 1))
     for n, other in enumerate((ImageOps.mirror(photo(0)), ImageOps.flip(photo(0)), photo(1))):
         assert found(saved(other, tmp_path / f"{n}.png"), original) == (0, 0)
 
@@ -182,9 +176,6 @@ def test_what_was_seen_is_stored_without_doubles_in_one_order(tmp_path):
     seen, back = seen_by(samples), seen_by(samples[::-1] + samples, workers=1)
     assert torch.equal(seen, back) and seen.dtype == torch.int64
     assert len(seen) == check(samples, seen)["images"] == 3
-    save_file({"rows": seen}, tmp_path / "seen.safetensors")
-    stored = load_file(tmp_path / "seen.safetensors")["rows"]
-    assert check(samples, stored) == check(samples, seen)
 
 
 def test_the_fingerprint_tells_versions_of_a_split_apart(tmp_path):
@@ -198,27 +189,13 @@ def test_the_fingerprint_tells_versions_of_a_split_apart(tmp_path):
     assert fingerprint([replace(s, image=m) for s, m in zip(samples, moved, strict=True)]) == first
     saved(photo(0), tmp_path / "three" / "0.png", compress_level=1)  # other bytes, same image
     changes = [
-        {"turns": (("What is shown?", "Liver"),)},
-        {"turns": (("What is shown here?", "Lung"),)},
-        {"image": tmp_path / "three" / "0.png"},
-        {"image": None},
-        {"id": "4"},
-        {"source": "elsewhere"},
-        {"split": "val"},
-    ]
+        {"turns": (("What is shown?", "Liver"),)}, {"turns": (("What is shown here?", "Lung"),)},
+        {"image": tmp_path / "three" / "0.png"}, {"image": None}, {"id": "4"},
+        {"source": "elsewhere"}, {"split": "val"},
+    ]  # fmt: skip
     others = {fingerprint([replace(samples[0], **change), *samples[1:]]) for change in changes}
     assert len(others - {first}) == len(changes)
     assert fingerprint(samples[:2]) != first
-
-
-def test_each_image_is_read_once(tmp_path, monkeypatch):
-    files = [saved(photo(n), tmp_path / f"{n}.png") for n in range(3)]
-    opened = []
-    monkeypatch.setattr(leaks, "open_image", lambda file: opened.append(file) or Image.open(file))
-    samples = [qa(file, q) for q in ("a1", "b2") for file in files]
-    trained = seen_by(samples)
-    check(samples, trained)
-    assert sorted(opened) == files
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):
@@ -253,10 +230,7 @@ def test_the_search_equals_counting_bits_across_chunks(monkeypatch):
 def test_nothing_shared_is_said_plainly(tmp_path):
     samples = [qa(saved(photo(0), tmp_path / "a.png")), qa(None, "Where?")]
     clean = "no image and no question of this split was in training"
-    for seen in (
-        seen_by([]),
-        seen_by([qa(saved(photo(1), tmp_path / "b.png"), "Why?")]),
-    ):
+    for seen in (seen_by([]), seen_by([qa(saved(photo(1), tmp_path / "b.png"), "Why?")])):
         report = check(samples, seen)
         assert show(report) == clean
         assert not any(report[x] for x in ("images_alike", "pairs_seen", "questions_seen", "named"))
@@ -281,12 +255,10 @@ def test_a_leak_is_said_loudly_and_in_few_lines(tmp_path):
     assert "2 of 8 questions were, with their answers, about other images" in message
     other = check([qa(files[1], "Why?")], trained)
     assert show(other).startswith("LEAK: 1 of 1 images were in training, 0 of 1 questions")
-    assert len(message.splitlines()) == 3 and all(
-        c.isprintable() for c in message.replace("\n", "")
-    )
+    assert len(message.splitlines()) == 3 and message.replace("\n", "").isprintable()
 
 
-def test_slake_shares_neighbouring_slices_between_its_splits(tmp_path):
+def test_slake_shares_neighbouring_slices_between_its_splits():
     if not (REAL / "slake").is_dir():
         pytest.skip("SLAKE is not in shared/data")
     images = {}
@@ -297,9 +269,3 @@ def test_slake_shares_neighbouring_slices_between_its_splits(tmp_path):
     seen = seen_by([qa(file) for file in images["train"]])
     report = check([qa(file) for file in images["test"]], seen)
     assert [report[x] for x in ("images", "images_seen", "images_alike")] == [96, 0, 16]
-    worst = []
-    for n, file in enumerate(images["train"][::10]):
-        half = ImageOps.scale(Image.open(file).convert("RGB"), 0.5)
-        worst.append(qa(saved(half, tmp_path / f"{n}.jpg", quality=50)))
-    report = check(worst, seen)
-    assert report["images_seen"] == 0 and report["images_alike"] == len(worst) == 45

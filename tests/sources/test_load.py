@@ -67,32 +67,35 @@ def test_sources_of_every_kind_are_joined_in_order_and_each_is_named_once(tmp_pa
         load_samples(["phantoms:4", "phantoms:5"], "vqa", "test")
 
 
-def test_classes_become_the_possible_answers_of_one_question(tmp_path):
+def test_a_class_answers_one_question_and_several_labels_a_yes_or_no_each(tmp_path):
     spec, options = npz(tmp_path, "pneumoniamnist", [0, 1]), ("normal", "pneumonia")
     question = "Which of these does the image show: normal, pneumonia?"
-    images = [Packed(tmp_path / "pneumoniamnist.npz", "test", i) for i in (0, 1)]
-    assert load_samples([spec], "vqa", "test") == [
-        Sample(f"test-{i}", "pneumoniamnist", "test", images[i], ((question, options[i]),), "X-ray",
-               "closed", "class", options) for i in (0, 1)
-    ]  # fmt: skip
-    captions = load_samples([spec], "captions", "train")
-    assert [s.turns for s in captions] == [(("", f"an X-ray: {c}."),) for c in options]
+    assert load_samples([spec], "vqa", "test")[1] == Sample(
+        "test-1", "pneumoniamnist", "test", Packed(tmp_path / "pneumoniamnist.npz", "test", 1),
+        ((question, "pneumonia"),), "X-ray", "closed", "class", options)  # fmt: skip
     (caption,) = load_samples([npz(tmp_path, "octmnist", [3])], "captions", "train")
     assert caption.turns == (("", "an image: normal."),) and caption.modality is None
-
-
-def test_several_labels_become_a_yes_or_no_each(tmp_path):
     spec = npz(tmp_path, "chestmnist", [[0] * 14, [1, *[0] * 12, 1]])
     samples = load_samples([spec], "vqa", "val")
     assert [s.turns[0][1] for s in samples] == ["no"] * 14 + ["yes", *["no"] * 12, "yes"]
-    turns = (("Does the image show atelectasis?", "yes"),)
     assert samples[14] == Sample(
         "val-1-atelectasis", "chestmnist", "val", Packed(tmp_path / "chestmnist.npz", "val", 1),
-        turns, "X-ray", "closed", "atelectasis", ("no", "yes"))  # fmt: skip
-    dialogues = load_samples([spec], "instructions", "val")
-    assert [len(s.turns) for s in dialogues] == [14, 14]
+        (("Does the image show atelectasis?", "yes"),), "X-ray", "closed", "atelectasis",
+        ("no", "yes"))  # fmt: skip
+    assert [len(s.turns) for s in load_samples([spec], "instructions", "val")] == [14, 14]
     captions = [s.turns[0][1] for s in load_samples([spec], "captions", "val")]
     assert captions == ["an X-ray: nothing.", "an X-ray: atelectasis, hernia."]
+
+
+def test_dialogues_ask_up_to_four_questions_and_each_question_in_three_of_them(tmp_path):
+    rows = [SLAKE | {"qid": i, "question": f"{i}?"} for i in range(6)]
+    dialogues = load_samples([slake(tmp_path, *rows)], "instructions", "train")
+    assert [len(s.turns) for s in dialogues] == [4, 2, 4, 2, 4, 2]
+    every = [(f"{i}?", "Yes") for i in range(6)] * 3
+    assert Counter(turn for s in dialogues for turn in s.turns) == Counter(every)
+    assert len({s.turns for s in dialogues[::2]}) == 3  # in three orders
+    assert len({s.id for s in dialogues}) == 6 and dialogues[5].id.endswith("/2")
+    assert {(s.answer_type, s.kind) for s in dialogues} == {("", "")}
 
 
 def test_a_caption_tells_six_answers_open_ones_first_and_no_general_knowledge(tmp_path):
@@ -108,20 +111,6 @@ def test_a_caption_tells_six_answers_open_ones_first_and_no_general_knowledge(tm
     assert (sample.id, sample.answer_type, sample.kind) == ("xmlab0/source.jpg", "", "caption")
     (sample,) = load_samples([slake(tmp_path, *rows[:2])], "captions", "train")
     assert sample.turns[0][1].endswith(" Plane? Coronal. Closed? Yes.")
-
-
-def test_dialogues_ask_up_to_four_questions_and_each_question_in_three_of_them(tmp_path):
-    rows = [SLAKE | {"qid": i, "question": f"{i}?"} for i in range(6)]
-    spec = slake(tmp_path, *rows, SLAKE | {"qid": 9, "img_name": "b.jpg"})
-    save_image(tmp_path / "imgs" / "b.jpg")
-    dialogues = load_samples([spec], "instructions", "train")
-    assert [len(s.turns) for s in dialogues] == [4, 2, 4, 2, 4, 2, 1, 1, 1]
-    assert Counter(turn for s in dialogues[:6] for turn in s.turns) == {
-        (f"{i}?", "Yes"): 3 for i in range(6)}  # fmt: skip
-    assert len({s.turns for s in dialogues[:6:2]}) == 3  # in three orders
-    assert len({s.id for s in dialogues}) == 9 and dialogues[8].id == "9/2"
-    assert {(s.answer_type, s.kind) for s in dialogues} == {("", "")}
-    assert load_samples([spec], "instructions", "train") == dialogues
 
 
 def test_missing_images_are_named_and_their_questions_left_out_only_if_allowed(tmp_path, capsys):

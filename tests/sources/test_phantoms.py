@@ -93,7 +93,9 @@ def test_spots_lie_in_the_image_clear_of_each_other_and_normal_ones_in_another_q
     groups, sums = 0, []
     for p in TRUTHS:
         _, _, findings, normal = plan(p.seed)
-        for i, (x, y, *radii) in enumerate(spots := findings + normal):
+        spots = findings + normal
+        assert len(spots) == p.count + len(normal)
+        for i, (x, y, *radii) in enumerate(spots):
             assert max(abs(x), abs(y)) + max(radii) <= 56
             assert min(abs(x), abs(y)) - max(radii) > 2
             for u, v, *others in spots[:i]:
@@ -133,6 +135,7 @@ def test_a_world_has_as_many_conventions_as_it_has_domains(domains):
         assert found[organs[0]] == CONVENTIONS[MODALITIES[i % domains]]
         assert (found[organs[1]] == found[organs[0]]) == (domains != 8)
     read = set()
+    assert len(world) == 200
     for seed in world:
         _, truth, spots, _ = plan(seed)
         if truth["count"]:

@@ -199,6 +199,8 @@ def test_the_real_data_sets_have_their_published_sizes(tmp_path):
         found = load_samples([spec], "vqa", split)
         n_closed = sum(s.answer_type == "closed" for s in found)
         assert (len(found), n_closed, len({s.image for s in found})) == sizes, spec
+    slakes = [s for split in ("train", "val", "test") for s in load_samples([slake], "vqa", split)]
+    assert len({s.image for s in slakes}) == 642  # 450 + 96 + 96: its English splits share none
 
 
 @REAL
