@@ -227,7 +227,8 @@ def main() -> None:
         for mutant, outcome in zip(drawn, pool.map(judge, drawn), strict=True):
             counts["packages" if "/" in mutant.file else "reading path"][outcome] += 1
             if outcome != "killed":
-                print(f"{outcome}: line {mutant.line}, {mutant} {reasons.get(str(mutant), '')}")
+                print(f"{outcome}: line {mutant.line}, {mutant} {reasons.get(str(mutant), '')}",
+                      flush=True)  # fmt: skip
     print(
         "| | killed | survived | equivalent | killed of those that are not |\n|---|---|---|---|---|"
     )
