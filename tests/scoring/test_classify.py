@@ -1,35 +1,11 @@
 """Classes as answers, by likelihood and by generation."""
 
-import itertools
-
 import numpy as np
 import pytest
 
-from config import IGNORE, IMAGE_ID
 from data import Sample
-from engine.inference import option_likelihoods
 from scoring.classify import judge_classes, show_classes
 from sources import medmnist
-
-PATCHES = [IMAGE_ID] * 4
-PROMPTS = [[5, *PATCHES, 9, 11], [*PATCHES, 7], [7, 8, 40, 41, 12]]  # an image, one, none
-OPTIONS = [[12, 2], [30, 31, 33, 2], [2], [30, 2]]
-
-
-@pytest.mark.parametrize("moe", [None, {}, {"level": "sequence"}])
-@pytest.mark.parametrize("family", ["phi", "stablelm", "llama"])
-def test_an_option_is_as_likely_as_its_tokens_are_in_the_whole_text(build, collate, family, moe):
-    """All prompts once, padded on the left, options from the cache = each text alone and whole."""
-    model = build(family, moe)
-    rows = [(ids, [IGNORE] * len(ids)) for ids in PROMPTS]
-    batch = collate(rows, side="left")
-    found = option_likelihoods(model, batch, OPTIONS)
-    assert found.shape == (3, 4)
-    images = [batch.images[:1], batch.images[1:], batch.images[:0]]
-    for (i, prompt), (j, option) in itertools.product(enumerate(PROMPTS), enumerate(OPTIONS)):
-        one = [(prompt + option, [IGNORE] * len(prompt) + option)]
-        loss = model.loss(collate(one, images=images[i])).total.item()
-        assert found[i, j].item() == pytest.approx(-loss, abs=1e-4), (i, j)
 
 
 def question(name, answer, options, source, kind="class", image=1):
