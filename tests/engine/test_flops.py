@@ -1,5 +1,7 @@
 """FLOPs of a step are those that torch counts as it runs."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,7 +27,7 @@ PAPER = {"router": "modality"}
 @pytest.fixture(autouse=True)
 def one_matmul_per_expert(monkeypatch):
     """torch counts no grouped matmul; the loop that defines it is counted."""
-    monkeypatch.setattr(ops, "_has_grouped_mm", lambda *_: False)
+    monkeypatch.setattr(ops, "_has_grouped_mm", Mock(return_value=False))
 
 
 def prepared(build, family, phase, moe=None, **flags):
