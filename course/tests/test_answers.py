@@ -73,7 +73,9 @@ def test_a_method_that_is_missing_skips_its_checks_only(number):
         def update(self, load):
             raise NotImplementedError
 
-    for name, outcome in outcomes(GateOnly, number).items():
+    found = outcomes(GateOnly, number)
+    assert len(found) > 1
+    for name, outcome in found.items():
         needs_more = any(word in name for word in ("penalty", "counteracts", "aims_at"))
         assert outcome == ("not implemented yet" if needs_more else "passed"), name
 

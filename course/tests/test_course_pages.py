@@ -123,8 +123,10 @@ def test_a_solution_trains_by_its_pages_command_and_generates_or_is_refused(numb
     train.main([*argv, *base[1]])
     assert [record["step"] for record in losses(tmp_path)] == [0, 1]
     tensors = weights(tmp_path / "phase3")
-    assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
-    for buffer, start in {5: {"bias": 0.0}, 8: {"coefficient": 1e-8}}.get(number, {}).items():
+    broken = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    assert tensors and not broken
+    if number in (5, 8):  # what they update is saved
+        buffer, start = {5: ("bias", 0.0), 8: ("coefficient", 1e-8)}[number]
         found = [t for name, t in tensors.items() if name.endswith(f".router.{buffer}")]
         assert len(found) == 2 and all((t != torch.tensor(start)).any() for t in found)
     model, text, _ = load_model(tmp_path / "phase3", torch.device("cpu"))
