@@ -19,7 +19,7 @@ from tests.test_layout import PATH
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "results/README.md", "engine/README.md", "sources/README.md",
          "lab/README.md")  # fmt: skip
-TEXTS = {page: (ROOT / page).read_text() for page in (*PAGES, "cuda/README.md")}
+TEXTS = {page: (ROOT / page).read_text() for page in (*PAGES, "cuda/README.md", "tests/README.md")}
 README = TEXTS["README.md"]
 FLAGS = {"train.py": train.TrainConfig, "eval.py": evaluation.EvalConfig,
          "chat.py": chat.ChatConfig}  # fmt: skip
