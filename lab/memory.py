@@ -2,22 +2,16 @@
 
     python -m lab.memory --preset phi2 --gpus 8 --batch-size 64 --accumulate 8
 
-For each GPU, where the tower is frozen, matmuls run in bf16 and attention is fused:
+For each GPU, with a frozen tower, matmuls in bf16 and fused attention. The parameters, gradients
+and moments are counted on the model, built without memory; the rest is by formula:
 
-parameters   4 bytes each, or 2 with bf16 weights; 4 for routers
-gradients    alike, of what is trained
-optimizer    AdamW's two fp32 moments of what is trained; with --weights bf16 its fp32 copy too
 activations  what autograd keeps for backward, and the loss's working memory, all text supervised
-copies       with fp32 weights, the bf16 copies of matrices: autograd keeps them for backward, and
-             autocast those of trained ones until the whole forward is over
-gathered     with several GPUs, each of which holds a part of the first three (FSDP2): two blocks
-             at a time and all that is in no block, whole, and one of their gradients
-total        the most at once. Gradients come while activations and copies go: with one micro-batch
-             a step it is all but the gradients, or all but the activations and copies
+copies       with fp32 weights, the bf16 copies of matrices, which autograd and autocast keep
+gathered     with several GPUs (FSDP2): two blocks and all that is in no block, and one gradient
+total        the most at once: gradients come while activations and copies go
 
-The first three are counted on the model, built without memory; activations and copies by formula.
-Not counted: CUDA itself, workspaces and fragmentation, for which a tenth of a GPU stays free, and
-small tables (routes, rotary angles). Experts are taken to be evenly loaded. Letters: config.py.
+Not counted: CUDA itself, workspaces, fragmentation (a tenth of a GPU stays free), small tables.
+Experts are taken to be evenly loaded. Letters: config.py.
 """
 
 import json
@@ -88,11 +82,7 @@ def block_work(d: DecoderConfig, length: int, phase: int, layer: int, rank: int)
 
 
 def ffn_work(d: DecoderConfig, rows: int, trained: bool, rank: int, before: bool, n=1) -> Work:
-    """n FFNs through which `rows` rows go in all; with a rank only low-rank additions are trained.
-
-    before: the input needs a gradient. Kept: what the activation reads (gated: and its result, and
-    up's); trained, also each matrix's input.
-    """
+    """n FFNs through which `rows` rows go in all; before: the input needs a gradient."""
     reading = 1 if d.family == "phi" else 2  # matrices that read the input: fc1, or gate and up
     size = d.d_model * d.d_ff
     low = (reading + 1) * rank * (d.d_model + d.d_ff) * trained
@@ -118,11 +108,8 @@ def rest_work(config: ModelConfig, length: int, phase: int, rank: int) -> Work:
 
 def nbytes(module: nn.Module, trained: bool = False, share: float = 1) -> float:
     """Of its parameters, or of those that are trained; of experts a share."""
-    return sum(
-        p.numel() * p.element_size() * (share if ".experts." in f".{name}" else 1)
-        for name, p in module.named_parameters()
-        if p.requires_grad or not trained
-    )
+    found = [(n, p) for n, p in module.named_parameters() if p.requires_grad or not trained]
+    return sum(p.nbytes * (share if ".experts." in f".{n}" else 1) for n, p in found)
 
 
 def phase_plan(flags: MemoryConfig, config: ModelConfig, phase: int, samples: int) -> dict:
@@ -149,14 +136,10 @@ def phase_plan(flags: MemoryConfig, config: ModelConfig, phase: int, samples: in
     if flags.activation_checkpointing:
         kept = others.kept + d.n_layers * length * size * d.d_model + largest
         copied = others.copied + max(sum(w.cached for w in works), *copies)
-    found = {
-        "parameters": math.ceil(nbytes(model) / flags.gpus),
-        "gradients": math.ceil(nbytes(model, trained=True) / flags.gpus),
-        "optimizer": math.ceil(moments / flags.gpus),
-        "activations": samples * kept,
-        "copies": copy * copied,
-        "gathered": gathered(flags, model) if flags.gpus > 1 else 0,
-    }
+    stored = {"parameters": nbytes(model), "gradients": nbytes(model, True), "optimizer": moments}
+    found = {name: math.ceil(size / flags.gpus) for name, size in stored.items()}
+    found |= {"activations": samples * kept, "copies": copy * copied}
+    found["gathered"] = gathered(flags, model) if flags.gpus > 1 else 0
     forward, backward = found["activations"] + found["copies"], found["gradients"]
     most = max(forward, backward + samples * largest)
     if flags.accumulate > 1:  # a second micro-batch finds the first one's gradients
@@ -171,8 +154,8 @@ def gathered(flags: MemoryConfig, model: MedMoE) -> int:
     share = 0 if flags.expert_parallel == flags.gpus else 1 / flags.expert_parallel
     blocks = [*model.vision.blocks, *model.decoder.blocks]
     stored, trained = ([nbytes(b, which, share) for b in blocks] for which in (False, True))
-    rest = nbytes(model) - sum(nbytes(block) for block in blocks)
-    rest_trained = nbytes(model, True) - sum(nbytes(block, True) for block in blocks)
+    rest, rest_trained = (nbytes(model, which) - sum(nbytes(b, which) for b in blocks)
+                          for which in (False, True))  # fmt: skip
     return math.ceil(rest + max(rest_trained, *trained) + 2 * max(stored))
 
 

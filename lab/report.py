@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import product
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,20 +125,11 @@ def calibration(samples: Sequence[Sample], found: Sequence[Prediction], n_layers
             "bins": [b for b in reliability(*pair, N_BINS) if b["n"]]}  # fmt: skip
 
 
-def choose(samples: Sequence[Sample], answers: Sequence[str], n: int) -> list[int]:
-    """Which questions to show: of each modality one right, one wrong, alternating.
-
-    All of different images, and of different kinds of question as far as there are enough.
-    """
-    order, chosen = [*MODALITIES, None], []
-    right = [value(s, a, None) == 1 for s, a in zip(samples, answers, strict=True)]
-    for i_round, name in product(range(n), order):
-        images, kinds = {samples[i].image for i in chosen}, {samples[i].kind for i in chosen}
-        free = [i for i, s in enumerate(samples) if s.modality == name and i not in chosen]
-        rank = {i: (right[i] != (i_round % 2 == 0), samples[i].image in images,
-                    samples[i].kind in kinds) for i in free}  # fmt: skip
-        if free and len(chosen) < n:
-            chosen.append(min(free, key=rank.get))
+def choose(samples: Sequence[Sample], n: int) -> list[int]:
+    """Which questions to show: the first of each modality, in turn."""
+    order = [*MODALITIES, None]
+    each = [[i for i, s in enumerate(samples) if s.modality == name] for name in order]
+    chosen = [i for row in zip_longest(*each) for i in row if i is not None][:n]
     return sorted(chosen, key=lambda i: order.index(samples[i].modality))
 
 
@@ -202,15 +193,12 @@ def measure(predictor: Predictor, flags: ReportConfig, meta: dict) -> tuple[dict
             "router": judge_router(samples, found),
             "calibration": calibration(samples, found, len(blocks)),
         }  # fmt: skip
-    chosen = choose(samples, answers, flags.images)
+    chosen = choose(samples, flags.images)
     return numbers, [explain(predictor, samples[i]) for i in chosen]
 
 
 def training_curves(steps: Sequence[dict], names: Sequence[str]) -> dict[str, dict]:
-    """The loss and, where the log has the load, each expert's share and the balance, over steps.
-
-    CV: standard deviation over mean; MaxVio: largest over mean, minus 1 (arXiv 2408.15664).
-    """
+    """The loss and, where the log has the load, each expert's share, over steps."""
     loss, curves = [r["loss"] for r in steps], {}
     if steps:
         smooth = [np.mean(loss[max(0, i - 9) : i + 1]) for i in range(len(loss))]
@@ -223,11 +211,8 @@ def training_curves(steps: Sequence[dict], names: Sequence[str]) -> dict[str, di
         load = np.array([r["load"] for r in kept])  # (steps, L, E)
         mean = load.mean(axis=-1).clip(1e-9)
         shares = (load / mean[..., None]).mean(axis=1).T / len(names)  # (E, steps)
-        balance = {"CV": (load.std(axis=-1) / mean).mean(axis=1),
-                   "MaxVio": (load.max(axis=-1) / mean - 1).mean(axis=1)}  # fmt: skip
         by_expert = dict(zip(names, shares, strict=True))
-        curves |= {"Load": ("Share of routed tokens", kept, by_expert),
-                   "Balance": ("CV, MaxVio", kept, balance)}  # fmt: skip
+        curves["Load"] = ("Share of routed tokens", kept, by_expert)
     return {title: {"y": y, "steps": [r["step"] for r in at], "named": named}
             for title, (y, at, named) in curves.items()}  # fmt: skip
 
@@ -405,8 +390,6 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"{flags.out}  {len(page.encode()) / 1000:,.0f} kB, {numbers['n']:,} questions")
         if flags.png:
             figures = {"load": load_figure(numbers), "overlays": overlay_figure(numbers, examples)}
-            if numbers["calibration"]["n"]:
-                figures["calibration"] = reliability_chart(numbers["calibration"])
             Path(flags.png).mkdir(parents=True, exist_ok=True)
             for name, figure in figures.items():
                 (Path(flags.png) / f"{name}.png").write_bytes(png(figure, 200))

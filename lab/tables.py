@@ -1,10 +1,9 @@
 """The paper's result tables with ours beside them, as markdown.
 
     python -m lab.tables [--results DIR]
-    python -m lab.tables --record FILE [--record FILE ...] [--results DIR]
 
-Ours are what `eval.py CHECKPOINT --json FILE` wrote; --record copies it to DIR. Files that differ
-in their seed only are one row. The paper is arXiv 2404.10237v3, its numbers are as printed.
+Ours are what `eval.py CHECKPOINT --json FILE` wrote to DIR. Files that differ in their seed
+only are one row. The paper is arXiv 2404.10237v3, its numbers are as printed.
 """
 
 import json
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError, flag
-from engine.cli import parse, user_errors, write_json
+from engine.cli import parse, user_errors
 from sources.records import read_json, shown
 
 BULKY = {"answers", "load", "by_kind", "by_modality"}
@@ -38,7 +37,6 @@ class TablesConfig:
     """The paper's result tables with ours beside them."""
 
     results: str = flag(str(Path(__file__).parent.parent / "results"), "DIR of our results")
-    record: tuple[str, ...] = flag((), "copy this eval.py --json FILE to --results; repeatable")
 
 
 def hide(word: str) -> str:
@@ -193,28 +191,13 @@ def load(files: list[Path]) -> dict[str, list[Result]]:
     return models
 
 
-def record(result: Result, folder: Path) -> None:
-    words = [result.dataset, result.preset, *result.setup, f"seed{result.seed}"]
-    file = folder / (re.sub(r"[^\w.]+", "-", "-".join(words)) + ".json")
-    if file.exists() and read_json(file) != result.values:
-        raise UserError(f"{file} holds another content; remove it first")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, result.values)
-    print(f"{result.file} -> {file}")
-
-
 @user_errors
 def main(argv: list[str] | None = None) -> None:
     flags = parse(TablesConfig, argv, "python -m lab.tables")
     folder = Path(flags.results)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--results {folder}: is not a folder")
-    models = load([Path(file) for file in flags.record] or sorted(folder.glob("*.json")))
-    text = report(models)  # of --record too: it reads every field
-    for result in [r for results in models.values() for r in results if flags.record]:
-        record(result, folder)
-    if not flags.record:
-        print(text)
+    print(report(load(sorted(folder.glob("*.json")))))
 
 
 if __name__ == "__main__":

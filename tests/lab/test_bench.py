@@ -1,15 +1,20 @@
-"""The benchmark compares two models that compute the same; needs transformers for most of it."""
+"""What the benchmark compares computes the same; some of it needs transformers."""
 
 import importlib.util
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from config import EXPERTS_AND_META, IGNORE, IMAGE_ID
+import config
+import ops
+from config import EXPERTS_AND_META, IGNORE, IMAGE_ID, UserError
 from lab import bench
 from model import freeze_all_but
+from tests import cuda_on_cpu
 from tests.conftest import build, collate
 
 oracle = pytest.mark.skipif(
@@ -26,6 +31,11 @@ def pair(family, **moe):
     return ours, bench.Assembled(ours).eval()
 
 
+def mean(model, batch):
+    loss = model.loss(batch)
+    return loss.total / loss.n_tokens
+
+
 def a_batch(side):
     image = [IMAGE_ID] * 4
     first = [1, 2, *image, 7, 8, 9, 10, 11], [IGNORE] * 8 + [9, 10, 11]
@@ -33,16 +43,12 @@ def a_batch(side):
     return collate(rows, side=side)
 
 
-def mean(loss):
-    return loss.total / loss.n_tokens
-
-
 @oracle
 @FAMILIES
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_loss_and_gradients_are_those_of_the_assembled_model(family, top_k):
     models, batch = pair(family, top_k=top_k), a_batch("right")
-    losses = [mean(model.loss(batch)) for model in models]
+    losses = [mean(model, batch) for model in models]
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
@@ -76,10 +82,10 @@ def test_two_steps_in_bf16_move_both_models_alike():
     counts = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in models]
     assert counts[0] == counts[1] > 0
     for model in models:
-        step, before = bench.stepper(model, torch.bfloat16), mean(model.loss(batch)).item()
+        step, before = bench.stepper(model, torch.bfloat16), mean(model, batch).item()
         step(batch)
         step(batch)
-        gains.append(before - mean(model.loss(batch)).item())
+        gains.append(before - mean(model, batch).item())
     assert gains[0] > 0 and gains[0] == pytest.approx(gains[1], rel=0.1)
 
 
@@ -116,3 +122,78 @@ def test_images_are_read_beside_training_and_memory_has_its_own_file(capsys):
     result = bench.main(["loader", *flags])
     assert set(result["images_per_s"]) == {"1 thread", "2 threads", "training"}
     assert bench.main(["memory", "--gpus", "8"])["gpus"] == 8
+
+
+CPU = torch.device("cpu")
+SMALL = {"phi2": SimpleNamespace(family="phi", d_model=16, d_ff=24),
+         "stablelm2": SimpleNamespace(family="stablelm", d_model=16, d_ff=24)}  # fmt: skip
+BOTH = pytest.mark.parametrize("name", SMALL)
+
+
+@pytest.fixture(autouse=True)
+def small_ffn(monkeypatch):
+    for name, decoder in SMALL.items():
+        small = SimpleNamespace(model=SimpleNamespace(decoder=decoder))
+        monkeypatch.setitem(config.PRESETS, name, small)
+
+
+@BOTH
+@pytest.mark.parametrize("routing", ["balanced", "skewed"])
+def test_the_implementations_of_the_layer_compute_the_same(name, routing):
+    experts = bench.experts_of(name, CPU, torch.float32)
+    gates, x = bench.gates_of(40, routing, CPU), torch.randn(40, 16)
+    assert (gates != 0).sum(dim=1).eq(2).all()
+    assert ((gates != 0).sum(dim=0)[0] == 40) == (routing == "skewed")
+    ours, looped = experts(x, gates), bench.Experts.forward(experts, x, gates)
+    assert type(experts) is ops.SortedExperts
+    torch.testing.assert_close(ours, looped, rtol=1e-4, atol=1e-4)
+    kept = bench.einsum(experts, x, gates)
+    near = (kept - ours).abs().amax(dim=1) < 1e-4
+    assert near.all() == ((gates != 0).sum(dim=0).max() <= 25)  # 1.25 times the mean of 20
+    assert near[:25].all()  # the first tokens are never dropped
+    with FlopCounterMode(display=False) as alone:
+        bench.matmuls(experts, x, gates)()
+    assert alone.get_total_flops() == 3 * 2 * 80 * 16 * 24 * (2 if name == "phi2" else 3)
+
+
+def test_a_wrong_layer_is_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(ops, "permute", lambda x, plan: x[plan.token].roll(1, 0))
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["kernels", "--tokens", "8", "--rounds", "1"])
+    assert "the layer is wrong" in capsys.readouterr().err
+
+
+def test_on_a_cpu_it_compares_the_loop_the_sorted_layer_and_their_matmuls(capsys):
+    found = bench.main(["kernels", "--preset", "stablelm2", "--tokens", "16", "--rounds", "1"])
+    *table, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == found
+    layer = found["sizes"][0]["layer"]
+    assert set(layer["seconds"]) == {"matmuls", "loop", "sorted", "einsum"}
+    assert layer["flops"] == 3 * 2 * 2 * 16 * 3 * 16 * 24
+    for what, times in (("train", layer["seconds"]), ("answer", layer["answer_seconds"])):
+        (line,) = (line for line in table if line.split()[:2] == [what, "sorted"])
+        assert line.endswith(f" {times['sorted'] / times['loop']:.2f} x the loop")
+
+
+@pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason="no simulated GPU here")
+@BOTH
+def test_every_kernel_is_compared_and_timed_where_the_extension_is_on(name, monkeypatch, capsys):
+    cuda_on_cpu.Machine(cuda_on_cpu.compiled()).set(order=0, blocks=3, only=-1)
+    monkeypatch.setattr(ops, "_enabled", {"cpu"})
+    flags = bench.BenchConfig(what="kernels", preset=name, rounds=1, tokens=16)
+    (found,) = bench.bench_kernels(flags, CPU, torch.bfloat16)["sizes"]
+    rows, matmuls = ["route", "permute", "unpermute", "unpermute_grad"], ["forward", "input grad"]
+    gelu = ["gelu"] if name == "phi2" else []
+    assert list(found["kernels"]) == [*rows, *matmuls, "weight grad", *gelu]
+    assert f" {found['kernels']['permute']['ours'] * 1e6:.1f} us" in capsys.readouterr().out
+    assert set(found["kernels"]["weight grad"]) == {"ours", "torch", "loop"}
+    monkeypatch.setattr(ops, "weight_grad", lambda dy, x, offs: torch.zeros(4, 24, 16))
+    with pytest.raises(UserError, match="weight grad is wrong"):
+        bench.bench_kernels(flags, CPU, torch.bfloat16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_check_is_a_user_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["kernels", "--gpu-check"])
+    assert "--device cuda" in capsys.readouterr().err

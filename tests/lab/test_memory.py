@@ -15,15 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import decoder
 import train
 import vision
-from config import (
-    IGNORE,
-    IMAGE_ID,
-    DecoderConfig,
-    ModelConfig,
-    TrainConfig,
-    UserError,
-    VisionConfig,
-)
+from config import IMAGE_ID, DecoderConfig, ModelConfig, TrainConfig, UserError, VisionConfig
 from data import Batch
 from engine.lora import add_lora
 from lab import memory
@@ -58,7 +50,7 @@ def a_batch(n_samples, answer):
     ids = torch.randint(0, 512, (n_samples, LENGTH))
     ids[:, : TINY.n_patches] = IMAGE_ID
     labels = ids.clone()
-    labels[:, :-answer] = IGNORE
+    labels[:, :-answer] = -100
     images = torch.randn(n_samples, 3, 56, 56)
     return Batch(ids, ids == ids, labels, images, torch.full((n_samples,), -1))
 

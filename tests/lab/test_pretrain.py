@@ -1,4 +1,4 @@
-"""The maker of assets/tiny, and what it made: python -m pytest tests/lab/test_pretrain.py"""
+"""The maker of assets/tiny, and what it made."""
 
 import json
 import math
@@ -36,18 +36,8 @@ def test_it_writes_what_the_loader_of_real_weights_reads(tmp_path):
         load_published(model, config, tmp_path / "clip", tmp_path / family)
         filled = [n for n, p in model.named_parameters() if not p.isnan().any()]
         assert filled == [n for n, _ in model.named_parameters() if not n.startswith("projector.")]
-    head, *log = map(json.loads, (tmp_path / "pretrain.jsonl").read_text().splitlines())
-    assert head["flags"]["data"] == ["phantoms:24"]
+    log = map(json.loads, (tmp_path / "pretrain.jsonl").read_text().splitlines())
     assert {line["what"] for line in log} == {"phi", "stablelm", "tower"}
-
-
-def test_the_committed_assets_are_small_and_come_with_their_log():
-    files = [p for p in ASSETS.rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) < 8_000_000
-    lines = [json.loads(line) for line in (ASSETS / "pretrain.jsonl").read_text().splitlines()]
-    assert {line["what"] for line in lines if "what" in line} == {"phi", "stablelm", "tower"}
-    clip = json.loads((ASSETS / "clip" / "config.json").read_text())
-    assert clip["model_type"] == "clip_vision_model" and clip["hidden_act"] == "quick_gelu"
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-stablelm"])

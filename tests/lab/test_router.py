@@ -34,11 +34,7 @@ def test_ece_is_the_weighted_gap_of_the_bins():
             n_bins += 1
             slow += inside.sum() / 200 * abs(right[inside].mean() - confidence[inside].mean())
     assert ece(confidence, right, 10) == pytest.approx(slow)
-    rows = reliability(confidence, right, 10)
-    assert len(rows) == n_bins == 8 and sum(row["n"] for row in rows) == 200
-    one = reliability(np.array([0.0, 0.2, 1.0]), np.array([True, False, True]), 5)
-    assert [(r["low"], r["high"], r["n"], r["accuracy"]) for r in one] == [
-        (0, 0.2, 2, 0.5), (0.8, 1, 1, 1)]  # fmt: skip
+    assert len(reliability(confidence, right, 10)) == n_bins == 8
 
 
 def test_f1_information_and_detection_are_those_of_their_definitions():
@@ -58,15 +54,14 @@ def test_f1_information_and_detection_are_those_of_their_definitions():
     assert detects(known, known - 0.45).value == 1
 
 
-def test_an_estimate_has_an_interval_or_is_a_dash():
-    assert bootstrapped(lambda rows: rows.mean(), 0) is bootstrapped(lambda rows: None, 3) is None
+def test_an_estimate_has_an_interval_and_is_printed(capsys):
+    assert bootstrapped(lambda rows: rows.mean(), 0) is router.share(np.zeros(0)) is None
     value, low, high = bootstrapped(lambda rows: rows.mean(), 101)
     assert value == 50 and low == pytest.approx(44.3, abs=1) and high == pytest.approx(55.7, abs=1)
     some = bootstrapped(lambda rows: 1.0 if 0 in rows else None, 5)
     assert some == (1, 1, 1)  # samples without row 0 are left out
-    assert router.show(None) == "-" and router.share(np.zeros(0)) is None
-    assert router.show(Estimate(0.5, 0.25, 0.75)) == "50.0% [25.0%, 75.0%]"
-    assert router.points(Estimate(0.01, -0.02, 0.03)) == "+1.0 [-2.0, +3.0] points"
+    router.show("a", {"b": Estimate(0.5, 0.25, 0.75), "c": {"d": None, "e": 0.25}})
+    assert capsys.readouterr().out.split()[1:6] == ["b", "0.500", "[0.250,", "0.750]", "c"]
 
 
 def test_every_real_position_is_of_one_kind(collate):
@@ -78,7 +73,7 @@ def test_every_real_position_is_of_one_kind(collate):
     assert found.sum(dim=-1).T.tolist() == [[2, 4, 2, 2], [1, 4, 1, 1]]
 
 
-def test_by_image_and_by_block(capsys):
+def test_by_image_and_by_block():
     """Image a is asked about twice, b once and c, of unknown modality, once."""
     sample = load_samples(["phantoms"], "vqa", "test")[0]
     asked = (("a", "MRI"), ("b", "CT"), ("a", "MRI"), ("c", None))
@@ -90,18 +85,10 @@ def test_by_image_and_by_block(capsys):
     truth, found = router.by_image(samples, Probe(logits, best, best[:, :, 1]))
     assert truth.tolist() == [1, 0] and found.logits.tolist() == [[[2, 1]], [[1, 5]]]
     assert found.first.tolist() == [[[3, 5]], [[1, 0]]]
-    (row,) = router.levels(truth, found, [6])
-    assert row["block"] == 6 and row["pooled over the prompt"].value == 0
-    assert row["image"].value == pytest.approx((5 / 8 + 1) / 2) and row["answer"] is None
-    (row,) = router.information(truth, found, [6])
+    row = router.levels(truth, found, [6])["block 6"]
+    assert row["pooled over the prompt"].value == 0 and row["answer"] is None
+    assert row["image"].value == pytest.approx((5 / 8 + 1) / 2)
     assert row["bits"].value == pytest.approx(mutual_information(np.array([[3, 5], [1, 0]])))
-    h = -(8 * math.log2(8 / 9) + math.log2(1 / 9)) / 9
-    assert row["normalised"] == pytest.approx(row["bits"].value / h)
-    right = np.array([True, False, True])
-    found = router.by_route(samples[:3], np.array([1.0, 0.5, 0]), right)
-    assert found["right"].value == 0.5 == found["wrong"].value
-    assert found["difference"].value == 0 and "+0.0 [+0.0, +0.0] points" in capsys.readouterr().out
-    assert router.by_route(samples[:3], np.ones(3), right | True)["difference"] is None
 
 
 class Namer(Predictor):
@@ -116,9 +103,8 @@ class Namer(Predictor):
                 _, routings = self.model(batch.ids, batch.mask, batch.images, hints)
             real = batch.mask[..., None]
             named = (routings[-1].gates * real).sum(dim=1).argmax(dim=-1)
-            votes = sum((r.logits * real).sum(dim=1) for r in routings)
             for i, row in enumerate(rows):
-                found[row] = Prediction(MODALITIES[int(named[i])], votes[i], torch.zeros(2, 4))
+                found[row] = Prediction(MODALITIES[int(named[i])], None, None)
         return [found[i] for i in range(len(samples))]
 
 
@@ -135,8 +121,7 @@ def reports():
     samples = [replace(s, turns=(("Which modality is this?", s.modality),), answer_type="open")
                for s in list({s.image: s for s in several}.values())[:96]]  # fmt: skip
     for name in ("broken", "sound"):
-        flags = router.RouterConfig(checkpoint="x", data=("phantoms:200",), router_images=200,
-                                    break_router=True)  # fmt: skip
+        flags = router.RouterConfig(checkpoint="x", data=("phantoms:200",), break_router=True)
         with pytest.MonkeyPatch.context() as patch:
             if name == "sound":
                 patch.setattr(torch, "randperm", lambda n, **_: torch.arange(n))
@@ -150,39 +135,30 @@ def test_a_broken_router_shows_in_every_figure(reports):
     assert sound["accuracy"] > 0.8 and broken["accuracy"] < 0.6
     assert sound["macro_f1"].low > broken["macro_f1"].high
     assert broken["confidence"] - broken["accuracy"] > sound["confidence"] - sound["accuracy"]
-    for name, part in (("levels", "pooled over the prompt"), ("levels", "image"),
-                       ("information", "bits")):  # fmt: skip
-        pairs = list(zip(*(reports[kind][name] for kind in ("sound", "broken")), strict=True))
-        assert len(pairs) == 2 and all(a[part].low > b[part].high for a, b in pairs)
-
-
-@pytest.mark.slow
-def test_experts_that_answer_with_their_modality_show_in_the_forced_answers(reports):
-    sound, broken = (reports[name]["forced_routing"] for name in ("sound", "broken"))
+    sound, broken = reports["sound"], reports["broken"]
+    assert len(sound["levels"]) == 2
+    for block, row in sound["levels"].items():
+        for part in ("pooled over the prompt", "image", "bits"):
+            assert row[part].low > broken["levels"][block][part].high
+    sound, broken = sound["forced_routing"], broken["forced_routing"]
     for found in (sound, broken):
         assert list(found["alone"]) == list(MODALITIES)
         for m, row in found["alone"].items():
-            assert [cell.value for cell in row] == [float(e == m) for e in MODALITIES]
+            assert [cell.value for cell in row.values()] == [float(e == m) for e in MODALITIES]
         ends = ("true expert first", "true expert alone", "wrong expert first")
         assert [found[name]["mean"].value for name in ends] == [1, 1, 0]
     assert sound["own routing"].low > broken["own routing"].high
-    assert sound["true expert first"]["minus own"].value < 0.3
     assert broken["true expert first"]["minus own"].low > 0.3
-    assert broken["by route"]["difference"].value > 0.3
-
-
-@pytest.mark.slow
-def test_a_modality_left_out_goes_to_the_others(reports):
     found = reports["sound"]["left out"]
-    assert list(found) == ["nothing", *MODALITIES]
-    for e, name in enumerate(MODALITIES):
-        assert found[name]["goes_to"][e] < 0.05 and found[name]["known"].value > 0.8
+    for name in MODALITIES:
+        assert found[name]["goes_to"][name] < 0.05 and found[name]["known"].value > 0.8
         assert found[name]["confidence"] < found[name]["known_confidence"]
 
 
 @pytest.fixture
 def short(monkeypatch):
-    """Six test images, and 20 samples for an interval."""
+    """Six test images, 40 for training, and 20 samples for an interval."""
+    monkeypatch.setattr(router, "N_TRAIN", 40)
     monkeypatch.setattr(load, "N_TEST", 6)
     monkeypatch.setattr(router, "bootstrapped", lambda f, n, draws=0: bootstrapped(f, n, 20))
 
@@ -190,29 +166,24 @@ def short(monkeypatch):
 def test_the_report_is_written_and_has_no_paths(tmp_path, short, capsys):
     moe = MoEConfig(n_experts=3, top_k=1, level="sequence")
     folder, file = checkpoint(tmp_path / "c", moe), tmp_path / "r.json"
-    argv = [str(folder), "--limit", "2", "--device", "cpu", "--router-images", "40"]
+    argv = [str(folder), "--limit", "2", "--device", "cpu"]
     router.main([*argv, "--break-router", "--json", str(file), "--data", "phantoms:40"])
     found = json.loads(file.read_text())
-    assert found["broken"] and found["n_images"] == 6 and found["unknown"]["noise"]["n"] == 6
+    assert found["n_images"] == 6 and found["unknown"]["noise"]["n"] == 6
     assert len(found["classification"]["confusion"]) == 3
     assert set(found["forced_routing"]["wrong expert first"]) == {"mean", "minus own"}
     assert str(tmp_path) not in file.read_text() and "NaN" not in file.read_text()
-    assert "questions about 2 images" in capsys.readouterr().out
+    assert found["forced_routing"]["images"] == 2 and "wrong expert" in capsys.readouterr().out
 
 
 def test_what_cannot_be_is_left_out_or_refused(tmp_path, short, monkeypatch, capsys):
     plain = lambda *args, **kw: [replace(s, modality=None) for s in load_samples(*args, **kw)]  # noqa: E731
     ahead = f"{ASSETS.parents[1]}/course/museum/expert_choice.py:ExpertChoice"
     folder = str(checkpoint(tmp_path / "a", MoEConfig(router=ahead, level="token")))
-    assert router.main([folder, "--router-images", "40"])["forced_routing"] is None
-    assert "not done: a router that looks ahead" in capsys.readouterr().out
+    assert router.main([folder, "--device", "cpu"])["forced_routing"] is None
     monkeypatch.setattr(router, "load_samples", plain)
     monkeypatch.setattr(eval, "load_samples", plain)
-    folder = str(checkpoint(tmp_path / "b"))
-    found = router.main([folder, "--device", "cpu"])
-    parts = ("classification", "levels", "information", "forced_routing")
-    assert all(found[part] is None for part in parts) and "left out" not in found
-    assert capsys.readouterr().out.count("no image has a known modality") == 5
-    for argv in ([folder, "--break-router"], [str(checkpoint(tmp_path / "d", None))]):
+    for moe, reason in ((MoEConfig(), "no image has a known modality"), (None, "it has no router")):
         with pytest.raises(SystemExit, match="2"):
-            router.main(argv)
+            router.main([str(checkpoint(tmp_path / "b" / reason, moe)), "--device", "cpu"])
+        assert reason in capsys.readouterr().err

@@ -141,7 +141,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_of_their_own(tmp_path, 
     assert "slake (val): tiny" in find(text, "One set")
 
 
-def test_record_strips_what_is_bulky_and_hides_where_things_lie(tmp_path, capsys):
+def test_clean_strips_what_is_bulky_and_hides_where_things_lie(tmp_path, capsys):
     values = result(
         data="slake:/secret/data/slake", answers={"1": "yes"}, by_kind={"a": 1},
         command="/secret/bin/python eval.py /secret/runs/a/phase3 --json=/secret/out.json",
@@ -150,34 +150,19 @@ def test_record_strips_what_is_bulky_and_hides_where_things_lie(tmp_path, capsys
         checkpoint="/secret/runs/a/phase3", leaks={"named": ["xmlab1/source.jpg"], "/secret/k": 1},
     )  # fmt: skip
     values["data"].append("medmnist:/secret/data/pneumoniamnist_64.npz")
-    argv = [
-        "--results",
-        str(tmp_path / "r"),
-        "--record",
-        str(put(tmp_path / "n", values) / "0.json"),
-    ]
-    tables.main(argv)
-    (file,) = (tmp_path / "r").iterdir()
-    kept = json.loads(file.read_text())
-    assert "secret" not in file.read_text() + file.name and not {"answers", "by_kind"} & set(kept)
+    file = put(tmp_path / "r", values) / "0.json"
+    kept = tables.clean(file, json.loads(file.read_text()))
+    assert "secret" not in json.dumps(kept) and not {"answers", "by_kind"} & set(kept)
     assert kept["data"] == ["slake:DIR", "medmnist:pneumoniamnist_64.npz"]
     assert kept["command"] == "python eval.py phase3 --json=out.json"
     assert "--data slake:DIR@2 --clip clip --router 'my router.py:Top1'" in kept["trained_with"]
     assert kept["leaks"]["named"] == ["xmlab1/source.jpg"] and kept["checkpoint"] == "phase3"
-    tables.main(argv)  # the same once more changes nothing
     assert "slake+pneumoniamnist" in show(tmp_path / "r", capsys)
     assert tables.hide("runs/slake/phase3") == "runs/slake/phase3" and tables.hide("a:0") == "a:0"
 
 
-def test_record_names_the_run_and_never_overwrites_another(tmp_path, capsys):
-    new = put(tmp_path / "n", result(7), result(7, closed=0.6), result(8, flags=" --top-k 1"))
-    into = ["--results", str(tmp_path / "r"), "--record"]
-    tables.main([*into, str(new / "0.json"), "--record", str(new / "2.json")])
-    names = ["slake-tiny-seed7.json", "slake-tiny-top-k-1-seed8.json"]
-    assert sorted(file.name for file in (tmp_path / "r").iterdir()) == names
-    assert json.loads((tmp_path / "r" / names[0]).read_text()) == result(7)
-    assert names[0] in refused([*into, new / "1.json"], capsys)
-    assert json.loads((tmp_path / "r" / names[0]).read_text()) == result(7)
+def test_two_of_one_model_data_set_and_seed_are_refused(tmp_path, capsys):
+    new = put(tmp_path / "n", result(7), result(7, closed=0.6))
     assert "two of" in refused(["--results", new], capsys)
 
 
@@ -198,5 +183,5 @@ def test_a_bad_field_is_named_with_its_file(path, tmp_path, capsys):
 @pytest.mark.parametrize("text", ["", "[]"])
 def test_what_is_no_result_or_no_folder_is_one_line(text, tmp_path, capsys):
     (tmp_path / "bad.json").write_text(text)
-    assert "bad.json" in refused(["--record", tmp_path / "bad.json"], capsys)
+    assert "bad.json" in refused(["--results", tmp_path], capsys)
     assert "--results" in refused(["--results", tmp_path / "bad.json"], capsys)
