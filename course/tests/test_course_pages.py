@@ -1,10 +1,7 @@
 """The commands and the code on the pages of the course, and that its solutions train with them."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,7 @@ from checkpoint import load_model
 from config import PRESETS, UserError
 from course.grade import GradeConfig
 from course.score import ScoreConfig
-from course.tests.test_answers import NUMBERS, WRONG, spec_of, with_answers, with_solutions
+from course.tests.test_answers import NUMBERS, spec_of, with_solutions
 from course.tests.test_assignments import STUBS
 from engine.cli import parse
 from model import generate
@@ -25,6 +22,11 @@ from tests.conftest import collate
 from tests.mini import losses, mini, weights
 
 ROOT = Path(__file__).parents[2]
+WRONG_SIGN = """from course.tests.solutions.a5 import LossFree as Right
+class LossFree(Right):
+    def update(self, load):
+        super().update(-load)
+"""
 PAGES = [*sorted((ROOT / "course").glob("*.md")), ROOT / "course" / "museum" / "README.md"]
 FLAGS = {"train.py": train.TrainConfig, "eval.py": evaluation.EvalConfig,
          "chat.py": chat.ChatConfig, "course.score": ScoreConfig,
@@ -72,22 +74,17 @@ def test_a_command_has_a_file_and_flags_that_exist(page):
             assert name == "pytest" and (ROOT / argv[0]).is_file(), words
 
 
-def run_pytest(*argv):
-    command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", *argv]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True).stdout
-
-
-@pytest.mark.slow
-def test_the_command_on_the_page_skips_what_is_not_implemented():
-    output = run_pytest(*commands(page_of(5))[0][2:])
+def test_the_command_on_the_page_skips_what_is_not_implemented(capsys):
+    pytest.main([*commands(page_of(5))[0][2:], "-rs", "-p", "no:cacheprovider"])
+    output = capsys.readouterr().out
     assert "not implemented yet" in output and re.search(r"=+ 6 skipped in", output), output
 
 
-@with_answers
-def test_with_a_router_that_one_and_its_assignment_alone_are_checked():
-    spec = spec_of(5, WRONG / "a5_wrong_sign.py")
-    output = run_pytest("course/tests/test_assignments.py", "--assignment", "5", "--router", spec)
+@with_solutions
+def test_with_a_router_that_one_and_its_assignment_alone_are_checked(capsys, tmp_path):
+    (tmp_path / "a.py").write_text(WRONG_SIGN)
+    pytest.main([*commands(page_of(5))[0][2:], "--router", f"{tmp_path / 'a.py'}:LossFree"])
+    output = capsys.readouterr().out
     assert "The sign is wrong" in output, output
     assert "pytest.fail" not in output and "Traceback" not in output, output  # the sentence alone
     assert re.search(r"=+ 1 failed, 5 passed in", output), output
