@@ -105,7 +105,7 @@ def ready(name: str, key: str, trains: bool = False) -> MedMoE:
         prepare(model, DEVICE, DTYPE)
         return model
     place_experts(model.to(DEVICE).train(), DEVICE)
-    blocks = range(0, len(model.decoder.blocks), 2)
+    blocks = range(0, len(model.decoder.blocks), 2)  # [!r]: all but the router
     freeze_all_but(model, [f"decoder.blocks.{i}.mlp.[!r]*" for i in blocks])
     return model
 

@@ -45,7 +45,7 @@ SWAPS = {
 }  # fmt: skip
 REMOVED = {"detach", "masked_fill", "masked_fill_"}
 NO_GRAD = {"torch.no_grad()", "torch.inference_mode()"}
-SPOKEN = {"print", "warn", "UserError", "ValueError", "TypeError", "RuntimeError", "AssertionError",
+MESSAGES = {"print", "warn", "UserError", "ValueError", "TypeError", "RuntimeError", "AssertionError",
           "flag"}  # fmt: skip
 
 
@@ -111,12 +111,12 @@ def children(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]
         for i, child in enumerate(value if isinstance(value, list) else [value]):
             if isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr):
                 yield node, field, i if isinstance(value, list) else None, child
-                if not (is_spoken(child) and isinstance(child, ast.Call)):
+                if not (is_message(child) and isinstance(child, ast.Call)):
                     yield from children(child)
 
 
-def is_spoken(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in SPOKEN
+def is_message(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in MESSAGES
 
 
 def mutants(file: str) -> Iterator[Mutant]:
@@ -137,7 +137,7 @@ def mutants(file: str) -> Iterator[Mutant]:
         )
 
     for parent, field, i, node in list(children(tree)):
-        if not hasattr(node, "lineno") or is_spoken(getattr(node, "value", None)):
+        if not hasattr(node, "lineno") or is_message(getattr(node, "value", None)):
             continue
         before = ast.unparse(node)
         if before.startswith("if __name__"):

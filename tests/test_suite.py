@@ -71,12 +71,12 @@ def call_has_items(node: ast.Call, known: set[str]) -> bool:
 
 def filled(body: list[ast.stmt], known: set[str], loops: tuple = ()) -> Iterator[str]:
     """Names of lists that are appended to, in loops that have items or none."""
-    runs = all(has_items(loop, known) for loop in loops)
+    is_sure = all(has_items(loop, known) for loop in loops)
     for node in body:
         match node:
-            case ast.Expr(ast.Call(ast.Attribute(ast.Name(name), "append" | "add"))) if runs:
+            case ast.Expr(ast.Call(ast.Attribute(ast.Name(name), "append" | "add"))) if is_sure:
                 yield name
-            case ast.AugAssign(ast.Name(name), _, value) if runs and has_items(value, known):
+            case ast.AugAssign(ast.Name(name), _, value) if is_sure and has_items(value, known):
                 yield name
         inner = (*loops, node.iter) if isinstance(node, ast.For) else loops
         if not isinstance(node, ast.If | ast.FunctionDef | ast.Try):

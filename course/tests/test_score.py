@@ -62,9 +62,10 @@ def exit_of(argv, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fixture", ["base", "tmp_path"])  # a small budget; the real one
+@pytest.mark.parametrize("fixture", ["tmp_path", "base"])  # the real budget; then a small one
 def test_the_same_command_gives_the_same_row(fixture, request, tmp_path):
     request.getfixturevalue(fixture)
+    assert (score.Budget() == score.BUDGET) == (fixture == "tmp_path")
     (tmp_path / "mine.py").write_text(GOOD)
     argv = ["--router", f"{tmp_path / 'mine.py'}:Mine", "--seeds", "2", "--out", str(tmp_path)]
     first = score.main(argv)
