@@ -45,8 +45,8 @@ SWAPS = {
 }  # fmt: skip
 REMOVED = {"detach", "masked_fill", "masked_fill_"}
 NO_GRAD = {"torch.no_grad()", "torch.inference_mode()"}
-MESSAGES = {"print", "warn", "UserError", "ValueError", "TypeError", "RuntimeError", "AssertionError",
-          "flag"}  # fmt: skip
+MESSAGES = {"print", "warn", "UserError", "ValueError", "TypeError", "RuntimeError",
+            "AssertionError", "flag"}  # fmt: skip
 
 
 class Mutant(NamedTuple):
