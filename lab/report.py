@@ -1,23 +1,19 @@
 """One page on a checkpoint: where its tokens are routed, and whether that makes sense.
 
     python -m lab.report runs/tiny/phase3 --out report.html
-    python -m lab.report runs/tiny/phase3 --png figures
 
 A single HTML file that needs no server, network or script; its words are in lab/report.html. --json
-writes its numbers, --png its main figures. The questions are the checkpoint's own held-out ones,
-or those of --data. Not a medical device.
+writes its numbers, --png one figure of routes on images. The questions are the checkpoint's own
+held-out ones, or those of --data. Not a medical device.
 
-Shapes: B batch, T positions, P patches of an image, L sparse layers, E experts, S image side.
+Shapes: T positions, P patches of an image, L sparse layers, E experts, S image side.
 """
 
 import base64
 import io
 import math
-import re
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -25,7 +21,6 @@ from typing import Any, Literal
 
 import jinja2  # comes with torch
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -51,14 +46,10 @@ except ImportError:  # only the lab needs it: main() names requirements-lab.txt
     matplotlib = None
 
 HERE = Path(__file__).parent
-KINDS = ("image patches", "prompt text", "answer")  # of tokens
 N_BINS, MOST_LAYERS, MOST_POINTS = 10, 4, 200  # of confidence; shown of an example; of a curve
-INK = "#1c2128"  # of charts; in the page it becomes the text's colour, light or dark
 COLOURS = ("#3178d6", "#c2560c", "#1f8a43", "#a04ad9", "#d0388f", "#0c8599", "#8a7400", "#75808b")
-SETTINGS = {"font.size": 8, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#8b949e",
-            "xtick.color": INK, "ytick.color": INK, "legend.frameon": False, "svg.fonttype": "none",
-            "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False,
-            "svg.hashsalt": "report"}  # fmt: skip
+SETTINGS = {"font.size": 8, "legend.frameon": False, "text.parse_math": False,
+            "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,40 +63,20 @@ class ReportConfig(Common):
     limit: int | None = flag(None, "only the first N questions")
     max_new: int = flag(48, "longest answer, in tokens")
     ablations: str = flag(str(HERE.parent / "results" / "ablations"), "DIR of tables of ablations")
-    png: str | None = flag(None, "also draw the main figures into this DIR")
+    png: str | None = flag(None, "FILE.png: also draw routes on images")
 
 
-class PromptLoad:
-    """Counts where prompts are routed: row -> (2, L, E). `Predictor.answer` calls its methods."""
-
-    def __init__(self) -> None:
-        self.found: dict[int, Tensor] = {}
-
-    def replay(self, *_: Any) -> nullcontext:
-        return nullcontext()
-
-    def record(self, steps: list, rows: list[int], batch: Any, eos_id: int) -> None:
-        if steps[0].routings:
-            routed = torch.stack([r.gates != 0 for r in steps[0].routings], dim=1)  # (B, L, T, E)
-            is_patch = batch.ids == IMAGE_ID  # (B, T)
-            kinds = torch.stack([is_patch, batch.mask & ~is_patch], dim=1)  # (B, 2, T)
-            found = (routed[:, None] & kinds[:, :, None, :, None]).sum(dim=3)  # (B, 2, L, E)
-            self.found |= dict(zip(rows, found.cpu(), strict=True))
-
-
-def load_tables(samples: Sequence[Sample], found: Sequence[Prediction], prompts: dict) -> dict:
-    """By "modality" and by "kind" of token: name -> (L, E) "shares", (L,) "routed"."""
-    groups: dict[str, dict] = {"modality": defaultdict(int), "kind": defaultdict(int)}
-    for i, (s, p) in enumerate(zip(samples, found, strict=True)):
-        groups["modality"][s.modality or "unknown"] += p.load
-        for kind, load in zip(KINDS, [*prompts[i], p.load - prompts[i].sum(dim=0)], strict=True):
-            groups["kind"][kind] += load
-    shares = lambda t: (t.double() / t.sum(dim=-1, keepdim=True).clamp(min=1)).tolist()  # noqa: E731
-    return {
-        group: {n: {"shares": shares(tables[n]), "routed": tables[n].sum(dim=-1).tolist()}
-                for n in (*MODALITIES, "unknown", *KINDS) if n in tables and tables[n].any()}
-        for group, tables in groups.items()
-    }  # fmt: skip
+def load_by_modality(samples: Sequence[Sample], found: Sequence[Prediction]) -> dict[str, dict]:
+    """Modality -> (L, E) "shares" of the routed tokens, (L,) "routed"."""
+    loads: dict = defaultdict(int)
+    for s, p in zip(samples, found, strict=True):
+        loads[s.modality or "unknown"] += p.load
+    table = {}
+    for name in [m for m in (*MODALITIES, "unknown") if m in loads]:
+        routed = loads[name].sum(dim=-1)  # (L,)
+        shares = loads[name] / routed[:, None].clamp(min=1)
+        table[name] = {"shares": shares.tolist(), "routed": routed.tolist()}
+    return table
 
 
 def calibration(samples: Sequence[Sample], found: Sequence[Prediction], n_layers: int) -> dict:
@@ -158,22 +129,17 @@ def read_steps(checkpoint: Path, phase: int) -> list[dict]:
 
 def read_ablations(folder: Path) -> list[dict]:
     """The tables that lab.ablate wrote into the folder, as text, and their plots."""
-    found = []
-    for file in sorted(folder.glob("*.md")):
-        words, *lines = file.read_text(errors="replace").splitlines()
-        head, *rows = (line[2:-2].split(" | ") for line in lines if line.startswith("| "))
-        plot = file.with_suffix(".png")
-        image = base64_of(plot.read_bytes()) if plot.exists() else ""
-        found.append({"name": file.stem, "words": words.replace("`", ""), "head": head,
-                      "rows": rows, "plot": image})  # fmt: skip
-    return found
+    plots = {file: file.with_suffix(".png") for file in sorted(folder.glob("*.md"))}
+    return [{"name": file.stem, "text": file.read_text(errors="replace"),
+             "plot": base64_of(plot.read_bytes()) if plot.exists() else ""}
+            for file, plot in plots.items()]  # fmt: skip
 
 
 def measure(predictor: Predictor, flags: ReportConfig, meta: dict) -> tuple[dict, list[dict]]:
     """Every number of the page, as --json has them, and the examples."""
-    checkpoint, model, prompts = Path(flags.checkpoint), predictor.model, PromptLoad()
+    checkpoint, model = Path(flags.checkpoint), predictor.model
     flags, samples = load_questions(flags, how_read(meta["flags"], checkpoint))
-    found = predictor.answer(samples, recorder=prompts)
+    found = predictor.answer(samples)
     answers = [p.answer for p in found]
     numbers: dict[str, Any] = {
         "checkpoint": flags.checkpoint, "data": list(flags.data), "split": flags.split,
@@ -189,7 +155,7 @@ def measure(predictor: Predictor, flags: ReportConfig, meta: dict) -> tuple[dict
         blocks = list(sparse_layers(model.config, moe))
         numbers |= {
             "experts": expert_names(moe.n_experts) if is_named else numbered, "blocks": blocks,
-            "load": load_tables(samples, found, prompts.found),
+            "load": load_by_modality(samples, found),
             "router": judge_router(samples, found),
             "calibration": calibration(samples, found, len(blocks)),
         }  # fmt: skip
@@ -202,55 +168,34 @@ def training_curves(steps: Sequence[dict], names: Sequence[str]) -> dict[str, di
     loss, curves = [r["loss"] for r in steps], {}
     if steps:
         smooth = [np.mean(loss[max(0, i - 9) : i + 1]) for i in range(len(loss))]
-        curves["Loss"] = (
-            "Training loss",
-            steps,
-            {"loss": loss, "mean of the last 10 steps": smooth},
-        )
+        named = {"loss": loss, "mean of the last 10 steps": smooth}
+        curves["Loss"] = {"y": "Training loss", "steps": [r["step"] for r in steps], "named": named}
     if kept := [r for r in steps if names and r.get("load")]:
         load = np.array([r["load"] for r in kept])  # (steps, L, E)
-        mean = load.mean(axis=-1).clip(1e-9)
-        shares = (load / mean[..., None]).mean(axis=1).T / len(names)  # (E, steps)
-        by_expert = dict(zip(names, shares, strict=True))
-        curves["Load"] = ("Share of routed tokens", kept, by_expert)
-    return {title: {"y": y, "steps": [r["step"] for r in at], "named": named}
-            for title, (y, at, named) in curves.items()}  # fmt: skip
+        shares = (load / load.sum(axis=-1, keepdims=True).clip(1e-9)).mean(axis=1).T  # (E, steps)
+        named = dict(zip(names, shares, strict=True))
+        curves["Load"] = {
+            "y": "Share of tokens",
+            "steps": [r["step"] for r in kept],
+            "named": named,
+        }
+    return curves
 
 
-def chart(draw: Callable, found: dict, x: str, y: str, height: float) -> "Figure":
-    """A chart as wide as a phone, on whose axes draw(axes, found) draws."""
-    figure = Figure((3.6, height), layout="constrained")
-    ax = figure.add_subplot(xlabel=x, ylabel=y)
-    ax.grid(alpha=0.3)
-    draw(ax, found)
-    return figure
-
-
-def draw_curves(ax: Any, curve: dict) -> None:
-    """Values over the steps; means of neighbours where there are many."""
+def chart(curve: dict) -> "Figure":
+    """Values over the steps, as wide as a phone; means of neighbours where there are many."""
     thin = lambda v: [np.mean(part) for part in np.array_split(v, min(len(v), MOST_POINTS))]  # noqa: E731
+    figure = Figure((3.6, 2.2), layout="constrained")
+    ax = figure.add_subplot(xlabel="step", ylabel=curve["y"])
     for i, (name, v) in enumerate(curve["named"].items()):
         style = {"color": COLOURS[i % 8], "linestyle": ("-", "--", ":", "-.")[i % 4]}
         ax.plot(
             thin(curve["steps"]), thin(v), marker="" if len(v) > 1 else "o", label=name, **style
         )
     ax.set_ylim(bottom=min(0, *map(min, curve["named"].values())))
-    ax.figure.legend(loc="outside lower center", ncols=2)
-
-
-def draw_reliability(ax: Any, found: dict) -> None:
-    """A bar is a bin, its dot the mean; on the diagonal, confidence is calibrated."""
-    for b in found["bins"]:
-        ax.bar(b["low"], b["accuracy"], 1 / N_BINS, align="edge", color=COLOURS[0], alpha=0.4,
-               edgecolor=INK)  # fmt: skip
-        ax.plot(b["confidence"], b["accuracy"], "o", color=COLOURS[1], zorder=3)
-    ax.plot([0, 1], [0, 1], color="#8b949e", linestyle="--", linewidth=1)
-    ax.set(xlim=(0, 1), ylim=(0, 1.04))
-
-
-def reliability_chart(found: dict) -> "Figure":
-    x = "confidence: softmax of the likeliest expert"
-    return chart(draw_reliability, found, x, "accuracy", 2.8)
+    ax.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
 
 
 def first_experts(patches: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -290,17 +235,6 @@ def png(figure: "Figure", dpi: int) -> bytes:
     return small.getvalue()
 
 
-def svg(figure: "Figure") -> str:
-    """A chart as inline SVG in the page's colours."""
-    data = io.StringIO()
-    figure.savefig(data, format="svg", transparent=True)
-    text = data.getvalue()[data.getvalue().index("<svg") :]
-    text = re.sub(r'<(metadata|style).*?</\1>| xmlns[:\w]*="[^"]*"| (width|height)="[\d.]+pt"', "",
-                  text, flags=re.DOTALL)  # fmt: skip
-    own = f"c{zlib.crc32(text.encode())}-"  # identifiers that no other chart of a page has
-    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{own}", text).replace(INK, "currentColor")
-
-
 def views(e: dict, blocks: Sequence[int]) -> list[dict]:
     """The image, then its patches with the experts of at most MOST_LAYERS sparse layers.
 
@@ -328,28 +262,8 @@ def render(numbers: dict, examples: Sequence[dict], model: Any, meta: dict) -> s
         place="/".join(Path(numbers["checkpoint"]).parts[-2:]),
         command="from" not in meta and cli.command_line(TrainConfig, meta["flags"], "train.py"),
         examples=[e | {"views": views(e, numbers["blocks"])} for e in examples],
-        reliability=numbers["calibration"] and svg(reliability_chart(numbers["calibration"])),
-        training={title: c | {"svg": svg(chart(draw_curves, c, "step", c["y"], 2.2))}
-                  for title, c in curves.items()},
+        training={t: c | {"png": base64_of(png(chart(c), 200))} for t, c in curves.items()},
     )  # fmt: skip
-
-
-def load_figure(numbers: dict) -> "Figure":
-    """Each expert's share of the routed tokens, by modality and by kind of token."""
-    blocks, names = numbers["blocks"], numbers["experts"]
-    figure = Figure((8, 6), layout="constrained")
-    for ax, (group, tables) in zip(figure.subplots(2), numbers["load"].items(), strict=True):
-        shares = [found["shares"][i] for i in range(len(blocks)) for found in tables.values()]
-        rows = [f"block {block}, {name}" for block in blocks for name in tables]
-        ax.imshow(shares, cmap="Blues", vmin=0, vmax=1.5, aspect="auto")
-        for (row, column), share in np.ndenumerate(shares):
-            ax.text(column, row, f"{100 * share:.1f} %", ha="center", va="center")
-        ax.set_xticks(range(len(names)), [f"{name} expert" for name in names])
-        ax.set_yticks(range(len(rows)), rows)
-        ax.set_title(f"Share of routed tokens by {group}", loc="left", weight="bold")
-        ax.tick_params(length=0, labeltop=True, labelbottom=False)
-        ax.spines[:].set_visible(False)
-    return figure
 
 
 def overlay_figure(numbers: dict, examples: Sequence[dict]) -> "Figure":
@@ -375,7 +289,7 @@ def overlay_figure(numbers: dict, examples: Sequence[dict]) -> "Figure":
 def main(argv: list[str] | None = None) -> dict:
     flags = cli.parse(ReportConfig, argv, "python -m lab.report")
     cli.at_least(flags, images=1, limit=1, max_new=1, batch_size=1, max_missing=0)
-    cli.check_outputs((flags.out, flags.json), ())
+    cli.check_outputs((flags.out, flags.json, flags.png), ())
     if matplotlib is None:
         raise UserError("matplotlib is needed: pip install -r requirements-lab.txt")
     device, dtype = choose_device(flags.device, flags.dtype)
@@ -389,10 +303,7 @@ def main(argv: list[str] | None = None) -> dict:
         cli.write_text(Path(flags.out), page, "--out")
         print(f"{flags.out}  {len(page.encode()) / 1000:,.0f} kB, {numbers['n']:,} questions")
         if flags.png:
-            figures = {"load": load_figure(numbers), "overlays": overlay_figure(numbers, examples)}
-            Path(flags.png).mkdir(parents=True, exist_ok=True)
-            for name, figure in figures.items():
-                (Path(flags.png) / f"{name}.png").write_bytes(png(figure, 200))
+            Path(flags.png).write_bytes(png(overlay_figure(numbers, examples), 200))
     if flags.json:
         cli.write_json(Path(flags.json), numbers)
     return numbers

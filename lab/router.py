@@ -1,4 +1,4 @@
-"""Does the router classify modality, what does it do with unknown images, what does it change?
+"""Does the router classify modality, and does it matter?
 
     python -m lab.router runs/tiny/phase3 --break-router
 
@@ -27,16 +27,13 @@ from data import Batch, Dataset, Sample
 from engine.cli import at_least, check_writable, parse, user_errors, write_json
 from eval import Predictor, load_questions
 from lab.controls import Alone, ByModality, forced
-from lab.tables import clean
 from metrics import bootstrap, expert_names, router_report, wilson
 from model import autocast, choose_device, sparse_layers
-from router_training import Features, collect, one_per_image, train_router
+from router_training import collect, one_per_image, train_router
 from routers import Hints, Router
 from scoring.compare import value
 from sources.images import Images
 from sources.load import how_read, load_samples, reading
-from sources.medmnist import auc
-from vision import normalise
 
 KINDS = ("text before the image", "image", "text after it", "answer")
 N_BINS, N_TRAIN = 10, 400  # of confidence; images for the routers that are retrained
@@ -49,7 +46,6 @@ class RouterConfig(Common):
     checkpoint: str = argument("DIR of a finished phase 3")
     split: Literal["test", "val"] = flag("test", "which questions")
     limit: int = flag(100, "images whose questions are answered, with 4 experts 7 times each")
-    others: tuple[str, ...] = flag((), "a SOURCE of images that it was not trained on; repeatable")
     break_router: bool = flag(False, "report on a router retrained on shuffled labels")
 
 
@@ -108,14 +104,6 @@ def macro_f1(truth: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> 
     return float(np.mean([score for score in scores if score is not None]))
 
 
-def detects(known: np.ndarray, unknown: np.ndarray) -> Estimate | None:
-    """AUROC of confidence: the probability that a known image has more than an unknown one."""
-    score = np.concatenate([known, unknown])
-    truth, both = np.arange(len(score)) < len(known), np.stack([-score, score], axis=1)
-    area = lambda rows: auc(truth[rows].astype(int), both[rows], "binary-class")  # noqa: E731
-    return bootstrapped(area, len(score), draws=300)
-
-
 def mutual_information(joint: np.ndarray) -> float:
     """I(row; column) in bits of a table of counts (M, E)."""
     p = joint / joint.sum()
@@ -145,8 +133,7 @@ def kinds(batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def probe(predictor: Predictor, samples: Sequence[Sample], change: Callable) -> Probe:
-    """change: applied to the normalised images (n_images, 3, S, S)."""
+def probe(predictor: Predictor, samples: Sequence[Sample]) -> Probe:
     config = predictor.model.config
     images = Images(config.vision.image_size, workers=2)
     data = Dataset(samples, predictor.text, config, plain=False, images=images)
@@ -155,7 +142,7 @@ def probe(predictor: Predictor, samples: Sequence[Sample], change: Callable) -> 
         batch = data.batch(rows.tolist()).to(predictor.device)
         hints = Hints(prompt=batch.prompt(), modality=batch.modality)
         with autocast(predictor.device, predictor.dtype):
-            _, routings = predictor.model(batch.ids, batch.mask, change(batch.images), hints)
+            _, routings = predictor.model(batch.ids, batch.mask, batch.images, hints)
         logits = torch.stack([r.logits for r in routings], dim=1).float()  # (B, L, T, E)
         gates = torch.stack([r.gates for r in routings], dim=1)
         best, first = (F.one_hot(x.argmax(dim=-1), x.shape[-1]).float() for x in (logits, gates))
@@ -209,49 +196,6 @@ def levels(truth: np.ndarray, found: Probe, blocks: Sequence[int]) -> dict[str, 
     return table
 
 
-def describe(logits: np.ndarray, known: np.ndarray) -> dict:
-    """Confidence, predictions, and the AUROC of confidence against that of `known` images (n,)."""
-    names, confidence = expert_names(logits.shape[1]), confidences(logits)
-    goes = np.bincount(logits.argmax(axis=1), minlength=len(names)) / len(logits)
-    return {"n": len(logits), "confidence": float(confidence.mean()),
-            "goes_to": dict(zip(names, goes.tolist(), strict=True)),
-            "auroc": detects(known, confidence)}  # fmt: skip
-
-
-def unknown(predictor: Predictor, samples: Sequence[Sample], flags: RouterConfig) -> dict:
-    """One question per image, with the image replaced; and of other sources."""
-
-    def noise(images: Tensor) -> Tensor:
-        pixels = torch.randint(256, images.shape, generator=torch.Generator().manual_seed(0))
-        return normalise(pixels).to(images)
-
-    def logits(part: Sequence[Sample], change: Callable = Tensor.clone) -> np.ndarray:
-        one = list({s.image: s for s in reversed(part) if s.image}.values())[::-1]  # the first
-        return probe(predictor, one, change).logits.mean(dim=1).numpy()
-
-    others = load_samples(flags.others, "vqa", flags.split, lang="en") if flags.others else []
-    found = {"blank": logits(samples, torch.zeros_like), "noise": logits(samples, noise)}
-    for source in dict.fromkeys(s.source for s in others):
-        found[source] = logits([s for s in others if s.source == source])
-    known = confidences(logits(samples))
-    return {name: describe(values, known) for name, values in found.items()}
-
-
-def leave_out(train: Features, test: Features, n_experts: int, seed: int) -> dict:
-    """Routers retrained without a modality: on its test images; "known", accuracy on the others."""
-    found, truth = {}, test[2].numpy()
-    labels = sorted(set(train[2].tolist()) & set(truth.tolist()))
-    for gone in labels if len(labels) > 2 else ():
-        weights, _ = train_router(tuple(t[train[2] != gone] for t in train), test, n_experts, seed)
-        logits = (test[0] @ weights["weight"].T + weights["bias"]).mean(dim=1).numpy()  # (n, E)
-        others = np.isin(truth, labels) & (truth != gone)
-        confidence, best = confidences(logits[others]), logits.argmax(axis=1)
-        found[MODALITIES[gone]] = describe(logits[truth == gone], confidence) | {
-            "known": share((best == truth % n_experts)[others]),
-            "known_confidence": float(confidence.mean())}  # fmt: skip
-    return found
-
-
 def answers(predictor: Predictor, samples: Sequence[Sample], flags: RouterConfig) -> dict:
     """Scores (closed right or wrong, open by recall) with own and forced routes."""
     images = list(dict.fromkeys(s.image for s in samples if s.modality))
@@ -302,12 +246,10 @@ def report(predictor: Predictor, flags: RouterConfig, samples: list[Sample]) -> 
         weights, _ = train_router(train, test, moe.n_experts, flags.seed)
         for router in routers:
             router.proj.load_state_dict(weights)
-    truth, found = by_image(samples, probe(predictor, samples, Tensor.clone))
+    truth, found = by_image(samples, probe(predictor, samples))
     result = {"n_questions": len(samples), "n_images": len({s.image for s in samples}),
               "classification": classification(truth, found)}  # fmt: skip
     result["levels"] = levels(truth, found, blocks)
-    result["unknown"] = unknown(predictor, samples, flags)
-    result["left out"] = leave_out(train, test, moe.n_experts, flags.seed)
     # A router that looks ahead cannot answer; a single expert has no other.
     is_able = moe.n_experts > 1 and all(router.causal for router in routers)
     result["forced_routing"] = answers(predictor, samples, flags) if is_able else None
@@ -332,7 +274,7 @@ def main(argv: list[str] | None = None) -> dict:
     command = shlex.join(["python", "-m", "lab.router", *(sys.argv[1:] if argv is None else argv)])
     result = report(predictor, flags, samples) | {"command": command, "device": str(device)}
     if flags.json:
-        write_json(Path(flags.json), clean(Path(flags.json), result))
+        write_json(Path(flags.json), result)
     return result
 
 

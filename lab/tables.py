@@ -7,9 +7,7 @@ only are one row. The paper is arXiv 2404.10237v3, its numbers are as printed.
 """
 
 import json
-import math
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from config import UserError, flag
 from engine.cli import parse, user_errors
 from sources.records import read_json, shown
 
-BULKY = {"answers", "load", "by_kind", "by_modality"}
 COMMANDS = ("trained_with", "command")
 # Flags that change neither training nor the questions, or that follow from the rest of a row.
 TRAIN_SKIPS = {"phase", "preset", "data", "out", "seed", "init", "device", "dtype", "resume",
@@ -39,32 +36,6 @@ class TablesConfig:
     results: str = flag(str(Path(__file__).parent.parent / "results"), "DIR of our results")
 
 
-def hide(word: str) -> str:
-    """slake:/a/slake -> slake:DIR, medmnist:/a/x.npz -> medmnist:x.npz, /a/x.npz -> x.npz."""
-    if not (match := re.fullmatch(r"((?:[\w-]{2,}[:=])*)([/~].*?)(@[\d.]+)?", word)):
-        return word
-    before, path, weight = match.groups("")
-    is_folder = before.endswith(":") and "." not in Path(path).name
-    return before + ("DIR" if is_folder else Path(path).name) + weight
-
-
-def clean(file: Path, value: Any, path: str = "") -> Any:
-    """What is kept of a file: nothing bulky, no path of this machine. Raises UserError on NaN."""
-    if isinstance(value, dict):
-        kept = {k: f"{path}.{k}".strip(".") for k in value if k not in BULKY}
-        return {hide(k): clean(file, value[k], inner) for k, inner in kept.items()}
-    if isinstance(value, list):
-        return [clean(file, v, f"{path}.{i}") for i, v in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f'{file}: field "{path}" is {value}')
-    if not isinstance(value, str):
-        return value
-    try:
-        return shlex.join(map(hide, shlex.split(value))) if path in COMMANDS else hide(value)
-    except ValueError as error:
-        raise UserError(f'{file}: field "{path}" is no command: {error}') from error
-
-
 def data_name(specs: list[str]) -> str:
     """slake:DIR -> slake; medmnist:DIR/pneumoniamnist_128.npz -> pneumoniamnist; several: a+b."""
     pattern = r"medmnist:(?:.*/)?(\w*?mnist).*|([\w-]*).*"
@@ -75,7 +46,7 @@ class Result:
     """One file. Results of one name are rows of one model: they differ in data and seed only."""
 
     def __init__(self, file: Path):
-        self.file, self.values = file, clean(file, read_json(file))
+        self.file, self.values = file, read_json(file)
         self.seed, phase = self.get("seed", int), self.get("phase", int)
         self.preset, self.device, split = (self.get(k, str) for k in ("preset", "device", "split"))
         data = data_name([str(spec) for spec in self.get("data", list)])
@@ -194,10 +165,7 @@ def load(files: list[Path]) -> dict[str, list[Result]]:
 @user_errors
 def main(argv: list[str] | None = None) -> None:
     flags = parse(TablesConfig, argv, "python -m lab.tables")
-    folder = Path(flags.results)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--results {folder}: is not a folder")
-    print(report(load(sorted(folder.glob("*.json")))))
+    print(report(load(sorted(Path(flags.results).glob("*.json")))))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from data import Batch
 from engine.older import add_residual
 from model import MedMoE
 
-# What is computed here is so small that a second thread would only wait; and sums come out the
-# same every time, so that runs can be compared bit for bit.
+# A second thread would only wait; and sums come out the same bit for bit every time.
 torch.set_num_threads(1)
 
 VISION = VisionConfig(image_size=32, patch_size=16, width=32, n_layers=3, n_heads=4, d_ff=64)
@@ -43,11 +42,10 @@ def shake(module, seed=0):
 
 def build(family="phi", moe=None, seed=0):
     """A tiny model with every parameter random; `moe`: MoEConfig's fields, None for a dense one."""
-    moe = None if moe is None else dict(moe)
-    is_residual = moe is not None and moe.pop("residual", False)  # early TinyMed's layers
-    config = ModelConfig(VISION, DECODERS[family], None if moe is None else MoEConfig(**moe))
-    model = MedMoE(config)
-    if is_residual:
+    fields = {name: value for name, value in (moe or {}).items() if name != "residual"}
+    moe_config = None if moe is None else MoEConfig(**fields)
+    model = MedMoE(ModelConfig(VISION, DECODERS[family], moe_config))
+    if moe and moe.get("residual"):  # early TinyMed's layers
         add_residual(model)
     return shake(model, seed).eval()
 
@@ -64,9 +62,7 @@ def collate(rows, images=None, side="right", modality=None, seed=0):
         mask[row, place] = True
     if images is None:
         n_images = int((ids == IMAGE_ID).sum()) // VISION.n_patches
-        size = VISION.image_size
-        generator = torch.Generator().manual_seed(seed)
-        images = torch.randn(n_images, 3, size, size, generator=generator)
+        images = randn(n_images, 3, VISION.image_size, VISION.image_size, seed=seed)
     modality = torch.full((len(rows),), -1) if modality is None else torch.tensor(modality)
     return Batch(ids, mask, labels, images, modality)
 
@@ -100,21 +96,21 @@ def monkeypatch():
     with pytest.MonkeyPatch.context() as patch:
         setattr_ = patch.setattr
 
+        def counted(new, place):
+            uncalled.add(place)
+
+            @wraps(new)
+            def called(*args, **kwargs):
+                uncalled.discard(place)
+                return new(*args, **kwargs)
+
+            return called
+
         def watched(target, name, *value, **kwargs):
             *before, new = (name, *value)  # setattr("module.name", new) has no third argument
             if isinstance(new, FunctionType):
-                place = f"{getattr(target, '__name__', target)}.{before}"
-                uncalled.add(place)
-
-                @wraps(new)
-                def called(*args, **kwargs):
-                    uncalled.discard(place)
-                    return new(*args, **kwargs)
-
-                before.append(called)
-            else:
-                before.append(new)
-            setattr_(target, *before, **kwargs)
+                new = counted(new, f"{getattr(target, '__name__', target)}.{before}")
+            setattr_(target, *before, new, **kwargs)
 
         patch.setattr = watched
         yield patch

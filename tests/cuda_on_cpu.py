@@ -22,45 +22,37 @@ ORDERS = (0, 1, 2)  # of threads and blocks: forward, reverse, random
 
 def missing() -> str | None:
     """Why it cannot be done here."""
-    if not shutil.which("g++"):
-        return "no g++ here"
     if platform.machine() != "x86_64" or sys.platform != "linux":
         return "fibers are switched in assembly for Linux on x86-64"
-    return None
+    return None if shutil.which("g++") else "no g++ here"
 
 
-def compiled(cuda: Path = CUDA, header: Path = HERE / "cuda_on_cpu.h") -> Path:
+def compiled() -> Path:
     """The library, compiled once for these sources and this torch. Raises CalledProcessError."""
     torch_folder = Path(torch.__file__).parent
-    include = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include"]
-    headers = [header, *sorted(cuda.glob("*.h")), *sorted(cuda.glob("*.cuh"))]
+    headers = [HERE / "cuda_on_cpu.h", *sorted(CUDA.glob("*.h")), *sorted(CUDA.glob("*.cuh"))]
     objects = []
-    for source, more in (
-        (cuda / "permute.cu", headers),
-        (cuda / "gmm.cu", headers),
-        (cuda / "binding.cpp", [cuda / "launchers.h"]),
-    ):
-        command = ["g++", "-O1", "-std=c++20", "-fPIC", "-DCUDA_ON_CPU", "-x", "c++", "-c"]
-        command += ["-Wno-unknown-pragmas", f"-I{header.parent}", f"-I{cuda}"]
-        if source.suffix == ".cpp":  # slow because of torch's headers, and little to optimise
-            command += ["-O0", *(f"-I{folder}" for folder in include)]
-        objects.append(_kept(source, more, command, ".o"))
-    link = ["g++", "-shared", *map(str, objects), f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"]
-    return _kept(None, objects, link, ".so")
+    for name in ("permute.cu", "gmm.cu", "binding.cpp"):
+        flags = ["-O1", "-std=c++20", "-fPIC", "-DCUDA_ON_CPU", "-x", "c++", "-c"]
+        flags += ["-Wno-unknown-pragmas", f"-I{HERE}", f"-I{CUDA}"]
+        if name == "binding.cpp":  # slow because of torch's headers, and little to optimise
+            folders = ("include", "include/torch/csrc/api/include")
+            flags += ["-O0", *(f"-I{torch_folder / folder}" for folder in folders)]
+        objects.append(_kept([*flags, str(CUDA / name)], [CUDA / name, *headers], ".o"))
+    link = ["-shared", *map(str, objects), f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"]
+    return _kept(link, objects, ".so")
 
 
-def _kept(source: Path | None, others: list[Path], command: list[str], suffix: str) -> Path:
-    """What the command makes, from an earlier run where nothing that it reads has changed."""
-    words = [word for word in command if not word.startswith("-I")] + [torch.__version__]
-    content = [p.read_bytes() for p in ([source] if source else []) + others]
-    key = hashlib.sha256(b"\0".join([" ".join(words).encode(), *content])).hexdigest()[:16]
+def _kept(flags: list[str], reads: list[Path], suffix: str) -> Path:
+    """What g++ makes, from an earlier run where nothing that it reads has changed."""
+    words = [torch.__version__, *(word for word in flags if "/" not in word)]  # no paths
+    content = [" ".join(words).encode(), *(path.read_bytes() for path in reads)]
     folder = Path(tempfile.gettempdir()) / f"medmoe_on_cpu_{os.getuid()}"
     folder.mkdir(exist_ok=True)
-    made = folder / (key + suffix)
+    made = folder / (hashlib.sha256(b"\0".join(content)).hexdigest()[:16] + suffix)
     if not made.exists():
-        part = folder / f"{key}{os.getpid()}{suffix}"
-        inputs = [str(source)] if source else []
-        subprocess.run([*command, *inputs, "-o", str(part)], check=True, capture_output=True)
+        part = made.with_suffix(f".{os.getpid()}{suffix}")
+        subprocess.run(["g++", *flags, "-o", str(part)], check=True, capture_output=True)
         part.rename(made)
     return made
 

@@ -25,216 +25,154 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from queue import Queue
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("sources", "scoring", "engine")
 # Files without a test file of their own name: who tests them.
-TESTED_BY = {
-    "engine/processes.py": "tests/engine/test_parallel.py",
-    "ops.py": "tests/test_ops.py tests/test_kernels.py",
-    "sources/painting.py": "tests/sources/test_phantoms.py",
-}
-SWAPS = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
-    ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.MatMult: ast.Mult,
-    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.And: ast.Or, ast.Or: ast.And,
-}  # fmt: skip
+TESTED_BY = {"engine/processes.py": "tests/engine/test_parallel.py",
+             "ops.py": "tests/test_ops.py tests/test_kernels.py",
+             "sources/painting.py": "tests/sources/test_phantoms.py"}  # fmt: skip
+PAIRS = "Lt LtE, Gt GtE, Eq NotEq, Is IsNot, In NotIn, Add Sub, Mult Div, BitAnd BitOr, And Or"
+SWAPS = {"FloorDiv": "Mult", "Mod": "Mult", "Pow": "Mult", "MatMult": "Mult"}
+for one, other in map(str.split, PAIRS.split(", ")):
+    SWAPS |= {one: other, other: one}
 REMOVED = {"detach", "masked_fill", "masked_fill_"}
 NO_GRAD = {"torch.no_grad()", "torch.inference_mode()"}
-MESSAGES = {"print", "warn", "UserError", "ValueError", "TypeError", "RuntimeError",
-            "AssertionError", "flag"}  # fmt: skip
+MESSAGES = {"print", "warn", "UserError", "ValueError", "TypeError", "RuntimeError", "flag"}
 
 
-class Mutant(NamedTuple):
-    """The source with `before`, in this function, replaced by `after`."""
-
-    file: str
-    function: str
-    line: int
-    before: str
-    after: str
-    source: str
-
-    def __str__(self) -> str:
-        return f"{self.file} {self.function}: `{self.before}` -> `{self.after}`"
+def changed(node: ast.AST, **fields: object) -> ast.AST:
+    return type(node)(**(vars(node) | fields))
 
 
-def changes(node: ast.AST) -> Iterator[tuple[str, object]]:
-    """(field, its new value): every way of breaking this one node."""
+def broken(node: ast.AST) -> Iterator[ast.AST]:
+    """Everything that may stand in the place of this node."""
     match node:
         case ast.Compare(ops=[op]):
-            yield "ops", [SWAPS[type(op)]()]
-        case ast.BinOp(op=op) | ast.BoolOp(op=op) | ast.AugAssign(op=op) if type(op) in SWAPS:
-            yield "op", SWAPS[type(op)]()
-        case ast.Constant(value=bool() as value):
-            yield "value", not value
+            yield changed(node, ops=[getattr(ast, SWAPS[type(op).__name__])()])
+        case ast.BinOp(op=op) | ast.BoolOp(op=op) | ast.AugAssign(op=op):
+            if name := SWAPS.get(type(op).__name__):
+                yield changed(node, op=getattr(ast, name)())
         case ast.Constant(value=int() | float() as value):
-            yield "value", value + 1
-            yield "value", value - 1
+            for new in [not value] if isinstance(value, bool) else [value + 1, value - 1]:
+                yield changed(node, value=new)
         case ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test):
-            yield "test", ast.UnaryOp(ast.Not(), test)
-        case ast.Call(args=[first, second, *rest]):
-            if not any(isinstance(arg, ast.Starred) for arg in (first, second)):
-                yield "args", [second, first, *rest]
+            yield changed(node, test=ast.UnaryOp(ast.Not(), test))
+        case ast.Call(args=[one, two, *rest]) if ast.Starred not in (type(one), type(two)):
+            yield changed(node, args=[two, one, *rest])
         case ast.UnaryOp(op=ast.USub()):
-            yield "op", ast.UAdd()
-    if isinstance(node, ast.FunctionDef) and NO_GRAD & {*map(ast.unparse, node.decorator_list)}:
-        kept = [d for d in node.decorator_list if ast.unparse(d) not in NO_GRAD]
-        yield "decorator_list", kept
-
-
-def replacement(node: ast.AST) -> ast.AST | None:
-    """What may stand in the place of the whole node: a statement or a call that is gone."""
-    match node:
-        case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Raise() | ast.Assert():
-            return ast.Pass()
-        case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
-            return ast.Pass()
+            yield changed(node, op=ast.UAdd())
+        case ast.FunctionDef(decorator_list=found):
+            kept = [one for one in found if ast.unparse(one) not in NO_GRAD]
+            if len(kept) < len(found):
+                yield changed(node, decorator_list=kept)
+    match node:  # a statement, a call or a `not` that is gone
+        case (ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Raise() | ast.Assert()
+              | ast.Assign(targets=[ast.Attribute() | ast.Subscript()])):  # fmt: skip
+            yield ast.Pass()
         case ast.Call(func=ast.Attribute(value=value, attr=attr)) if attr in REMOVED:
-            return value
+            yield value
         case ast.UnaryOp(op=ast.Not(), operand=operand):
-            return operand
+            yield operand
         case ast.With(items=[item], body=body) if ast.unparse(item.context_expr) in NO_GRAD:
-            return ast.If(ast.Constant(True), body, [])
-    return None
+            yield ast.If(ast.Constant(True), body, [])
 
 
-def children(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
-    """(parent, field, index or None, child) of everything below that is code and not prose."""
-    for field, value in ast.iter_fields(node):
-        if field in ("annotation", "returns"):
-            continue
-        for i, child in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr):
-                yield node, field, i if isinstance(value, list) else None, child
-                if not (is_message(child) and isinstance(child, ast.Call)):
-                    yield from children(child)
-
-
-def is_message(node: ast.AST) -> bool:
+def is_message(node: ast.AST | None) -> bool:
     return isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in MESSAGES
 
 
-def mutants(file: str) -> Iterator[Mutant]:
-    """Every mutant of a file, in the order of its lines."""
+def places(node: ast.AST, function: str = "module") -> Iterator[tuple]:
+    """(a list or a node's fields, where in them, what, in which function): all code below."""
+    for field, value in ast.iter_fields(node):
+        is_list = isinstance(value, list)
+        for key, child in list(enumerate(value)) if is_list else [(field, value)]:
+            if not isinstance(child, ast.AST) or isinstance(child, ast.JoinedStr):
+                continue
+            inside = child.name if isinstance(child, ast.FunctionDef | ast.ClassDef) else function
+            if field not in ("annotation", "returns"):
+                yield value if is_list else vars(node), key, child, inside
+                if not is_message(child):
+                    yield from places(child, inside)
+
+
+def mutants(file: str) -> Iterator[tuple[str, int, str, str]]:
+    """(file, line, FILE FUNCTION: `before` -> `after`, the source) of every mutant of a file."""
     tree = ast.parse((ROOT / file).read_text())
-    owner = {
-        id(n): f.name
-        for f in ast.walk(tree)
-        if isinstance(f, ast.FunctionDef | ast.ClassDef)
-        for n in ast.walk(f)
-    }
-
-    def mutant(node: ast.AST, before: str, after: str) -> Mutant:
-        first = [text.splitlines()[0] if text else "nothing" for text in (before, after)]
-        function = owner.get(id(node), "module")
-        return Mutant(
-            file, function, node.lineno, *first, ast.unparse(ast.fix_missing_locations(tree))
-        )
-
-    for parent, field, i, node in list(children(tree)):
-        if not hasattr(node, "lineno") or is_message(getattr(node, "value", None)):
-            continue
+    for place, key, node, function in list(places(tree)):
         before = ast.unparse(node)
-        if before.startswith("if __name__"):
-            continue
-        for name, value in changes(node):
-            old = getattr(node, name)
-            setattr(node, name, value)
-            yield mutant(node, before, ast.unparse(node))
-            setattr(node, name, old)
-        if (new := replacement(node)) is not None:
-            place = getattr(parent, field) if i is not None else vars(parent)
-            key = field if i is None else i
+        is_prose = is_message(getattr(node, "value", None)) or before.startswith("if __name__")
+        for new in [] if is_prose or not hasattr(node, "lineno") else broken(node):
             place[key] = ast.copy_location(new, node)
-            yield mutant(node, before, ast.unparse(new))
+            source = ast.unparse(ast.fix_missing_locations(tree))
             place[key] = node
+            first, then = (text.splitlines()[0] for text in (before, ast.unparse(new)))
+            yield file, node.lineno, f"{file} {function}: `{first}` -> `{then}`", source
 
 
-def tests_of(file: str) -> str:
-    folder, _, name = file.rpartition("/")
-    return TESTED_BY.get(file) or f"tests/{folder}/test_{name}".replace("//", "/")
-
-
-def run(folder: Path, tests: str, limit_s: float) -> bool:
-    """Do the tests pass, in this copy of the project and in this time?"""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=folder, start_new_session=True, **quiet) as child:
-        try:
-            code = child.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            code = 1
+def run(words: list[str], limit_s: float, file: str, source: str) -> tuple[int | None, str]:
+    """pytest where `file` holds `source` -> its exit code, None: no end in time; its output."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *words]
+    ignore = shutil.ignore_patterns(".git", "runs", "__pycache__", ".*_cache", "*.log")
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as out:
+        project = shutil.copytree(ROOT, Path(folder) / "project", ignore=ignore)
+        (Path(folder) / "shared").symlink_to(ROOT.parent / "shared")
+        (project / file).write_text(source)
+        streams = {"stdout": out, "stderr": out}
+        child = subprocess.Popen(command, cwd=project, start_new_session=True, **streams)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(limit_s)
+        code = child.poll()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # and the processes that it started
-    return code == 0
+        child.wait()
+        out.seek(0)
+        return code, out.read()
+
+
+@cache
+def tests_of(file: str) -> tuple[list[str], float]:
+    """The tests of a file, and how long a mutant may take."""
+    folder, _, name = file.rpartition("/")
+    tests = TESTED_BY.get(file, f"tests/{folder}/test_{name}".replace("//", "/")).split()
+    start = time.monotonic()
+    code, printed = run(tests, 900, file, (ROOT / file).read_text())
+    assert code == 0, f"{tests} fail on the code as it is:\n{printed}"
+    return tests, 20 + 4 * (time.monotonic() - start)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=150, help="how many mutants to draw")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--file", default="", help="a file, or a package, in place of all")
-    parser.add_argument("--jobs", type=int, default=2)
+    for flag, value, text in (("--n", 150, "how many mutants to draw"), ("--seed", 0, ""),
+                              ("--file", "", "or a package"), ("--jobs", 2, "")):  # fmt: skip
+        parser.add_argument(flag, type=type(value), default=value, help=text)
     flags = parser.parse_args()
-    files = [str(f.relative_to(ROOT)) for p in ("", *PACKAGES) for f in (ROOT / p).glob("*.py")]
-    files = sorted(f for f in files if f == flags.file or f.startswith(flags.file.rstrip("/") + "/")
-                   or not flags.file)  # fmt: skip
-    tests = {path for file in files for path in tests_of(file).split()}
-    assert not (absent := [path for path in tests if not (ROOT / path).is_file()]), absent
-    every = [m for file in files for m in mutants(file)]
+    folders = [ROOT, ROOT / "sources", ROOT / "scoring", ROOT / "engine"]
+    files = sorted(str(f.relative_to(ROOT)) for folder in folders for f in folder.glob("*.py"))
+    files = [f for f in files if f"{f}/".startswith(flags.file.rstrip("/") + "/") or not flags.file]
+    reasons = (ROOT / "tests" / "equivalent.txt").read_text()
     generator, by_line = random.Random(flags.seed), {}
-    for mutant in every:  # a line with many numbers is drawn no more often than another
-        by_line.setdefault((mutant.file, mutant.line), []).append(mutant)
+    for mutant in (m for file in files for m in mutants(file)):
+        by_line.setdefault(mutant[:2], []).append(mutant)
+    # A line with many numbers is drawn no more often than another.
     lines = generator.sample([*by_line], min(flags.n, len(by_line)))
     drawn = [generator.choice(by_line[line]) for line in lines]
-    print(f"{len(drawn)} of {len(every)} mutants of {len(files)} files, seed {flags.seed}")
-    text = (ROOT / "tests" / "equivalent.txt").read_text()
-    reasons = dict(line.split(" | ") for line in text.splitlines() if line)
+    print(f"{len(drawn)} mutants of {len(files)} files, seed {flags.seed}", flush=True)
 
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(flags.jobs) as pool:
-        folders: Queue[Path] = Queue()
-        ignore = shutil.ignore_patterns(".git", "runs", "__pycache__", ".*_cache")
-        for job in range(flags.jobs):
-            folders.put(shutil.copytree(ROOT, Path(temporary) / "work" / f"{job}", ignore=ignore))
-        if (shared := ROOT.parent / "shared").is_dir():
-            (Path(temporary) / "work" / "shared").symlink_to(shared)
+    def judge(mutant: tuple[str, int, str, str]) -> str:
+        file, _, name, source = mutant
+        if f"{name} | " in reasons:
+            return "equivalent"
+        return "survived" if run(*tests_of(file), file, source)[0] == 0 else "killed"
 
-        @cache
-        def seconds(tests: str) -> float:
-            folder, start = folders.get(), time.monotonic()
-            passed = run(folder, tests, 900)
-            folders.put(folder)
-            assert passed, f"{tests} fails on the code as it is"
-            return time.monotonic() - start
-
-        def judge(mutant: Mutant) -> str:
-            if str(mutant) in reasons:
-                return "equivalent"
-            limit = 20 + 4 * seconds(tests_of(mutant.file))
-            folder = folders.get()
-            (folder / mutant.file).write_text(mutant.source)
-            passed = run(folder, tests_of(mutant.file), limit)
-            shutil.copy(ROOT / mutant.file, folder / mutant.file)
-            folders.put(folder)
-            return "survived" if passed else "killed"
-
-        counts = {"reading path": Counter(), "packages": Counter()}
-        for mutant, outcome in zip(drawn, pool.map(judge, drawn), strict=True):
-            counts["packages" if "/" in mutant.file else "reading path"][outcome] += 1
+    counts = {"reading path": Counter(), "packages": Counter()}
+    with ThreadPoolExecutor(flags.jobs) as pool:
+        for (file, line, name, _), outcome in zip(drawn, pool.map(judge, drawn), strict=True):
+            counts["packages" if "/" in file else "reading path"][outcome] += 1
             if outcome != "killed":
-                print(f"{outcome}: line {mutant.line}, {mutant} {reasons.get(str(mutant), '')}",
-                      flush=True)  # fmt: skip
-    print(
-        "| | killed | survived | equivalent | killed of those that are not |\n|---|---|---|---|---|"
-    )
+                print(f"{outcome}: line {line}, {name}", flush=True)
+    print("| | killed | survived | equivalent |\n|---|---|---|---|")
     for kind, n in counts.items():
-        share = n["killed"] / max(1, n["killed"] + n["survived"])
-        print(f"| {kind} | {n['killed']} | {n['survived']} | {n['equivalent']} | {share:.0%} |")
+        print(f"| {kind} | {n['killed']} | {n['survived']} | {n['equivalent']} |")
 
 
 if __name__ == "__main__":

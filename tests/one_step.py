@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from unittest.mock import patch
 
 import train
 from config import ASSETS, Recipe, TrainConfig
@@ -13,12 +14,10 @@ class Stop(Exception):
 
 
 def place(folder, flags: TrainConfig) -> Run:
-    flags = replace(flags, out=str(folder))
     folder.mkdir(exist_ok=True, parents=True)
-    return Run(flags.phase, flags, ASSETS / "phi" / "tokenizer.json")
+    return Run(flags.phase, replace(flags, out=str(folder)), ASSETS / "phi" / "tokenizer.json")
 
 
-@contextmanager
 def before_each_step(action):
     """action(run, loss, load), after backward and before clipping, in every step of every run."""
     reduce = Run.sum_loss_and_load
@@ -28,31 +27,21 @@ def before_each_step(action):
         action(run, *found)
         return found
 
-    Run.sum_loss_and_load = noting
-    try:
-        yield
-    finally:
-        Run.sum_loss_and_load = reduce
+    return patch.object(Run, "sum_loss_and_load", noting)
 
 
 def gradients(model, data, rows, flags, run):
-    """Gradients of the mean loss over these rows are left in the model -> loss, load (L, E).
-
-    run.counts then has images, patches, samples, positions, pairs and supervised tokens.
-    """
-    found, mode = [], model.training
+    """Gradients of the mean loss over these rows are left in the model -> loss, load (L, E)."""
+    found = []
 
     def stop(run, *loss_and_load):
         found.append(loss_and_load)
         raise Stop
 
-    data.epoch, model.train = lambda *_: [list(rows)], lambda *_: model  # the caller has chosen
-    try:
-        with before_each_step(stop), suppress(Stop):
-            train.train(model, data, replace(flags, steps=1), Recipe(1e-3, 1, len(rows)), run)
-    finally:
-        del data.epoch, model.train
-    assert model.training == mode
+    data.epoch = lambda *_: [list(rows)]
+    with before_each_step(stop), suppress(Stop):
+        train.train(model, data, replace(flags, steps=1), Recipe(1e-3, 1, len(rows)), run)
+    del data.epoch
     return found[0]
 
 
@@ -64,7 +53,6 @@ def losses_of_steps():
         yield losses
 
 
-@contextmanager
 def stopped_after_a_checkpoint():
     """Ctrl-C in the first step after a checkpoint was saved."""
 
@@ -72,5 +60,4 @@ def stopped_after_a_checkpoint():
         if list(run.folder.glob("*step*")):
             raise KeyboardInterrupt
 
-    with before_each_step(stop):
-        yield
+    return before_each_step(stop)

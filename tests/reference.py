@@ -1,8 +1,8 @@
 """The specification: what the model computes, in the plainest form, token by token.
 
-Each function is an equation of a paper or of a published model, and the code is compared with it.
-Letters as in config.py: T positions, C positions that a query can look at, D, W widths, K head
-width, E experts, R real tokens, V vocabulary. `real` (T,) is False on padding.
+Each function is an equation of a paper or of a published model. Letters as in config.py:
+T positions, C positions that a query can look at, D, W widths, K head width, E experts, R real
+tokens, V vocabulary. `real` (T,) is False on padding.
 """
 
 import math
@@ -21,21 +21,12 @@ def tanh_gelu(x):
     return x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def quick_gelu(x):
-    return x / (1 + torch.exp(-1.702 * x))
-
-
-def silu(x):
-    return x / (1 + torch.exp(-x))
-
-
 def norm(layer, x):
     """LayerNorm, or RMSNorm (no mean, no bias)."""
     bias = 0.0
     if isinstance(layer, nn.LayerNorm):
         x, bias = x - x.mean(dim=-1, keepdim=True), layer.bias
-    scale = torch.sqrt((x * x).mean(dim=-1, keepdim=True) + layer.eps)
-    return x / scale * layer.weight + bias
+    return x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + layer.eps) * layer.weight + bias
 
 
 def attention(q, k, v, allowed):
@@ -65,9 +56,8 @@ def self_attention(attn, x, real, config):
     """
     positions, t = (real.cumsum(dim=0) - 1).clamp(min=0), range(len(real))
     allowed = torch.tensor([[j == i or (j < i and bool(real[j])) for j in t] for i in t])
-    width = config.d_model // config.n_heads
+    width, heads = config.d_model // config.n_heads, []
     q, k, v = (layer(x).split(width, dim=-1) for layer in (attn.q, attn.k, attn.v))
-    heads = []
     for h in range(len(q)):
         g = h // (len(q) // len(k))
         qk = [rope(t, positions, config.rotary_dim, config.rope_theta) for t in (q[h], k[g])]
@@ -80,7 +70,8 @@ def ffn(weights, x):
     w = {name.removesuffix(".weight"): tensor for name, tensor in weights.items()}
     if "fc1" in w:
         return tanh_gelu(x @ w["fc1"].T + w["fc1.bias"]) @ w["fc2"].T + w["fc2.bias"]
-    return (silu(x @ w["gate"].T) * (x @ w["up"].T)) @ w["down"].T
+    gate = x @ w["gate"].T
+    return (gate / (1 + torch.exp(-gate)) * (x @ w["up"].T)) @ w["down"].T
 
 
 def top_k(scores, k):
@@ -132,8 +123,7 @@ def load_balancing_loss(gates, logits):
     n_experts, total = gates.shape[1], 0.0
     for e in range(n_experts):
         f = (gates[:, e] != 0).sum() / (gates != 0).sum()  # share of the routed tokens
-        p = sum(token.softmax(dim=0)[e] for token in logits) / len(logits)
-        total = total + f * p
+        total = total + f * sum(token.softmax(dim=0)[e] for token in logits) / len(logits)
     return n_experts * total
 
 
@@ -170,24 +160,23 @@ def tower(vision, image, n_heads):
         qkv = [layer(h).chunk(n_heads, dim=-1) for layer in (block.q, block.k, block.v)]
         heads = [attention(q, k, v, everywhere) for q, k, v in zip(*qkv, strict=True)]
         x = x + block.o(torch.cat(heads, dim=-1))
-        x = x + block.fc2(quick_gelu(block.fc1(norm(block.ln_2, x))))
+        h = block.fc1(norm(block.ln_2, x))
+        x = x + block.fc2(h / (1 + torch.exp(-1.702 * h)))  # "quick GELU"
     return x
 
 
 def decoder(model, x, real, prompt):
     """x (T, D) -> (T, D). Phi-2 runs attention and FFN side by side, on one norm."""
-
-    def feed_forward(mlp, x):
-        if not hasattr(mlp, "router"):
-            return ffn(dict(mlp.named_parameters()), x)
-        gates = router_gates(mlp.router, x[None], real[None], prompt[None])
-        return sparse_layer(mlp, x[None], gates)[0]
-
     for block in model.blocks:
         is_phi = model.config.family == "phi"
         first, second = (block.ln, block.ln) if is_phi else (block.ln_1, block.ln_2)
         y = x + self_attention(block.attn, norm(first, x), real, model.config)
-        x = y + feed_forward(block.mlp, norm(second, x if is_phi else y))
+        h = norm(second, x if is_phi else y)
+        if hasattr(block.mlp, "router"):
+            gates = router_gates(block.mlp.router, h[None], real[None], prompt[None])
+            x = y + sparse_layer(block.mlp, h[None], gates)[0]
+        else:
+            x = y + ffn(dict(block.mlp.named_parameters()), h)
     return norm(model.ln_f, x)
 
 

@@ -1,6 +1,5 @@
 """Asking a checkpoint: the answer as it is generated, and the experts it was routed to."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -10,9 +9,8 @@ from PIL import Image
 
 import chat
 from checkpoint import load_model
-from config import Common, MoEConfig
+from config import MoEConfig
 from data import IMAGE_ID, collate, encode_prompt
-from engine.cli import parse
 from model import Generated, generate
 from routers import Routing
 from sources.images import Images
@@ -24,21 +22,14 @@ def phase3(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("mini") / "phase3")
 
 
-@pytest.fixture(scope="module")
-def image(phase3):
-    path = phase3.parent / "x.png"
-    Image.effect_noise((60, 30), 90).save(path)
-    return path
-
-
 def generated(folder, image, pad=True, *how):
-    """The tokens of the answer to "Which side?", by generate() itself."""
+    """The answer to "Which side?", by generate() itself."""
     model, text, _ = load_model(folder, torch.device("cpu"))
     encoded = encode_prompt("Which side?", image is not None, text, model.config)
     samples = [chat.as_sample(image and str(image), "")]
     batch = collate(samples, [encoded], Images(32, pad=pad), text.eos_id, "left")
     steps = list(generate(model, batch, text.eos_id, 7, *how))
-    return text.decode(int(s.tokens[0]) for s in steps)
+    return text.decode(int(s.tokens[0]) for s in steps).lstrip()
 
 
 def asked(capsys, folder, image, *argv):
@@ -48,53 +39,33 @@ def asked(capsys, folder, image, *argv):
     return capsys.readouterr().out
 
 
-def test_flags_and_their_defaults():
-    found = vars(parse(chat.ChatConfig, ["DIR"], "chat.py"))
-    assert found == vars(Common()) | {
-        "checkpoint": "DIR", "image": None, "question": None, "max_new": 64, "temperature": 0.0,
-        "top_p": 1.0}  # fmt: skip
-    assert chat.ChatConfig.__dataclass_params__.frozen
-
-
-def test_it_prints_the_likeliest_answer_and_the_experts_of_image_question_and_answer(
-    phase3, image, capsys
-):
+def test_it_prints_the_likeliest_answer_and_the_experts_of_tokens(phase3, capsys, tmp_path):
+    image = tmp_path / "x.png"
+    Image.effect_noise((60, 30), 90).save(image)
     answer, *lines = asked(capsys, phase3, image).split("\n")
-    assert answer == generated(phase3, image).lstrip() != ""
-    assert answer != generated(phase3, image, pad=False).lstrip()
+    assert answer == generated(phase3, image) != generated(phase3, image, pad=False) and answer
     assert lines[:2] == ["", "experts                  CT      MRI    X-ray  patholo"]
-    assert [line[:20] for line in lines[2:6]] == [
-        f"  block {block}  {kind}" for block in (0, 2) for kind in ("image    ", "question ")
-    ]
     assert len(lines) == 2 + 4 + 6 + 1  # no routing of the last token: nothing follows it
 
 
 def test_sampled_answers_follow_seed_temperature_and_top_p(phase3, capsys):
     def sampled(seed, *how):
-        return generated(phase3, None, True, *how, torch.Generator().manual_seed(seed)).lstrip()
+        return generated(phase3, None, True, *how, torch.Generator().manual_seed(seed))
 
     argv = ("--temperature", "1.5", "--top-p", "0.9")
     for seed in (0, 1):
         answer = sampled(seed, 1.5, 0.9)
         assert asked(capsys, phase3, None, *argv, "--seed", str(seed)).startswith(answer + "\n")
     assert len({answer, sampled(0, 1.5, 0.9), sampled(1, 1.5, 0.5), sampled(1, 0.5, 0.9)}) == 4
-    for least in (("--temperature", "0.01"), ("--temperature", "9", "--top-p", "1e-9")):
-        answer = asked(capsys, phase3, None, *least)
-        assert answer.startswith(generated(phase3, None).lstrip() + "\n")
 
 
-@pytest.mark.parametrize(("router", "name"), [("oracle", " pathol"), ("topk", "e3")])
-def test_experts_are_named_after_modalities_only_if_they_were_trained_for_them(
-    tmp_path, capsys, router, name
-):
-    folder = checkpoint(tmp_path / "x", MoEConfig(router=router, n_experts=5))
-    table = asked(capsys, folder, None).split("\n\n")[1].splitlines()[0]
-    assert name in table and table.endswith("e4")
-
-
-def test_a_dense_model_answers_without_a_table(tmp_path, capsys):
-    folder = checkpoint(tmp_path / "x", None)
-    assert asked(capsys, folder, None) == generated(folder, None).lstrip() + "\n"
+def test_only_experts_that_were_trained_for_modalities_have_their_names(tmp_path, capsys):
+    dense = checkpoint(tmp_path / "dense", None)
+    assert asked(capsys, dense, None) == generated(dense, None) + "\n"
+    for router, name in (("oracle", " pathol"), ("topk", "e3")):
+        folder = checkpoint(tmp_path / router, MoEConfig(router=router, n_experts=5))
+        table = asked(capsys, folder, None).split("\n\n")[1].splitlines()[0]
+        assert name in table and table.endswith("e4")
 
 
 def test_the_table_counts_the_experts_of_tokens_block_by_block(capsys):
@@ -116,11 +87,8 @@ def test_the_table_counts_the_experts_of_tokens_block_by_block(capsys):
     ]
 
 
-@pytest.mark.parametrize("end", [" ", EOFError])
-def test_without_a_question_it_asks_until_an_empty_line_or_the_end(
-    phase3, end, monkeypatch, capsys
-):
-    typed = Mock(side_effect=["Which?", "Is it the hand?", end, "unread"])
+def test_without_a_question_it_asks_until_an_empty_line(phase3, monkeypatch, capsys):
+    typed = Mock(side_effect=["Which?", "Is it the hand?", " ", "unread"])
     monkeypatch.setattr("builtins.input", typed)
     chat.main([str(phase3), "--image", "phantom:2000000003", "--max-new", "2"])
     found = capsys.readouterr()
@@ -134,21 +102,10 @@ def test_the_stream_waits_for_whole_characters(capsys):
     for token in range(5):
         stream.add(token)
         shown.append(capsys.readouterr().out)
-    assert shown == ["", "gr", "", "ün", "  e"] and stream.ids == [0, 1, 2, 3, 4]
+    assert shown == ["", "gr", "", "ün", "  e"]
 
 
-@pytest.mark.parametrize(
-    ("typed", "image"), [("phantom:12", 12), ("a/b.png", Path("a/b.png")), (None, None)]
-)
-def test_an_image_is_a_file_or_a_phantom(typed, image):
-    wanted = chat.Sample("question", "you", "chat", image, (("Q?", ""),))
-    assert chat.as_sample(typed, "Q?") == wanted
-
-
-@pytest.mark.parametrize(
-    "argv", ["--temperature -1", "--temperature nan", "--temperature 0.0099", "--top-p 0",
-             "--top-p 1.01", "--image phantom:x"],
-)  # fmt: skip
+@pytest.mark.parametrize("argv", ["--temperature nan", "--top-p 0", "--image phantom:x"])
 def test_a_setting_that_cannot_be_is_one_line(phase3, argv, capsys):
     with pytest.raises(SystemExit) as stop:
         chat.main([str(phase3), "--question", "Q?", *argv.split()])

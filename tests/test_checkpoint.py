@@ -9,9 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import empty_model, load_checkpoint, load_model, read_config, read_seen
-
-from checkpoint import save_checkpoint  # isort: skip
+from checkpoint import (
+    empty_model,
+    load_checkpoint,
+    load_model,
+    read_config,
+    read_seen,
+    save_checkpoint,
+)
 from config import UserError
 from data import Text
 from engine.durable import seal
@@ -40,7 +45,7 @@ def saved(mini_checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "moe"),
-    [("phi", None), ("stablelm", {"router": "topk", "top_k": 1}), ("llama", {}),
+    [("phi", None), ("stablelm", {"router": "topk", "top_k": 1}),
      ("phi", {"residual": True})],  # early TinyMed's layers
 )  # fmt: skip
 def test_a_checkpoint_is_read_back_bit_for_bit_with_its_config(build, tmp_path, family, moe):
@@ -50,7 +55,6 @@ def test_a_checkpoint_is_read_back_bit_for_bit_with_its_config(build, tmp_path, 
     parts = [f"{name}.safetensors" for name in ("model", "process0", "router")]
     files = ["checksums.json", "config.json", *parts, "tokenizer.json"]
     assert sorted(p.name for p in folder.iterdir()) == files
-    assert [p.name for p in folder.parent.iterdir()] == ["phase3"]
     assert load_file(folder / parts[2]).keys() == {"weight"}
     assert read_config(folder) == (model.config, INFO)
     loaded, text, info = load_model(folder, CPU)
@@ -71,14 +75,11 @@ def test_saving_over_a_checkpoint_leaves_the_new_one_or_the_old_one_whole(build,
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
-def test_weights_are_widened_cast_or_kept_as_stored_and_routers_are_fp32(
-    build, tmp_path, stored, dtype
-):
-    config = build("llama", {}).config
+def test_weights_are_widened_cast_or_kept_and_routers_are_fp32(build, tmp_path, stored, dtype):
+    config, generator_state = build("llama", {}).config, torch.get_rng_state()
     model = empty_model(replace(config, decoder=replace(config.decoder, tied=True)), stored)
+    assert torch.equal(torch.get_rng_state(), generator_state)  # nothing was initialised
     shake(model)
-    for n, p in model.named_parameters():
-        assert p.dtype == (torch.float32 if ".router." in n else stored)
     names = load_file(save(tmp_path / "x", model) / "model.safetensors").keys()
     assert "decoder.embed.weight" in names and "decoder.lm_head.weight" not in names
     before, after = model.decoder, load_model(tmp_path / "x", CPU, dtype)[0].decoder
@@ -91,31 +92,20 @@ def test_weights_are_widened_cast_or_kept_as_stored_and_routers_are_fp32(
     assert torch.equal(router, before.blocks[0].mlp.router.proj.weight)
 
 
-def test_nothing_is_initialised_in_an_empty_model(build):
-    config, before = build("phi", {}).config, torch.get_rng_state()
-    model = empty_model(config)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert {(p.dtype, p.device) for p in model.parameters()} == {(torch.float32, CPU)}
-
-
 def test_the_router_and_its_level_can_be_replaced(mini_checkpoint, build, tmp_path):
     moe = load_model(mini_checkpoint, CPU)[0].config.moe
-    assert (moe.router, moe.level) == ("modality", "token")
     other = load_model(mini_checkpoint, CPU, router="random", level="sequence")[0]
-    assert other.config.moe == replace(moe, router="random", level="sequence")
+    assert other.config.moe == replace(moe, router="random", level="sequence") != moe
     assert same(dict(other.named_parameters()), weights(mini_checkpoint))
     dense = save(tmp_path / "dense", build())
     assert load_model(dense, CPU, level="sequence")[0].config.moe is None
     with pytest.raises(UserError, match=r"--router topk: .*dense is dense"):
         load_model(dense, CPU, router="topk")
-    with pytest.raises(UserError, match=r"--router gone\.py:Mine"):
-        load_model(mini_checkpoint, CPU, router="gone.py:Mine")
 
 
-def test_a_checkpoint_of_another_model_is_refused_before_anything_is_filled(build, saved):
-    for other in (build("stablelm", {}), build("phi"), build("phi", {"n_experts": 2})):
-        with pytest.raises(UserError, match=r"model.safetensors: .*(decoder|vision)"):
-            load_checkpoint(other, saved)
+def test_a_checkpoint_of_another_model_or_with_a_damaged_file_is_refused(build, saved):
+    with pytest.raises(UserError, match=r"model.safetensors: .*decoder"):
+        load_checkpoint(build("stablelm", {}), saved)
     model = MedMoE(read_config(saved)[0])
     before = {name: p.clone() for name, p in model.named_parameters()}
     (saved / "tokenizer.json").write_text("{}")
@@ -125,46 +115,19 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_filled(buil
 
 
 @pytest.mark.parametrize(
-    ("name", "keep"),
-    [*((name, None) for name in ("model.safetensors", "config.json", "tokenizer.json")),
-     *(("model.safetensors", n) for n in (0, 4, 100, -1))],
+    ("place", "value", "message"),
+    [("model.moe.colour", 1, "config.json: not a checkpoint of .*colour"),
+     ("model.moe.top_k", 9, "--top-k 9"), ("model.moe.router", "gone.py:Mine", "--router gone.py"),
+     ("model.decoder.n_heads", 0, "config.json: not a possible model"),
+     ("model.decoder.d_model", 32, "model.safetensors: .*shape"),
+     ("model.decoder.n_layers", 4, "model.safetensors: .*not in the checkpoint"),
+     ("flags", {}, "config.json: not a .*'seed'"), ("flags.lang", "fr", "config.json: .*lang")],
 )  # fmt: skip
-def test_a_missing_or_truncated_file_is_named(saved, name, keep):
-    content = (saved / name).read_bytes()
-    (saved / name).unlink()
-    if keep is not None:
-        (saved / name).write_bytes(content[:keep])
-    with pytest.raises(UserError, match=rf"{name}: ([Nn]o such file|damaged)"):
-        load_model(saved, CPU)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [(b"{", "not JSON"), (b"[]", "must be a JSON object"), (b"{}", "not a checkpoint .*: 'model'"),
-     (b'{"model": 3}', "not a checkpoint of this project"),
-     ({"model.colour": 1, "model.vision": None}, "not a checkpoint of this project"),
-     ({"model.moe.colour": 1}, "not a checkpoint of .*colour"),
-     ({"model.moe.top_k": 9}, "--top-k 9"),
-     ({"model.moe.router": "gone.py:Mine"}, "--router gone.py:Mine"),
-     ({"model.decoder.n_heads": 0}, "config.json: not a possible model"),
-     ({"model.decoder.d_model": 32}, "model.safetensors: .*shape"),
-     ({"model.decoder.n_layers": 4}, "not in the checkpoint"),
-     ({"model.moe": None}, "not a parameter"), ({"flags": None}, "not a checkpoint of this"),
-     ({"flags": {}}, "not a checkpoint of this project: 'seed'"),
-     ({"phase": "x"}, "phase and seed must be numbers"),
-     ({"flags.seed": "x"}, "phase and seed must be numbers"),
-     ({"flags.data": [1]}, '"data" .* is of the wrong kind'),
-     ({"flags.lang": "fr"}, '"lang" must be one of en, zh, all')],
-)  # fmt: skip
-def test_a_broken_config_is_refused(saved, change, message):
-    path = saved / "config.json"
-    if isinstance(change, dict):
-        values = json.loads(path.read_text())
-        for place, value in change.items():
-            *parents, last = place.split(".")
-            reduce(dict.__getitem__, parents, values)[last] = value
-        change = json.dumps(values).encode()
-    path.write_bytes(change)
+def test_a_broken_config_is_refused(saved, place, value, message):
+    values = json.loads((saved / "config.json").read_text())
+    *parents, last = place.split(".")
+    reduce(dict.__getitem__, parents, values)[last] = value
+    (saved / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"config.json: .* does not match checksums"):
         read_config(saved)
     seal(saved)
@@ -172,53 +135,33 @@ def test_a_broken_config_is_refused(saved, change, message):
         load_model(saved, CPU)
 
 
-ROUTER = """
-import torch
-from routers import TopKRouter
-
-class Balanced(TopKRouter):
-    def __init__(self, d_model, n_experts, **how):
-        super().__init__(d_model, n_experts, **how)
-        self.register_buffer("load", torch.zeros(n_experts, dtype=torch.int64))
-        self.register_buffer("last", torch.zeros(1), persistent=False)
-"""
-
-
 def test_a_routers_buffers_are_kept_as_strictly_as_parameters(build, tmp_path):
-    (tmp_path / "balanced.py").write_text(ROUTER)
-    model = build(moe={"router": f"{tmp_path / 'balanced.py'}:Balanced"})
-    load_2 = model.decoder.blocks[2].mlp.router.load
-    load_2.copy_(torch.tensor([1, 2**40 + 1, 3, 2]))  # more than a float can hold
-    folder = save(tmp_path / "x", model)
-    assert torch.equal(load_model(folder, CPU)[0].decoder.blocks[2].mlp.router.load, load_2)
-    stored, name = load_file(folder / "model.safetensors"), "decoder.blocks.2.mlp.router."
-    assert f"{name}load" in stored and f"{name}last" not in stored
-    for change, message in (
-        ({}, r"not in the checkpoint: \['decoder.blocks.2.mlp.router.load'\]"),
-        ({f"{name}load": torch.zeros(4)}, r"load': torch.float32, expected torch.int64"),
-        ({f"{name}load": torch.zeros(3, dtype=torch.int64)}, r"load': shape"),
-    ):
-        kept = {n: t for n, t in stored.items() if n != f"{name}load"}
-        save_file(kept | change, folder / "model.safetensors")
-        seal(folder)
-        with pytest.raises(UserError, match=message):
-            load_model(folder, CPU)
+    def model_with(load):
+        model = build(moe={"router": "topk"})
+        router = model.decoder.blocks[2].mlp.router
+        router.register_buffer("load", load)
+        router.register_buffer("last", torch.zeros(1), persistent=False)
+        return model
+
+    load, name = torch.tensor([1, 2**40 + 1, 3, 2]), "decoder.blocks.2.mlp.router"
+    folder, found = save(tmp_path / "x", model_with(load)), model_with(torch.zeros_like(load))
+    assert f"{name}.load" in weights(folder) and f"{name}.last" not in weights(folder)
+    load_checkpoint(found, folder)  # more than a float can hold
+    assert torch.equal(found.decoder.blocks[2].mlp.router.load, load)
+    for other in (build(moe={"router": "topk"}), model_with(load.float()), model_with(load[:3])):
+        with pytest.raises(UserError, match=rf"model.safetensors: .*{name}.load"):
+            load_checkpoint(other, folder)
 
 
 def test_what_was_seen_in_training_is_read_if_there_is_a_record_of_it(saved):
     file, rows = saved / "seen.safetensors", read_seen(saved)
     assert rows.dtype == torch.int64 and rows.shape[1:] == (6,) and len(rows) > 50
-    short = rows[:, :5].contiguous()
-    for damage in ({}, {"other": rows}, {"rows": rows.float()}, {"rows": short},
-                   {"rows": rows.flatten()}):  # fmt: skip
+    for damage in ({"other": rows}, {"rows": rows.float()}, {"rows": rows[:, :5].contiguous()}):
         save_file(damage, file)
         with pytest.raises(UserError, match=r"seen\.safetensors: damaged or edited"):
             read_seen(saved)
         seal(saved)
         with pytest.raises(UserError, match=r"seen\.safetensors: not a record"):
             read_seen(saved)
-    save_file({"pairs": rows}, file)  # of an older version
-    seal(saved)
-    assert read_seen(saved) is None
     file.unlink()
     assert read_seen(saved) is None

@@ -1,6 +1,4 @@
-"""The course's own options of pytest, and the tiny models of the other tests."""
-
-from tests.conftest import _build, _collate, _shake  # noqa: F401
+"""The course's own options of pytest."""
 
 
 def pytest_addoption(parser):

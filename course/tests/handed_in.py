@@ -1,7 +1,5 @@
 """A correct submission, and a budget so small that it is scored in seconds."""
 
-from contextlib import contextmanager
-
 import pytest
 
 from config import PRESETS
@@ -26,9 +24,10 @@ BUDGET = score.Budget(preset="mini", base_images=8, base_steps=2, train_images=8
                       batch_size=4, lr=1e-2, eval_images=3)  # fmt: skip
 
 
-@contextmanager
-def small_base(folder):
+@pytest.fixture(name="base", scope="module")
+def _base(tmp_path_factory):
     """The common checkpoint of a model of 30 000 parameters; course.score then uses BUDGET."""
+    folder = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "mini", mini(folder / "mini"))
         patch.setattr(score, "BUDGET", BUDGET)

@@ -18,7 +18,6 @@ from engine.published import load_published, published_decoder, published_vision
 from model import MedMoE
 
 HERE = Path(__file__).parent
-FAMILIES = ("clip", "phi", "stablelm", "llama")
 SIZES = {
     "clip": {"image_size": 28, "patch_size": 7, "hidden_size": 32, "intermediate_size": 48,
              "num_hidden_layers": 3, "num_attention_heads": 2},
@@ -34,15 +33,11 @@ SIZES = {
 def randomise(model: nn.Module, seed: int) -> nn.Module:
     """Every parameter at random, no bias 0 and no norm 1, in fp16's values."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            noise = torch.randn(param.shape, generator=generator)
-            if "norm" in name and name.endswith("weight"):
-                param.copy_((1 + 0.3 * noise).half())
-            elif param.dim() == 1:
-                param.copy_((0.3 * noise).half())
-            else:
-                param.copy_((noise * param[0].numel() ** -0.5).half())
+    for name, param in model.named_parameters():
+        noise = torch.randn(param.shape, generator=generator)
+        noise = noise * (0.3 if param.dim() == 1 else param[0].numel() ** -0.5)
+        is_scale = "norm" in name and name.endswith("weight")
+        param.data = (is_scale + noise).half().float()
     return model.eval()
 
 
@@ -51,20 +46,17 @@ def their_model(family: str, sizes: dict, seed: int = 0) -> nn.Module:
 
     if family == "clip":
         return randomise(t.CLIPVisionModel(t.CLIPVisionConfig(**sizes)), seed)
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    heads = sizes["num_attention_heads"]
-    sizes = {"tie_word_embeddings": False, "num_key_value_heads": heads} | sizes
-    if (theta := sizes.pop("rope_theta", None)) is not None:
-        sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
-        if "partial_rotary_factor" in sizes:
-            share = sizes.pop("partial_rotary_factor")
-            sizes["rope_parameters"]["partial_rotary_factor"] = share
+    fields = {"tie_word_embeddings": False, "num_key_value_heads": sizes["num_attention_heads"],
+              "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | sizes  # fmt: skip
+    if "rope_theta" in sizes:
+        names = [n for n in ("rope_theta", "partial_rotary_factor") if n in sizes]
+        fields["rope_parameters"] = {"rope_type": "default"} | {n: fields.pop(n) for n in names}
     if family == "phi":
-        return randomise(t.PhiForCausalLM(t.PhiConfig(**sizes, **ids)), seed)
+        return randomise(t.PhiForCausalLM(t.PhiConfig(**fields)), seed)
     if family == "stablelm":
-        config = t.StableLmConfig(**sizes, **ids, use_qkv_bias=True)
+        config = t.StableLmConfig(**fields, use_qkv_bias=True)
         return randomise(t.StableLmForCausalLM(config), seed)
-    return randomise(t.LlamaForCausalLM(t.LlamaConfig(**sizes, **ids)), seed)
+    return randomise(t.LlamaForCausalLM(t.LlamaConfig(**fields)), seed)
 
 
 def write(model: nn.Module, directory: Path) -> None:
@@ -103,38 +95,32 @@ def their_logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return model(ids, attention_mask=mask.long(), position_ids=positions).logits
 
 
-@torch.no_grad()
 def their_greedy(model: nn.Module, ids: Tensor, mask: Tensor, n: int = 32) -> Tensor:
     """(B, n) the likeliest tokens, one after the other, without a cache and without an end."""
-    start = ids.shape[1]
     for _ in range(n):
         new = their_logits(model, ids, mask)[:, -1].argmax(dim=-1, keepdim=True)
         ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new).bool()], 1)
-    return ids[:, start:]
+    return ids[:, -n:]
 
 
 def main() -> None:
-    for family in FAMILIES:
-        directory = HERE / family
-        shutil.rmtree(directory, ignore_errors=True)
-        model = their_model(family, dict(SIZES[family]))
-        write(model, directory)
-        golden = {}
+    for family, sizes in SIZES.items():
+        shutil.rmtree(HERE / family, ignore_errors=True)
+        model, golden = their_model(family, sizes), {}
+        write(model, HERE / family)
         if family == "clip":
-            generator = torch.Generator().manual_seed(0)
-            golden["images"] = torch.randn(2, 3, 28, 28, generator=generator).half().float()
-            with torch.no_grad():
-                states = model(golden["images"], output_hidden_states=True).hidden_states
-            golden["hidden"] = states[-2]
+            images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+            golden["images"] = images.half().float()
+            states = model(golden["images"], output_hidden_states=True).hidden_states
+            golden["hidden"] = states[-2].detach().contiguous()
         else:
             for side in ("left", "right"):
-                ids, mask = padded(SIZES[family]["vocab_size"], side)
+                ids, mask = padded(sizes["vocab_size"], side)
                 golden |= {f"{side}.ids": ids, f"{side}.mask": mask}
                 golden[f"{side}.logits"] = their_logits(model, ids, mask)
-            golden["greedy"] = their_greedy(model, *padded(SIZES[family]["vocab_size"], "left"))
-        save_file(
-            {name: t.contiguous() for name, t in golden.items()}, directory / "outputs.safetensors"
-        )
+            golden["greedy"] = their_greedy(model, *padded(sizes["vocab_size"], "left"))
+            golden["greedy"] = golden["greedy"].contiguous()
+        save_file(golden, HERE / family / "outputs.safetensors")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Published Med-MoE checkpoints become ours and ours theirs, bit by bit; a GGUF file a decoder.
+"""Published Med-MoE checkpoints become ours, bit by bit, and a GGUF file a decoder.
 
 The published layouts are synthesised here, with their names spelled out by hand.
 """
@@ -17,8 +17,7 @@ from data import Text
 from engine.older import ResidualMoE
 from engine.published import load_published
 from lab import convert
-from model import autocast, generate
-from tests.mini import TOKENIZER, same, weights
+from tests.mini import TOKENIZER, same
 from tests.published import decoder_fields, write_published
 
 LAYOUTS = {  # what each published layer has
@@ -56,7 +55,7 @@ def their_name(name, family):
 
 @pytest.fixture
 def make(build, tmp_path):
-    """A function: family, layout -> our model, their tensors, the tower's and stage's folder."""
+    """A function: family, layout -> our model, the tower's folder, their checkpoint."""
 
     def write(family, layout):
         moe, tensors, stage = LAYOUTS[layout], {}, tmp_path / "stage"
@@ -86,7 +85,7 @@ def make(build, tmp_path):
         (stage / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
         ignored = {"model.image_tower.image_tower.vision_model.post_layernorm.bias": torch.zeros(3)}
         save_file(tensors | ignored, stage / "model.safetensors")
-        return model, tensors, clip, stage
+        return model, clip, stage
 
     return write
 
@@ -105,11 +104,10 @@ def refused(capsys, *argv):
 
 @pytest.mark.parametrize("family", ["phi", "stablelm"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_layout_becomes_ours_and_is_exported_again_bit_for_bit(make, tmp_path, family, layout):
-    model, tensors, clip, stage = make(family, layout)
-    ours, back, again = (tmp_path / name for name in ("ours", "back", "again"))
-    run(stage, "--clip", clip, "--out", ours, "--dtype", "float32")
-    loaded, _, info = load_model(ours, torch.device("cpu"))
+def test_each_layout_becomes_ours_bit_for_bit(make, tmp_path, family, layout):
+    model, clip, stage = make(family, layout)
+    run(stage, "--clip", clip, "--out", tmp_path / "ours", "--dtype", "float32")
+    loaded, _, info = load_model(tmp_path / "ours", torch.device("cpu"))
     assert same(dict(loaded.named_parameters()), dict(model.named_parameters()))
     assert info["phase"] == (3 if LAYOUTS[layout] else 2)
     moe, wanted = loaded.config.moe, model.config.moe
@@ -118,42 +116,14 @@ def test_each_layout_becomes_ours_and_is_exported_again_bit_for_bit(make, tmp_pa
         assert (moe.top_k, moe.meta, moe.layers) == (wanted.top_k, wanted.meta, wanted.layers)
         is_residual = [type(b.mlp) is ResidualMoE for b in loaded.decoder.blocks if b.is_sparse]
         assert is_residual == [layout == "tinymed"] * 2  # found by the names of its tensors
-    run(ours, "--to", "med-moe", "--out", back, "--dtype", "float32")
-    assert same(weights(back), tensors)
-    run(back, "--clip", clip, "--out", again, "--dtype", "float32")
-    assert same(weights(again), weights(ours))
-    configs = [json.loads((d / "config.json").read_text())["model"] for d in (ours, again)]
-    assert configs[0] == configs[1]
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_a_checkpoint_in_bf16_stays_so_and_answers(make, collate, tmp_path, dtype):
-    _, _, clip, stage = make("stablelm", "med-moe")
+def test_in_bf16_all_is_narrow_but_the_routers(make, tmp_path):
+    _, clip, stage = make("stablelm", "med-moe")
     run(stage, "--clip", clip, "--out", tmp_path / "ours")
-    model, _, _ = load_model(tmp_path / "ours", torch.device("cpu"), dtype)
-    for name, param in model.named_parameters():
-        is_narrow = dtype is None and ".router." not in name
-        assert param.dtype == (torch.bfloat16 if is_narrow else torch.float32), name
-    batch = collate([([1, *[-200] * 4, 5, 6], [-100] * 7)], side="left")
-    with autocast(torch.device("cpu"), dtype or torch.bfloat16):
-        steps = list(generate(model, batch, eos_id=-1, max_new=3))
-    assert len(steps) == 3 and all(r.gates.isfinite().all() for r in steps[0].routings)
-
-
-def test_a_stage_1_projector_is_read_with_its_decoder(make, capsys, tmp_path):
-    model, tensors, clip, stage = make("phi", "dense")
-    llm, file = tmp_path / "llm", stage / "mm_projector.bin"
-    (llm / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
-    alone = {n.removeprefix("model."): t for n, t in tensors.items() if "mm_projector" in n}
-    torch.save(alone, file)
-    run(file, "--clip", clip, "--llm", llm, "--out", tmp_path / "ours", "--dtype", "float32")
-    loaded, _, info = load_model(tmp_path / "ours", torch.device("cpu"))
-    assert info["phase"] == 1
-    assert same(dict(loaded.named_parameters()), dict(model.named_parameters()))
-    assert "--llm" in refused(capsys, stage, "--clip", clip, "--out", tmp_path / "other")
-    torch.save(alone | {"model.mm_projector.more": torch.zeros(1)}, file)
-    line = refused(capsys, stage, "--clip", clip, "--llm", llm, "--out", tmp_path / "other")
-    assert f"{stage}" in line and "'model.mm_projector.more'" in line
+    model, _, _ = load_model(tmp_path / "ours", torch.device("cpu"), None)
+    dtypes = {(".router." in name, param.dtype) for name, param in model.named_parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
 
 
 def moe(layers, n_experts, top_k=2):
@@ -163,20 +133,16 @@ def moe(layers, n_experts, top_k=2):
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("partial_rotary_factor", "x", "partial_rotary_factor 'x'"),
-        ("model_type", "llava_mistral", "llava_mistral"), ("model_type", "phi", "'phi'"),
+        ("model_type", "llava_mistral", "llava_mistral"),
         ("mm_vision_select_layer", -1, "mm_vision_select_layer -1"),
-        ("image_projector_type", "linear", "image_projector_type 'linear'"),
-        ("mm_hidden_size", 1024, "width 32, the checkpoint wants 1024"),
-        ("moe", 1, "lacks 'moe'"), ("moe", {"moe_layers_idx": [0, 2]}, "num_experts"),
-        ("moe", moe(5, [4]), "moe_layers_idx 5"), ("moe", moe([0, 9], [4]), "[0, 9]"),
-        ("moe", moe([0], ["4"]), "['4']"), ("moe", moe([0, 2], [4, 2]), "[4, 2]"),
-        ("moe", moe([0], [4]), "experts[0]"), ("moe", moe([0, 2], [3]), "experts"),
+        ("mm_hidden_size", 1024, "1024"),
+        ("moe", 1, "'moe'"), ("moe", moe([0, 9], [4]), "[0, 9]"),
+        ("moe", moe([0, 2], [4, 2]), "[4, 2]"), ("moe", moe([0], [4]), "experts[0]"),
         ("moe", moe([0, 2], [4], 9), "top-k 9"),
     ],
 )  # fmt: skip
 def test_what_we_do_not_compute_is_refused_by_name(make, capsys, tmp_path, key, value, named):
-    _, _, clip, stage = make("phi", "med-moe")
+    _, clip, stage = make("phi", "med-moe")
     values = json.loads((stage / "config.json").read_text())
     (stage / "config.json").write_text(json.dumps(values | {key: value}))
     assert named in refused(capsys, stage, "--clip", clip, "--out", tmp_path / "ours")
@@ -184,14 +150,11 @@ def test_what_we_do_not_compute_is_refused_by_name(make, capsys, tmp_path, key, 
 
 
 def test_mistakes_on_the_command_line_are_named(make, capsys, tmp_path):
-    _, _, clip, stage = make("phi", "med-moe")
+    _, clip, stage = make("phi", "med-moe")
     assert "--clip" in refused(capsys, stage, "--out", tmp_path / "ours")
     assert "--out" in refused(capsys, stage, "--clip", clip)
     assert "--out" in refused(capsys, stage, "--clip", clip, "--out", stage)
     assert "no/where" in refused(capsys, "no/where", "--out", tmp_path / "ours")
-    (stage / "tokenizer.json").unlink()
-    line = refused(capsys, stage, "--clip", clip, "--out", tmp_path / "ours")
-    assert "tokenizer.json" in line
 
 
 # GGUF
@@ -238,41 +201,17 @@ def gguf(build, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gguf", SimpleNamespace(GGUFReader=reader, quants=quants))
     monkeypatch.setitem(sys.modules, "gguf.quants", quants)
     (file := tmp_path / "model.gguf").touch()
-    return model, file, fields, tensors
+    return model, file, fields
 
 
-def test_a_gguf_file_becomes_a_directory_for_llm_bit_for_bit(build, gguf, tmp_path):
-    model, file, _, tensors = gguf
+def test_a_gguf_file_becomes_a_directory_for_llm_bit_for_bit(build, gguf, capsys, tmp_path):
+    model, file, fields = gguf
     out, other = tmp_path / "llm", build("llama", seed=1)
     run(file, "--out", out, "--dtype", "float32")
     clip, _ = write_published(model, tmp_path / "parts")
     load_published(other, model.config, clip, out)
     assert same(dict(other.decoder.named_parameters()), dict(model.decoder.named_parameters()))
-    tensors[:] = [t for t in tensors if t.name != "output.weight"]
-    run(file, "--out", tmp_path / "tied")
-    assert (
-        json.loads((tmp_path / "tied" / "config.json").read_text())["tie_word_embeddings"] is True
-    )
-    assert {t.dtype for t in weights(tmp_path / "tied").values()} == {torch.bfloat16}
     text = Text(out)
     assert text.encode("ab11") == [3, 4, 4] and text.decode([3, 4]) == "ab1" and text.eos_id == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda f, t: f.update({"general.architecture": "qwen2"}), "qwen2"),
-        (lambda f, t: f.update({"tokenizer.ggml.pre": "llama-bpe"}), "llama-bpe"),
-        (lambda f, t: f.pop("llama.block_count"), "lacks llama.block_count"),
-        (lambda f, t: t.append(entry("blk.0.attn_sinks.weight", torch.ones(1))), "attn_sinks"),
-    ],
-)
-def test_another_gguf_file_is_refused_by_name(gguf, capsys, tmp_path, change, named):
-    _, file, fields, tensors = gguf
-    change(fields, tensors)
-    assert named in refused(capsys, file, "--out", tmp_path / "llm")
-
-
-def test_without_the_package_gguf_its_name_is_told(gguf, monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "pip install gguf" in refused(capsys, gguf[1], "--out", tmp_path / "llm")
+    fields["tokenizer.ggml.pre"] = "llama-bpe"
+    assert "llama-bpe" in refused(capsys, file, "--out", tmp_path / "other")

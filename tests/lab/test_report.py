@@ -10,14 +10,13 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import train
 from checkpoint import load_model
-from config import IMAGE_ID, PRESETS
+from config import PRESETS
 from eval import Prediction, Predictor
 from lab import figures, report
 from model import generate
@@ -65,19 +64,15 @@ class Page(HTMLParser):
         self.feed(text)
         assert not self.open
         ids = [attrs["id"] for _, attrs in self.tags if "id" in attrs]
-        assert len(ids) == len(set(ids)) > 10
+        assert len(ids) == len(set(ids)) > 5
         for tag, attrs in self.tags:
-            assert tag not in ("script", "iframe", "object") and not re.search(
-                r"\bon\w+=", str(attrs)
-            )
+            assert tag not in ("script", "iframe", "object")
+            assert not any(name.startswith("on") for name in attrs)
             for name in {"href", "src", "xlink:href"} & set(attrs):
                 assert attrs[name].startswith(("#", "data:")), f"{tag} fetches {attrs[name]}"
                 assert attrs[name][0] != "#" or attrs[name][1:] in ids, attrs[name]
         assert not re.search(r"url\((?!#)|@import|https?:", text)
         assert all(a["alt"] for a in self.all("img")) and len(self.all("main")) == 1
-        charts = [a for a in self.all("div") if a.get("class") == "chart"]
-        assert len(charts) == len(self.all("svg"))
-        assert all(a["role"] == "img" and a["aria-label"] for a in charts)
         assert len(self.all("table")) == len(self.all("caption"))
         assert all(attrs["scope"] for attrs in self.all("th"))
         levels = [int(tag[1]) for tag, _ in self.tags if re.fullmatch("h[1-6]", tag)]
@@ -103,51 +98,36 @@ def test_the_page_is_whole_and_everyone_can_read_it(shown):
     page = Page(shown[1])
     assert "not a medical device" in shown[1] and len(shown[1]) < 3_000_000
     assert page.all("html")[0]["lang"] == "en"
-    assert len(page.all("img")) == 2 * 3  # the image and two sparse layers of each example
+    assert len(page.all("img")) == 2 * 3 + 2  # an image, two sparse layers; loss and load
     for name in ("Loss", "Load", "Calibration"):
         assert f"<h3>{name}</h3>" in shown[1]
     assert "Patches by their first expert: " in shown[1] and "Ablations" in shown[1]
 
 
-def slow_load(predictor, samples):
-    """(group, name) -> counts [layer][expert], one sample, position and expert at a time."""
-    counts = {}
+def test_the_load_is_what_counting_routed_tokens_one_by_one_gives(run, shown):
+    numbers, text = shown
+    samples, counts = load_samples(["phantoms:16"], "vqa", "test")[:24], {}
+    model, tokenizer, _ = load_model(run / "phase3", torch.device("cpu"), torch.float32)
+    predictor = Predictor(model, tokenizer, torch.device("cpu"), torch.float32, max_new=4)
     for s in samples:
         ((_, batch),) = predictor.batches([s], "slow")
         with torch.inference_mode():
-            steps = list(generate(predictor.model, batch, predictor.text.eos_id, predictor.max_new))
+            steps = list(generate(model, batch, tokenizer.eos_id, 4))
         for i, step in enumerate(steps):
-            if i and int(steps[i - 1].tokens[0]) == predictor.text.eos_id:
+            if i and int(steps[i - 1].tokens[0]) == tokenizer.eos_id:
                 break
             for layer, routing in enumerate(step.routings):
-                for t, e in (routing.gates[0] != 0).nonzero().tolist():
-                    kind = "image patches" if int(batch.ids[0, t]) == IMAGE_ID else "prompt text"
-                    for key in (("modality", s.modality), ("kind", "answer" if i else kind)):
-                        counts.setdefault(key, [[0] * 4 for _ in range(2)])[layer][e] += 1
-    return counts
-
-
-def open_predictor(checkpoint):
-    model, text, _ = load_model(checkpoint, torch.device("cpu"), torch.float32)
-    return Predictor(model, text, torch.device("cpu"), torch.float32, max_new=4)
-
-
-def test_the_load_is_what_counting_routed_tokens_one_by_one_gives(run, shown):
-    numbers, text = shown
-    samples = load_samples(["phantoms:16"], "vqa", "test")[:24]
-    counts = slow_load(open_predictor(run / "phase3"), samples)
-    assert {(g, name) for g in numbers["load"] for name in numbers["load"][g]} == counts.keys()
-    for (group, name), rows in counts.items():
-        found = numbers["load"][group][name]
-        assert found["routed"] == [sum(row) for row in rows] and found["shares"]
-        for row, shares in zip(rows, found["shares"], strict=True):
+                for _, e in (routing.gates[0] != 0).nonzero().tolist():
+                    counts.setdefault(s.modality, [[0] * 4 for _ in range(2)])[layer][e] += 1
+    assert numbers["load"].keys() == counts.keys()
+    for name, rows in counts.items():
+        assert numbers["load"][name]["routed"] == [sum(row) for row in rows]
+        for row, shares in zip(rows, numbers["load"][name]["shares"], strict=True):
             assert shares == pytest.approx([n / sum(row) for n in row])
             cells = "".join(rf"<td[^>]*>{100 * n / sum(row):.1f}</td>" for n in row)
             assert re.search(rf">{name}</th>{cells}<td>{sum(row):,}</td>", text)
-    judged = judge_router(samples, open_predictor(run / "phase3").answer(samples))
+    judged = judge_router(samples, predictor.answer(samples))
     assert numbers["router"] == judged and numbers["calibration"]["n"] == judged["n"]
-    low, high = (100 * end for end in judged["ci95"])
-    assert f"{100 * judged['accuracy']:.1f} % [{low:.1f}, {high:.1f}]" in text
 
 
 def test_calibration_by_hand():
@@ -155,12 +135,7 @@ def test_calibration_by_hand():
     (s,) = load_samples(["phantoms:16"], "vqa", "test")[:1]
     votes = lambda p: 2 * torch.tensor([p, 1 - p]).log()  # noqa: E731
     other = replace(s, image="other", modality="MRI")
-    samples = [
-        replace(s, modality="CT"),
-        replace(s, modality="CT"),
-        other,
-        replace(s, modality=None),
-    ]
+    samples = [*2 * [replace(s, modality="CT")], other, replace(s, modality=None)]
     found = [Prediction("", votes(p), torch.zeros(1, 2)) for p in (0.55, 0.55, 0.97, 0.7)]
     result = report.calibration(samples, found, 2)
     assert [(b["low"], b["n"], b["accuracy"]) for b in result["bins"]] == [(0.5, 1, 1), (0.9, 1, 0)]
@@ -175,9 +150,6 @@ def test_training_curves_by_hand():
     lines = {title: [list(v) for v in c["named"].values()] for title, c in found.items()}
     assert lines == {"Loss": [[2, 1], [2, 1.5]], "Load": [[0.75, 0.5], [0.25, 0.5]]}
     assert report.training_curves([], []) == {} and [*report.training_curves(steps, [])] == ["Loss"]
-    curve = {"steps": range(1000), "named": {"x": np.arange(1000.0)}}
-    drawn = report.chart(report.draw_curves, curve, "step", "y", 2.2)
-    assert drawn.axes[0].lines[0].get_ydata()[:2].tolist() == [2, 7]  # means of five
 
 
 def test_patches_are_shown_with_their_first_expert():
@@ -191,15 +163,6 @@ def test_patches_are_shown_with_their_first_expert():
     assert [(t.get_text(), t.get_position()) for t in ax.texts] == [
         ("0", (0.25, 0.25)), ("1", (0.75, 0.25)), ("-", (0.25, 0.75)), ("1", (0.75, 0.75))
     ]  # fmt: skip
-    tint = ax.images[1].get_array()[..., 3].flatten().tolist()
-    assert tint == pytest.approx([0.46, 0.3, 0.1, 0.38])
-
-
-def test_examples_are_the_first_of_each_modality_in_turn():
-    (s,) = load_samples(["phantoms:16"], "vqa", "test")[:1]
-    samples = [replace(s, modality=m) for m in ("MRI", "MRI", None, "CT", "MRI", "CT")]
-    assert report.choose(samples, 4) == [3, 5, 0, 2]
-    assert report.choose(samples, 9) == [3, 5, 0, 1, 4, 2]
 
 
 def test_whatever_comes_from_data_or_files_is_escaped(run, tmp_path, monkeypatch):
@@ -212,36 +175,20 @@ def test_whatever_comes_from_data_or_files_is_escaped(run, tmp_path, monkeypatch
 
     monkeypatch.setattr(report, "load_questions", evil_questions)
     (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "a.md").write_text(
-        f"{EVIL}\n\n| {EVIL} | b |\n|---|---|\n| {EVIL} | 92 |\n"
-    )
-    _, text = show(checkpoint, tmp_path, "--png", str(tmp_path / "png"))
+    table = f"{EVIL}\n\n| {EVIL} | b |\n|---|---|\n| {EVIL} | 92 |\n"
+    (tmp_path / "tables" / "a.md").write_text(table)
+    _, text = show(checkpoint, tmp_path, "--png", str(tmp_path / "routes.png"))
     Page(text)
     assert "<script" not in text and text.count("&lt;script&gt;alert(1)") > 8
-    assert "<td>92</td>" in text
-    assert {f.name for f in (tmp_path / "png").iterdir()} == {"load.png", "overlays.png"}
+    assert Image.open(tmp_path / "routes.png").width > 1000
 
 
 def test_a_dense_checkpoint_has_notes_in_place_of_its_routing(run, tmp_path, capsys):
     numbers, text = show(run / "phase2", tmp_path)
     assert Page(text) and numbers["router"] is None and text.count("it has no router") == 3
     with pytest.raises(SystemExit):
-        show(run / "phase2", tmp_path, "--png", str(tmp_path))
+        show(run / "phase2", tmp_path, "--png", str(tmp_path / "routes.png"))
     assert "--png" in capsys.readouterr().err
-
-
-def test_data_without_modality_or_image_has_notes(run, tmp_path, monkeypatch):
-    plain = report.load_questions
-
-    def unknown(*args):
-        flags, samples = plain(*args)
-        return flags, [replace(s, modality=None, image=None) for s in samples[:4]]
-
-    monkeypatch.setattr(report, "load_questions", unknown)
-    numbers, text = show(run / "phase3", tmp_path)
-    Page(text)
-    assert list(numbers["load"]["modality"]) == ["unknown"]
-    assert "has no modality labels" in text and "This question has no image" in text
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
@@ -252,28 +199,19 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch,
     assert stop.value.code == 2 and "requirements-lab.txt" in error and error.count("\n") == 1
 
 
-def test_steps_are_those_of_the_phase_with_a_finite_loss(tmp_path):
-    rows = '{"phase": 3, "loss": 1.5}\n{"phase": 2, "loss": 1.0}\n{"phase": 3}\n'
-    (tmp_path / "log.jsonl").write_text(rows + '{"phase": 3, "loss": NaN}\n{"ph')
-    assert report.read_steps(tmp_path / "phase3", 3) == [{"phase": 3, "loss": 1.5}]
-    assert report.read_steps(tmp_path / "none" / "phase3", 3) == []
-
-
-def test_the_figures_of_the_readme_are_those_that_are_committed(tmp_path):
-    figures.main(["--out", str(tmp_path / "new")])
-    committed = figures.SYSTEM.parent
-    assert (tmp_path / "new" / "system.svg").read_text() == figures.SYSTEM.read_text()
-    pair = [Image.open(f / "phantoms.png").convert("L") for f in (tmp_path / "new", committed)]
-    assert np.abs(np.subtract(*(np.asarray(image, float) for image in pair))).mean() < 1
+def test_the_sheet_shows_eight_phantoms_with_the_findings_that_it_names(tmp_path):
+    figures.main(["--out", str(tmp_path)])
+    assert Image.open(tmp_path / "phantoms.png").size == (1000, 700)
+    found = [(p.organ, p.count, q.kind) for p, q in (figures.pick(*w) for w in figures.SHOWN)]
+    assert found == figures.SHOWN
 
 
 @pytest.mark.slow
 def test_a_browser_shows_it_at_360_pixels_without_sideways_scrolling(shown, tmp_path):
     if not (chromium := shutil.which("chromium") or shutil.which("google-chrome")):
         pytest.skip("needs an installed Chromium")
-    probe = (
-        "parent.document.body.append(document.documentElement.scrollWidth + ' of ' + innerWidth)"
-    )
+    width = "document.documentElement.scrollWidth + ' of ' + innerWidth"
+    probe = f"parent.document.body.append({width})"
     text = shown[1].replace("</body>", f"<script>onload = () => {probe}</script></body>")
     (tmp_path / "page.html").write_text(text)
     (tmp_path / "phone.html").write_text('<iframe src="page.html" width="360"></iframe>')

@@ -15,7 +15,7 @@ import torch
 
 import train
 from engine.run import Run
-from tests.mini import weights
+from tests.mini import losses, weights
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -23,6 +23,7 @@ STEPS = 20
 FLAGS = ["--data", "phantoms:15", "--steps", str(STEPS), "--batch-size", "7", "--no-eval",
          "--router-images", "15", "--dtype", "float32", "--save-every", "100"]  # fmt: skip
 EXPERTS = ["--expert-parallel", "2"]
+WAYS = pytest.mark.parametrize("more", [[], EXPERTS], ids=["fsdp", "experts"])
 
 
 def start(n: int, *argv: str) -> subprocess.CompletedProcess:
@@ -41,22 +42,18 @@ def launch(n: int, out: Path, *argv: str, stop_at: int = 0) -> str:
     return printed
 
 
-def steps(out: Path, phase: int, key: str = "loss") -> list[float]:
-    """Losses, or norms of the gradients: Adam would hide it if all were twice as large."""
-    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    found = [r for r in lines if r["phase"] == phase and "loss" in r]
+def steps(out: Path, phase: int) -> tuple[list[float], list[float]]:
+    """Losses, and norms of the gradients: Adam would hide it if all were twice as large."""
+    found = [r for r in losses(out) if r["phase"] == phase]
     assert [r["step"] for r in found] == list(range(STEPS))
-    return [r[key] for r in found]
+    return [r["loss"] for r in found], [r["grad_norm"] for r in found]
 
 
-def alike(a: Path, b: Path, phase: int) -> bool:
-    return steps(a, phase) == pytest.approx(steps(b, phase), abs=1e-5) and steps(
-        a, phase, "grad_norm"
-    ) == pytest.approx(steps(b, phase, "grad_norm"), rel=1e-4)
-
-
-def close(a: Path, b: Path) -> None:
-    a, b = weights(a), weights(b)
+def assert_alike(a: Path, b: Path, phase: int) -> None:
+    (losses_a, norms_a), (losses_b, norms_b) = steps(a, phase), steps(b, phase)
+    assert losses_a == pytest.approx(losses_b, abs=1e-5)
+    assert norms_a == pytest.approx(norms_b, rel=1e-4)
+    a, b = (weights(out / f"phase{phase}") for out in (a, b))
     assert a.keys() == b.keys()
     for name in a:  # Adam divides by gradients near 0
         torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=0, msg=name)
@@ -69,53 +66,46 @@ def one(tmp_path_factory) -> Path:
     return out
 
 
-def phase_3(one: Path) -> list[str]:
-    return ["--phase", "3", "--init", str(one / "phase2")]
-
-
-@pytest.mark.parametrize("more", [[], EXPERTS], ids=["fsdp", "experts"])
+@WAYS
 def test_two_processes_train_what_one_trains_in_every_phase(one, tmp_path, more):
     for phase in (1, 2, 3):
         init = [] if phase == 1 else ["--init", str(one / f"phase{phase - 1}")]
         launch(2, tmp_path, "--phase", str(phase), *init, *more)
-        assert alike(tmp_path, one, phase), phase
-        close(one / f"phase{phase}", tmp_path / f"phase{phase}")
+        assert_alike(tmp_path, one, phase)
 
 
 @pytest.mark.parametrize("first", [1, 2], ids=["one-then-two", "two-then-one"])
-@pytest.mark.parametrize("more", [[], EXPERTS], ids=["fsdp", "experts"])
+@WAYS
 def test_each_resumes_from_the_others_checkpoint(one, tmp_path, first, more):
-    argv = {1: phase_3(one), 2: [*phase_3(one), *more]}
+    phase_3 = ["--phase", "3", "--init", str(one / "phase2")]
+    argv = {1: phase_3, 2: [*phase_3, *more]}
     assert "stopped by SIGTERM after 7 steps" in launch(first, tmp_path, *argv[first], stop_at=7)
     printed = launch(3 - first, tmp_path, *argv[3 - first], "--resume")
-    assert f"processes {first}, now {3 - first}" in printed and alike(tmp_path, one, 3)
-    close(one / "phase3", tmp_path / "phase3")
+    assert f"processes {first}, now {3 - first}" in printed
+    assert_alike(tmp_path, one, 3)
 
 
 def test_four_processes_in_two_copies_of_two_halves_of_the_experts(one, tmp_path):
-    launch(4, tmp_path, *phase_3(one), *EXPERTS)
-    assert alike(tmp_path, one, 3)
+    launch(4, tmp_path, "--phase", "3", "--init", str(one / "phase2"), *EXPERTS)
+    assert_alike(tmp_path, one, 3)
 
 
-@pytest.mark.parametrize("more", [["--weights", "bf16", "--dtype", "bfloat16"],
-                                  ["--lora-rank", "4"], ["--preset", "tiny-stablelm"],
-                                  ["--activation-checkpointing"], ["--cache-features"]],
-                         ids=lambda more: more[0])  # fmt: skip
-def test_two_processes_train_like_one_with_other_flags(tmp_path, more):
+@pytest.mark.parametrize(("more", "near"), [
+    (["--weights", "bf16", "--dtype", "bfloat16"], 0.1),  # a step is 1/256 of the weight
+    (["--lora-rank", "4"], 1e-3), (["--preset", "tiny-stablelm"], 1e-3),
+    (["--activation-checkpointing"], 1e-3), (["--cache-features"], 1e-3)])  # fmt: skip
+def test_two_processes_train_like_one_with_other_flags(tmp_path, more, near):
     for n in (1, 2):
         launch(n, tmp_path / str(n), *more)
-    # A weight in bf16 steps by 1/256 of itself: roundings can be seen after three phases.
-    near = 0.1 if "bf16" in more else 1e-3
-    assert steps(tmp_path / "1", 3) == pytest.approx(steps(tmp_path / "2", 3), abs=near)
+    assert steps(tmp_path / "1", 3)[0] == pytest.approx(steps(tmp_path / "2", 3)[0], abs=near)
 
 
 def test_two_processes_share_an_evaluation(one, tmp_path):
     found = []
     for n in (1, 2):
         file = tmp_path / f"{n}.json"
-        done = start(n, str(ROOT / "eval.py"), str(one / "phase3"), "--data",
-                     "phantoms:20", "--dtype", "float32", "--blind", "--batch-size", "16",
-                     "--json", str(file))  # fmt: skip
+        done = start(n, str(ROOT / "eval.py"), str(one / "phase3"), "--data", "phantoms:20",
+                     "--batch-size=16", "--dtype=float32", "--blind", f"--json={file}")  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         found.append({k: v for k, v in json.loads(file.read_text()).items() if k != "command"})
     assert found[0] == found[1]

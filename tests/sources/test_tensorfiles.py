@@ -2,13 +2,11 @@
 
 import json
 import os
-import re
-import struct
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 
 from config import UserError
 from sources.tensorfiles import header, open_tensors, read_tensors, weight_files
@@ -24,8 +22,7 @@ def write(path, tensors=TENSORS, form="zip"):
 
 
 def refused(path, message=""):
-    """Reading ends in one line that begins with the file."""
-    with pytest.raises(UserError, match=rf"^{path}: [^\n]*{re.escape(message)}[^\n]*\Z"):
+    with pytest.raises(UserError, match=rf"^{path}: [^\n]*{message}[^\n]*\Z"):
         list(open_tensors(path))
 
 
@@ -33,7 +30,7 @@ def refused(path, message=""):
     ("name", "form"),
     [("model.safetensors", ""), ("pytorch_model.bin", "zip"), ("pytorch_model.bin", "legacy")],
 )
-def test_each_form_holds_the_same_whole_or_in_shards_which_come_first(tmp_path, name, form):
+def test_each_form_is_read_whole_or_in_shards_and_refused_if_truncated(tmp_path, name, form):
     write(tmp_path / name, TENSORS, form)
     whole = dict(read_tensors(tmp_path))
     where = {k: f"{i % 2}.{name.split('.')[1]}" for i, k in enumerate(TENSORS)}
@@ -43,6 +40,11 @@ def test_each_form_holds_the_same_whole_or_in_shards_which_come_first(tmp_path, 
     assert weight_files(tmp_path) == [tmp_path / f"{i}.{name.split('.')[1]}" for i in (0, 1)]
     for found in (whole, dict(read_tensors(tmp_path))):
         torch.testing.assert_close(found, TENSORS, rtol=0, atol=0)  # types too
+    if name == "model.safetensors":
+        assert header(tmp_path / name) == {"a": "F32", "b": "BF16", "c": "I64"}
+    for n in ((tmp_path / name).stat().st_size - 1, 9, 0):
+        os.truncate(tmp_path / name, n)
+        refused(tmp_path / name, "damaged")
 
 
 def test_missing_files_and_bad_indices_are_named_and_safetensors_come_before_bin(tmp_path):
@@ -53,55 +55,20 @@ def test_missing_files_and_bad_indices_are_named_and_safetensors_come_before_bin
         (tmp_path / name).touch()
         assert weight_files(tmp_path) == [tmp_path / name]
     index = tmp_path / "model.safetensors.index.json"
-    for where in ({}, [], None, {"a": "../secret.safetensors"}, {"a": "/x"}):
+    for where in ({}, None, {"a": "../secret.safetensors"}):
         index.write_text(json.dumps({"weight_map": where}))
         with pytest.raises(UserError, match=f"^{index}: "):
             weight_files(tmp_path)
 
 
-def test_a_header_gives_the_types_and_names_every_tensor_once(tmp_path):
-    path = tmp_path / "x.safetensors"
-    with pytest.raises(UserError, match=f"^{path}: no such file"):
-        header(path)
-    write(path)
-    assert header(path) == {"a": "F32", "b": "BF16", "c": "I64"}
-    entry = '"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}'
-    text = f"{{{entry}, {entry}}}".encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(24))
-    refused(path, "damaged")
-
-
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_a_truncated_file_is_refused_also_while_it_is_read(tmp_path, suffix):
-    path = tmp_path / f"x.{suffix}"
-    write(path)
-    for n in (path.stat().st_size - 1, 9, 0):
-        os.truncate(path, n)
-        refused(path, "damaged")
-    path = tmp_path / "y.safetensors"
-    path.write_bytes(save(TENSORS))
-    tensors = open_tensors(path)
-    next(tensors)
-    path.write_bytes(b"")
-    with pytest.raises(UserError, match=f"^{path}: damaged"):
-        next(tensors)
-
-
 class Touch:
-    """A pickle that would make a file."""
-
     def __reduce__(self):
         return Path.touch, (Path("executed"),)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [{"a": Touch()}, [1, 2], {"a": 1}, {1: torch.zeros(1)}, {"a": {"b": 2}}],
-)
+@pytest.mark.parametrize("content", [{"a": Touch()}, [1, 2], {"a": 1}, {1: torch.zeros(1)}])
 @pytest.mark.parametrize("form", ["zip", "legacy"])
-def test_code_or_anything_but_named_tensors_is_refused_and_not_run(
-    tmp_path, monkeypatch, content, form
-):
+def test_code_or_anything_but_named_tensors_is_refused(tmp_path, monkeypatch, content, form):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "x.bin", content, form)
     refused(tmp_path / "x.bin")
