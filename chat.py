@@ -28,10 +28,11 @@ from sources.images import Images
 class ChatConfig(Common):
     """Ask a checkpoint about an image."""
 
+    lacks = ("data", "batch_size", "max_missing", "image_folder", "router_labels", "lang", "json")
     checkpoint: str = argument("DIR of a finished phase")
     image: str | None = flag(None, "an image FILE, or phantom:SEED; none: text only")
     question: str | None = flag(None, "what to ask (default: read questions from the terminal)")
-    max_new: int = flag(64, "longest answer, in tokens")
+    max_new: int = flag(64, "longest answer, in tokens", least=1)
     temperature: float = flag(0.0, "0: always the likeliest token")
     top_p: float = flag(1.0, "sample from the likeliest tokens that make up this probability")
 
@@ -113,7 +114,7 @@ def ask(model: MedMoE, text: Text, images: Images, flags: ChatConfig, question: 
 @user_errors
 def main(argv: list[str] | None = None) -> None:
     flags = parse(ChatConfig, argv, "chat.py")
-    if not (flags.temperature == 0 or flags.temperature >= 0.01):  # less overflows; nan is neither
+    if 0 < flags.temperature < 0.01:  # it overflows
         raise UserError(f"--temperature {flags.temperature}: must be 0 or from 0.01 up")
     if not 0 < flags.top_p <= 1:
         raise UserError(f"--top-p {flags.top_p}: must be above 0 and at most 1")

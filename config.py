@@ -19,7 +19,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 MODALITIES = ("CT", "MRI", "X-ray", "pathology")  # the router's labels; index = expert: append
 
@@ -212,9 +212,12 @@ def preset(name: str) -> Preset:
 # Below are the flags of the command line. Skip them on first reading.
 
 
-def flag(default: Any, help: str, group: str = "") -> Any:
-    """A dataclass field that becomes a command-line flag, in a named group of --help."""
-    return field(default=default, metadata={"help": help, "group": group})
+def flag(default: Any, help: str, group: str = "", least: float = 0) -> Any:
+    """A dataclass field that becomes a command-line flag, in a named group of --help.
+
+    least: of a number, the smallest that is accepted.
+    """
+    return field(default=default, metadata={"help": help, "group": group, "least": least})
 
 
 def argument(help: str, optional: bool = False) -> Any:
@@ -230,11 +233,13 @@ GROUPS = ("", MODEL, OPTIM, DATA, SPEED, MANY, SAVE)  # in the order of --help
 
 @dataclass(frozen=True)
 class Common:
-    """Flags that mean the same in every script."""
+    """Flags that mean the same in every script; a script that lacks one names it in `lacks`."""
+
+    lacks: ClassVar[tuple[str, ...]] = ()
 
     data: tuple[str, ...] = flag((), "SOURCE or SOURCE@WEIGHT; repeatable (sources/README.md)")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
-    batch_size: int | None = flag(None, "samples per step (default: the phase's)")
+    batch_size: int | None = flag(None, "samples per step (default: the phase's)", least=1)
     max_missing: int = flag(0, "image files of a source that may be missing", DATA)
     image_folder: str | None = flag(None, "the folder with the images of llava:FILE.json", DATA)
     router_labels: str | None = flag(None, 'FILE.json of {"image": "CT", ...} to use', DATA)
@@ -254,15 +259,16 @@ class TrainConfig(Common):
     out: str | None = flag(None, "output DIR (default: runs/PRESET)")
     init: str | None = flag(None, "start from this checkpoint DIR instead of the phase before")
     resume: bool = flag(False, "continue from the last checkpoint in --out")
+    overwrite: bool = flag(False, "replace the finished phase in --out")
     router: str = flag("modality", "modality, topk, random, oracle, or FILE.py:Class")
-    steps: int | None = flag(None, "optimizer steps; overrides --epochs")
+    steps: int | None = flag(None, "optimizer steps; overrides --epochs", least=1)
     clip: str | None = flag(None, "pretrained CLIP tower DIR (default: the preset's)", MODEL)
     llm: str | None = flag(None, "pretrained decoder DIR (default: the preset's)", MODEL)
     router_level: Literal["token", "sequence"] = flag("token", "decide per token or sample", MODEL)
-    router_images: int = flag(1000, "images whose modality label trains the router", DATA)
+    router_images: int = flag(1000, "images whose modality label trains the router", DATA, 1)
     router_noise: float = flag(0.0, "share of those labels to replace by wrong ones", DATA)
     experts: int = flag(len(MODALITIES), "experts in a sparse block; 0: it stays dense", MODEL)
-    top_k: int = flag(2, "experts per token", MODEL)
+    top_k: int = flag(2, "experts per token", MODEL, 1)
     meta: bool = flag(True, "an always-on expert", MODEL)
     moe_layers: str = flag("every-second", "or first-half, second-half, all, 0,2,...", MODEL)
     start: Literal["preserving", "released", "fresh"] = flag("preserving", "see moe.upcycle", MODEL)
@@ -273,7 +279,7 @@ class TrainConfig(Common):
     jitter: bool | None = flag(None, "augment the images (default: as --tune-vision)", DATA)
     lr: float | None = flag(None, "peak learning rate (default: the phase's)", OPTIM)
     epochs: float | None = flag(None, "passes over the data (default: the phase's)", OPTIM)
-    accumulate: int = flag(1, "micro-batches per step, which share the batch size", OPTIM)
+    accumulate: int = flag(1, "micro-batches per step, which share the batch size", OPTIM, 1)
     clip_grad: float = flag(1.0, "largest gradient norm; 0: no clipping", OPTIM)
     workers: int = flag(2, "threads that read the images of the next batches", SPEED)
     cache_features: bool = flag(False, "keep the frozen tower's features in memory", SPEED)
@@ -284,7 +290,7 @@ class TrainConfig(Common):
         "float32", "bf16: with fp32 master copies, or stochastic rounding", SPEED
     )
     lora_rank: int = flag(0, "train LoRA of this rank in the FFNs, phases 2 and 3; 0: none", OPTIM)
-    expert_parallel: int = flag(1, "processes that share the experts (torchrun)", MANY)
-    save_every: int = flag(200, "steps between checkpoints", SAVE)
-    keep: int = flag(2, "how many checkpoints of an unfinished run are kept", SAVE)
+    expert_parallel: int = flag(1, "processes that share the experts (torchrun)", MANY, 1)
+    save_every: int = flag(200, "steps between checkpoints", SAVE, 1)
+    keep: int = flag(2, "how many checkpoints of an unfinished run are kept", SAVE, 1)
     eval: bool = flag(True, "score the held-out split at the end", SAVE)

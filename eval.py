@@ -56,14 +56,15 @@ SEVEN_B = 7_000_000_000  # parameters of LLaVA-Med, which the paper compares wit
 class EvalConfig(Common):
     """Score a checkpoint, or a file of answers, on held-out questions."""
 
+    lacks = ("seed",)
     checkpoint: str | None = argument("DIR of a finished phase", optional=True)
     predictions: str | None = flag(None, 'score this JSONL of {"question_id", "text"} instead')
     compare: tuple[str, str] | None = flag(None, "two files of answers: JSONL, or --json's")
     answers: str | None = flag(None, "write the answers to this FILE.jsonl")
     split: Literal["test", "val", "train"] = flag("test", "which questions")
     blind: bool = flag(False, "ask again with every image replaced by the mean image")
-    limit: int | None = flag(None, "only the first N questions")
-    max_new: int = flag(48, "longest answer, in tokens")
+    limit: int | None = flag(None, "only the first N questions", least=1)
+    max_new: int = flag(48, "longest answer, in tokens", least=1)
     router: str | None = flag(None, "replace the router: a name or FILE.py:Class")
     router_level: Literal["trained", "token", "sequence"] = flag("trained", "replace its level")
     record_routes: str | None = flag(None, "write every routing to this FILE.safetensors")
@@ -329,7 +330,6 @@ def main(argv: list[str] | None = None) -> dict:
     flags = cli.parse(EvalConfig, argv, "eval.py")
     if [flags.checkpoint, flags.predictions, flags.compare].count(None) != 2:
         raise UserError("eval.py takes one of: a checkpoint DIR, --predictions FILE, --compare A B")
-    cli.at_least(flags, limit=1, max_new=1, batch_size=1, max_missing=0)
     if (flags.answers or flags.record_routes or flags.replay_routes) and not flags.checkpoint:
         raise UserError("--answers and routes: only for a checkpoint")
     read = flags.predictions, flags.replay_routes, *(flags.compare or ())

@@ -1,7 +1,8 @@
 """What "right" means: scores of answers and of routers, each with its definition and interval.
 
-An answer is compared after `words`: lower case, no punctuation, no articles. Closed questions are
-right or wrong; open ones get the recall of the true answer's words, as LLaVA-Med reports them.
+An answer is compared after `words`: lower case, no punctuation, no articles, but with signs, units
+and comparisons. Closed questions are right or wrong; open ones get the recall of the true answer's
+words, as LLaVA-Med reports them.
 """
 
 import math
@@ -16,12 +17,26 @@ from config import MODALITIES, UserError, one_line
 from data import Sample
 
 ARTICLES = {"a", "an", "the"}
-WORD = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")
+WORD = re.compile(r"""
+    [\u3400-\u9fff]                                       # a Chinese character
+  | (?: (?<![\w)]) [-+±] (?=\d) )?                        # a sign, and
+    (?: \d+\.\d+ | [^\W_\u3400-\u9fff]+ )                 # its number; or any word
+  | [<>≤≥%°+] | \A-\Z
+""", re.VERBOSE)  # fmt: skip
 
 
 def words(text: str) -> list[str]:
-    """'The left lung, lower.' -> ['left', 'lung', 'lower']; a Chinese character is a word."""
-    return [w for w in WORD.findall(text.lower()) if w not in ARTICLES]
+    """'The left lung, lower.' -> ['left', 'lung', 'lower']; a Chinese character is a word.
+
+    An article has a word behind it: the A of 'hepatitis A' and of 'type A lesion' is none.
+    """
+    text = text.strip().replace("\u2212", "-").replace("<=", "≤").replace(">=", "≥")
+    found = WORD.findall(text)
+    return [
+        word.lower()
+        for i, word in enumerate(found)
+        if word.lower() not in ARTICLES or i == len(found) - 1 or (word == "A" and i > 0)
+    ]
 
 
 def is_exact(answer: str, truth: str) -> bool:
@@ -79,14 +94,28 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return float(max(0.0, middle - half)), float(min(1.0, middle + half))
 
 
-def bootstrap(values: Sequence[float], groups: Sequence[str], draws: int = 2000) -> tuple:
-    """95 % interval of the mean, resampling whole groups (images): their questions are related.
+def images_of(samples: Sequence[Sample]) -> list[str]:
+    """The groups of `bootstrap`; a question without an image is one of its own."""
+    return [f"question {i}" if s.image is None else str(s.image) for i, s in enumerate(samples)]
 
-    The seed is fixed, so the same values give the same interval.
+
+def bootstrap(
+    values: Sequence[float], groups: Sequence[str], least: float = 0.0, draws: int = 2000
+) -> tuple[float, float]:
+    """95 % interval of the mean of values from `least` to 1, resampling whole groups (images).
+
+    Their questions are related; those of a single image are resampled by themselves. Where all
+    values are equal the interval is as wide as Wilson's, of none among as many groups. The seed is
+    fixed: the same values give the same interval.
     """
     if len(values) == 0:
-        return 0.0, 1.0
+        return least, 1.0
     _, index = np.unique(np.asarray(groups), return_inverse=True)
+    if index.max() == 0:
+        index = np.arange(len(values))
+    if min(values) == max(values):
+        half = wilson(0, int(index.max()) + 1)[1]
+        return max(least, float(values[0]) - half), min(1.0, float(values[0]) + half)
     totals = np.bincount(index, weights=np.asarray(values, float))  # (G,) per group
     sizes = np.bincount(index)  # (G,)
     rng, means = np.random.default_rng(0), []
@@ -170,7 +199,7 @@ def score(samples: Sequence[Sample], answers: Sequence[str], protocol: Protocol 
     pairs = list(zip(samples, answers, strict=True))
     closed = [(s, a) for s, a in pairs if s.answer_type == "closed"]
     others = [(s, a) for s, a in pairs if s.answer_type != "closed"]
-    of_closed, of_open = ([str(s.image) for s, _ in part] for part in (closed, others))
+    groups = images_of([s for s, _ in closed + others])
     right = [protocol.closed(a, s.turns[0][1]) for s, a in closed]
     opened = [protocol.opened(a, s.turns[0][1]) for s, a in others]
     result = {"n": len(samples), "n_closed": len(right), "n_open": len(opened)}
@@ -179,10 +208,10 @@ def score(samples: Sequence[Sample], answers: Sequence[str], protocol: Protocol 
     for name in OPEN:
         values = [scores[name] for scores in opened]
         result[f"open_{name}"] = mean(values)
-        intervals[f"open_{name}"] = bootstrap(values, of_open)
+        intervals[f"open_{name}"] = bootstrap(values, groups[len(closed) :])
     for name, by in (("overall", "recall"), ("accuracy", "exact_match")):
         values = right + [scores[by] for scores in opened]
-        result[name], intervals[name] = mean(values), bootstrap(values, of_closed + of_open)
+        result[name], intervals[name] = mean(values), bootstrap(values, groups)
     return result | {"ci95": intervals}
 
 

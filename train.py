@@ -32,7 +32,7 @@ from config import (
     UserError,
     named_layers,
     preset,
-    to_dict,
+    warn_once,
 )
 from data import Batch, Dataset, Text
 from engine import cli, lora
@@ -97,45 +97,45 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
     first_step = run.begin(model, optimizer, data.samples, n_steps, per_epoch,
                            lr=recipe.lr, batch_size=recipe.batch_size)  # fmt: skip
     model.train()
-    with run.interruptible():  # Ctrl-C lets a step finish
-        for step in range(first_step, n_steps):
-            if step == first_step or step % per_epoch == 0:
-                order = data.epoch(recipe.batch_size, flags.seed, step // per_epoch)
-            rows = order[step % per_epoch]
-            data.prefetch(order[step % per_epoch + 1 :][:2])  # in threads
-            batches = micro_batches(data, rows, flags.accumulate, run)
-            # One mean over all supervised tokens of the step: micro-batches and processes change
-            # nothing of the cross-entropy.
-            (n_tokens,) = run.sum(sum(batch.n_supervised() for batch in batches))
-            loss = 0.0
-            for batch in batches:
-                batch = batch.to(run.device)
-                if flags.jitter and len(batch.images):
-                    batch = batch._replace(images=jitter(batch.images))
-                with autocast(run.device, run.dtype):
-                    out = model.loss(batch)
-                router_loss = router_losses(out, batch.mask, flags)  # a mean; out.total is a sum
-                part = (out.total + out.n_tokens * router_loss) / n_tokens
+    for step in range(first_step, n_steps):
+        if step == first_step or step % per_epoch == 0:
+            order = data.epoch(recipe.batch_size, flags.seed, step // per_epoch)
+        rows = order[step % per_epoch]
+        data.prefetch(order[step % per_epoch + 1 :][:2])  # in threads
+        batches = micro_batches(data, rows, flags.accumulate, run)
+        # One mean over all supervised tokens of the step: micro-batches and processes change
+        # nothing of the cross-entropy.
+        (n_tokens,) = run.sum(sum(batch.n_supervised() for batch in batches))
+        loss = 0.0
+        for batch in batches:
+            batch = batch.to(run.device)
+            if flags.jitter and len(batch.images):
+                batch = batch._replace(images=jitter(batch.images))
+            with autocast(run.device, run.dtype):
+                out = model.loss(batch)
+            router_loss = router_losses(out, batch.mask, flags)  # a mean; out.total is a sum
+            part = (out.total + out.n_tokens * router_loss) / n_tokens
+            if part.requires_grad:  # in phase 1 text alone reaches nothing that is trained
                 part.backward()
-                loss += part.item()
-                run.count(batch, out)  # positions, and tokens routed to each expert
-            # Sums over the processes, as FSDP has summed the gradients. load (L, E): tokens routed
-            # to each expert, per real position.
-            loss, load = run.sum_loss_and_load(loss)
-            norm = run.clip_gradients(flags.clip_grad)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                ids = ", ".join(data.samples[r].id for r in rows)
-                where = f"{run.title}, step {step}: loss {loss}, gradient norm {norm}"
-                raise UserError(f"{where}; nothing was updated. The batch: {ids}")
-            lr = recipe.lr * lr_scale(step, n_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
-            with torch.no_grad():
-                for router, load_of_layer in zip(routers, load.to(run.device), strict=True):
-                    router.update(load_of_layer)  # does nothing in the built-in routers
-            run.after_step(step, loss, lr, norm, load)
+            loss += part.item()
+            run.count(batch, out)  # positions, and tokens routed to each expert
+        # Sums over the processes, as FSDP has summed the gradients. load (L, E): tokens routed
+        # to each expert, per real position.
+        loss, load = run.sum_loss_and_load(loss)
+        norm = run.clip_gradients(flags.clip_grad)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            ids = ", ".join(data.samples[r].id for r in rows)
+            where = f"{run.title}, step {step}: loss {loss}, gradient norm {norm}"
+            raise UserError(f"{where}; nothing was updated. The batch: {ids}")
+        lr = recipe.lr * lr_scale(step, n_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for router, load_of_layer in zip(routers, load.to(run.device), strict=True):
+                router.update(load_of_layer)  # does nothing in the built-in routers
+        run.after_step(step, loss, lr, norm, load)
     model.eval()
 
 
@@ -261,6 +261,9 @@ def run_phase(
     # As released: training crops the images of captions, and pads all others.
     images = Images(model.config.vision.image_size, pad=not phase.plain, workers=flags.workers)
     data = Dataset(samples, text, model.config, phase.plain, images)
+    if number == 1 and not any(sample.image for sample in samples):
+        raise UserError(f"phase 1 trains on images, and {' '.join(flags.data)} has none: add a "
+                        "source of images, or begin with --phase 2 --init DIR")  # fmt: skip
     print(f"\nphase {number}, {phase.title}: {len(samples)} samples, {recipe}")
     print(f"  on {run.device}, matmuls in {run.dtype}; starts from {init or 'pretrained parts'}")
     print(summary)
@@ -268,40 +271,45 @@ def run_phase(
     extra = {}
     if before is not None:
         extra["seen"] = {"rows": leaks.merge(before, leaks.seen_by(samples))}
-    train(model, data, flags, recipe, run)
-    info = {}
-    if number == 2:
-        questions = load_samples(flags.data, "vqa", "train", **reading(flags))
-        layers = sparse_layers(model.config, sparse_config(flags, model.config))
-        weights, info["router"] = learn_router(
-            model, questions, text, flags, layers, run.device, run.dtype
-        )
-        extra |= {"router": weights} if weights else {}
-    lora.merge_lora(model)
-    path = run.folder / f"phase{number}"
-    run.save(path, model, extra, **info)
-    run.remove(unfinished(run.folder, number))
-    print(f"phase {number}: saved {path}")
+    path, info = run.folder / f"phase{number}", {}
+    with run.interruptible():  # Ctrl-C lets a step finish, and after the last one the phase
+        train(model, data, flags, recipe, run)
+        if number == 2:
+            questions = load_samples(flags.data, "vqa", "train", **reading(flags))
+            layers = sparse_layers(model.config, sparse_config(flags, model.config))
+            weights, info["router"] = learn_router(
+                model, questions, text, flags, layers, run.device, run.dtype
+            )
+            extra |= {"router": weights} if weights else {}
+        lora.merge_lora(model)
+        run.save(path, model, extra, **info)
+        run.remove(unfinished(run.folder, number))
+        print(f"phase {number}: saved {path}")
     return path
 
 
-# Flags that must be the same for an earlier phase to be reused.
-SAME = ("preset", "data", "lang", "clip", "llm", "tune_vision", "image_folder", "router_labels")
+def not_read_by(number: int, flags: TrainConfig) -> set[str]:
+    """Flags that phase `number` does not read: a later phase may have others."""
+    names = {"init", "router", "router_level", "top_k", "meta", "start", "trains", "balance",
+             "z_loss"}  # fmt: skip
+    if number == 1 or flags.router != "modality":  # phase 2 ends with the router's training
+        names |= {"experts", "moe_layers", "router_images", "router_noise"}
+    return names | ({"lora_rank"} if number == 1 else set())
 
 
-def earlier_phase(number: int, flags: TrainConfig) -> Path | None:
-    """The finished checkpoint of this phase in --out, if its flags were those of this run.
+def finished_phase(number: int, flags: TrainConfig) -> Path | None:
+    """The finished checkpoint of this phase in --out. Raises UserError if it is of another run.
 
     None if there is none, or if --resume is to continue a later run of the phase.
     """
     path = Path(flags.out) / f"phase{number}"
     if not path.is_dir() or (flags.resume and unfinished(path.parent, number)):
         return None
-    before = read_config(path)[1]["flags"]
-    for name in SAME:
-        if before.get(name) != to_dict(flags)[name]:
-            typed = f"--{name.replace('_', '-')} {before.get(name)}"
-            raise UserError(f"{path} was trained with {typed}: choose another --out")
+    info = read_config(path)[1]
+    skipped = not_read_by(number, flags) if number < flags.phase else set()
+    refuse_changed_flags(path, info["flags"], flags, skipped)
+    if (made_by := info.get("torch")) != torch.__version__:
+        warn_once(f"{path}: trained with torch {made_by}, this is {torch.__version__}")
     print(f"phase {number}: done before, {path}")
     return path
 
@@ -309,14 +317,14 @@ def earlier_phase(number: int, flags: TrainConfig) -> Path | None:
 def run_phases(flags: TrainConfig, processes: Processes) -> None:
     """All phases up to --phase that are missing, then the evaluation."""
     init = Path(flags.init) if flags.init else None
-    first_phase = flags.phase if flags.init else 1
-    for number in range(first_phase, flags.phase):
-        init = earlier_phase(number, flags) or run_phase(number, flags, init, processes)
-    path = earlier_phase(flags.phase, flags) if flags.resume else None
-    if path is None:
-        path = run_phase(flags.phase, flags, init, processes)
-    else:
-        refuse_changed_flags(path, read_config(path)[1]["flags"], flags)
+    last = Path(flags.out, f"phase{flags.phase}")
+    if last.is_dir() and not (flags.resume or flags.overwrite):
+        raise UserError(f"{last} is finished and would be replaced: choose another --out, go on "
+                        "from it with --resume, or give --overwrite")  # fmt: skip
+    for number in range(flags.phase if flags.init else 1, flags.phase):
+        init = finished_phase(number, flags) or run_phase(number, flags, init, processes)
+    path = finished_phase(flags.phase, flags) if flags.resume else None
+    path = path or run_phase(flags.phase, flags, init, processes)
     processes.end()
     if not processes.is_first:
         return

@@ -15,7 +15,7 @@ from pathlib import Path
 from config import UserError, argument, flag, one_line
 from course import judge, score
 from course.vet import count_lines, only_router, vet
-from engine.cli import at_least, check_writable, parse, user_errors
+from engine.cli import check_writable, parse, user_errors
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class GradeConfig:
     score: bool = flag(False, "also train and score each submission")
     csv: str | None = flag(None, "write a line per submission to this FILE")
     junit: str | None = flag(None, "write the result of every test to this FILE, as JUnit XML")
-    limit: float = flag(judge.LIMIT_S, "seconds that each submission's tests may take")
-    seeds: int = flag(3, "--score: runs to average over")
+    limit: float = flag(judge.LIMIT_S, "seconds that each submission's tests may take", least=1)
+    seeds: int = flag(3, "--score: runs to average over", least=1)
 
 
 @dataclass
@@ -143,7 +143,6 @@ def show(grades: list[Grade]) -> str:
 @user_errors
 def main(argv: list[str] | None = None) -> list[Grade]:
     flags = parse(GradeConfig, argv, "course.grade")
-    at_least(flags, limit=1, seeds=1, assignment=0)
     folder = Path(flags.folder)
     files = sorted(folder.glob("*.py")) if folder.is_dir() else []
     if not files:

@@ -32,7 +32,7 @@ from checkpoint import read_config
 from config import MODALITIES, UserError, flag, one_line, preset, to_dict
 from course import contain, judge
 from course.vet import count_lines, read_submission, vet
-from engine.cli import at_least, check_writable, parse, user_errors, write_json
+from engine.cli import check_writable, parse, user_errors, write_json
 
 SECRET = "COURSE_SECRET"
 
@@ -65,12 +65,12 @@ class ScoreConfig:
 
     router: str | None = flag(None, "FILE.py:Class to score")
     student: str = flag("", "ID, which determines the images and the seeds")
-    seeds: int = flag(3, "runs to average over")
+    seeds: int = flag(3, "runs to average over", least=1)
     json: str | None = flag(None, "also write the row to this FILE")
     verify: str | None = flag(None, "HASH of a row: fail if this run gives another")
     init: str | None = flag(None, "phase-2 checkpoint DIR, instead of the common one")
     out: str = flag("runs/score", "DIR of the common checkpoint")
-    limit: float = flag(LIMIT_S, "seconds that one seed may take")
+    limit: float = flag(LIMIT_S, "seconds that one seed may take", least=1)
 
 
 class Derived(NamedTuple):
@@ -112,7 +112,8 @@ def make_base(budget: Budget, out: Path) -> Path:
               "--workers", "0", "--resume"]  # fmt: skip
     try:
         train.main(["--phase", "1", *common])
-        train.main(["--phase", "2", "--steps", str(budget.base_steps), *common])
+        one = ["--init", str(folder / "phase1")]
+        train.main(["--phase", "2", "--steps", str(budget.base_steps), *one, *common])
     finally:
         torch.set_num_threads(threads)
     return folder / "phase2"
@@ -241,7 +242,6 @@ def main(argv: list[str] | None = None) -> dict:
     flags = parse(ScoreConfig, argv, "course.score")
     if flags.router is None:
         raise UserError("--router FILE.py:Class is missing: the router to score")
-    at_least(flags, seeds=1, limit=1)
     if flags.json:
         check_writable(Path(flags.json))
     row = score(flags.router, flags)

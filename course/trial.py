@@ -61,7 +61,7 @@ def train_phase_3(job: dict, folder: Path, spec: str) -> Path:
     }  # fmt: skip
     # Without user_errors, which would hide the traceback with the submission's line.
     argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    train.main.__wrapped__([*argv, "--no-eval", "--no-jitter", "--no-tune-vision"])
+    train.main.__wrapped__([*argv, "--no-eval", "--no-jitter", "--no-tune-vision", "--overwrite"])
     return folder / "run" / "phase3"
 
 

@@ -14,7 +14,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from config import GROUPS, Common, TrainConfig, UserError, one_line, preset
+from config import GROUPS, TrainConfig, UserError, one_line, preset
 from model import choose_device
 
 
@@ -28,7 +28,8 @@ def parse(cls: type, argv: Sequence[str] | None, prog: str) -> Any:
     usage = " ".join([prog, *words, "[flags]"])
     parser = _Parser(prog=prog, usage=usage, description=cls.__doc__, allow_abbrev=False)
     groups = {title: parser.add_argument_group(title) for title in GROUPS[1:]} | {"": parser}
-    for f in sorted(fields(cls), key=lambda f: GROUPS.index(f.metadata.get("group", ""))):
+    accepted = [f for f in fields(cls) if f.name not in getattr(cls, "lacks", ())]
+    for f in sorted(accepted, key=lambda f: GROUPS.index(f.metadata.get("group", ""))):
         outer, inner = get_origin(f.type), get_args(f.type)
         kind: dict[str, Any] = {"help": f.metadata.get("help")}
         if outer is Literal:
@@ -49,6 +50,11 @@ def parse(cls: type, argv: Sequence[str] | None, prog: str) -> Any:
                 kind |= {"nargs": len(words), "type": words[0]}
         groups[f.metadata["group"]].add_argument("--" + f.name.replace("_", "-"), **kind)
     values = vars(parser.parse_args(argv))
+    for f in accepted:
+        if type(value := values[f.name]) in (int, float) and value != f.default:
+            least, typed = f.metadata.get("least", 0), f"--{f.name.replace('_', '-')} {value}"
+            if not least <= value < 2**62:  # a NaN is neither
+                raise UserError(f"{typed}: must be a number from {least} up, below 2^62")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -57,25 +63,20 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({self.prog} --help lists every flag)")
 
 
-def at_least(flags: Common, **least: int) -> None:
-    """Raise UserError for a number below its least value; None is the default and passes."""
-    for name, minimum in least.items():
-        if (value := getattr(flags, name)) is not None and value < minimum:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
-
-
 def check_training(flags: TrainConfig) -> None:
     """Raise UserError for numbers out of their range, and for flags that exclude each other."""
-    at_least(flags, accumulate=1, experts=0, save_every=1, keep=1, batch_size=1, steps=1,
-             router_images=1, expert_parallel=1, workers=0, max_missing=0)  # fmt: skip
     decoder = preset(flags.preset).model.decoder
     largest = min(decoder.d_model, decoder.d_ff)
     if flags.json:
         check_writable(Path(flags.json))
     if flags.weights != "float32" and choose_device(flags.device, flags.dtype)[1].itemsize == 4:
         raise UserError(f"--weights {flags.weights}: needs --dtype bfloat16, not float32")
-    if not 0 <= flags.lora_rank <= largest:
+    if flags.lora_rank > largest:
         raise UserError(f"--lora-rank {flags.lora_rank}: must be from 0 to {largest}, the width")
+    if flags.epochs == 0:
+        raise UserError("--epochs 0: must be above 0")
+    if flags.resume and flags.overwrite:
+        raise UserError("--resume, --overwrite: give one of the two")
     if flags.lora_rank and flags.trains == "released":
         raise UserError("--lora-rank: --trains released trains whole FFNs; give one of the two")
     if flags.experts == 0 and (flags.lora_rank or flags.trains == "released"):
@@ -84,7 +85,7 @@ def check_training(flags: TrainConfig) -> None:
         raise UserError("--start fresh: only the meta expert keeps what was trained, not --no-meta")
     if flags.trains == "released" and flags.moe_layers == "all":
         raise UserError("--trains released: trains dense FFNs too, --moe-layers all leaves none")
-    if not 0 <= flags.router_noise <= 1:
+    if flags.router_noise > 1:
         raise UserError(f"--router-noise {flags.router_noise}: must be from 0 to 1")
 
 

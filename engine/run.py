@@ -43,7 +43,7 @@ from sources.tensorfiles import open_tensors
 MAY_DIFFER = {
     "phase", "out", "json", "max_missing", "device", "dtype", "kernels", "workers",
     "cache_features", "cache_gb", "compile", "activation_checkpointing", "expert_parallel",
-    "save_every", "keep", "resume", "eval",
+    "save_every", "keep", "resume", "overwrite", "eval",
 }  # fmt: skip
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -94,11 +94,11 @@ def refuse(path: Path, name: str, before: Any, now: Any) -> NoReturn:
                   "give the flags that it began with, or another --out")  # fmt: skip
 
 
-def refuse_changed_flags(path: Path, before: dict, flags: TrainConfig) -> None:
+def refuse_changed_flags(path: Path, before: dict, flags: TrainConfig, unread=frozenset()) -> None:
     """before: the flags in a checkpoint's config.json; an older one may lack some."""
     before = to_dict(TrainConfig()) | before
     for name, now in to_dict(flags).items():
-        if name not in MAY_DIFFER and before[name] != now:
+        if name not in MAY_DIFFER | unread and before[name] != now:
             refuse(path, name, before[name], now)
 
 
@@ -157,8 +157,9 @@ class Run:
         ops.choose(flags.kernels, self.device)
         self.resolved: dict[str, Any] = {
             "dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type,
-            "processes": processes.world,
+            "processes": processes.world, "threads": torch.get_num_threads(),
         }  # fmt: skip
+        self.bar, self.noted = tqdm(disable=True), 0
 
     def begin(
         self, model: MedMoE, optimizer: torch.optim.Optimizer, samples: Iterable[Sample],
@@ -218,6 +219,10 @@ class Run:
         """Sum the step's loss and counts over the processes -> loss, load (L, E) per position."""
         loss, *counts = self.sum(loss, *self.counts.tolist(), *self.routed.flatten().tolist())
         self.counts, self.routed = counts[:6], torch.tensor(counts[6:]).view(self.load_shape)
+        if not self.counts[0]:  # no image: with a gradient of 0 AdamW would go on by its momentum
+            for name in self.params:
+                if name.startswith(("vision.", "projector.")):
+                    self.params[name].grad = None
         return loss, (self.routed / counts[3]).float()
 
     def clip_gradients(self, largest: float) -> float:
@@ -251,6 +256,8 @@ class Run:
         if stop:
             self.bar.close()
             self.leave(done, stop)
+        if done == self.n_steps:
+            self.bar.close()
         self.begin_step()
 
     def signal(self) -> int:
@@ -267,7 +274,10 @@ class Run:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Around the loop: the first Ctrl-C or kill lets the step finish, a second one does not."""
+        """Around a phase: the first Ctrl-C or kill lets the step finish, a second one does not.
+
+        After the last step it lets the phase finish: its router, and its checkpoint.
+        """
         self.noted = 0
         # nohup wants SIGHUP ignored, a script's & SIGINT; None belongs to somebody else.
         alone = signal.SIG_IGN, None
@@ -280,8 +290,8 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
             self.bar.close()
-        if self.noted:  # it came after the last step: not lost
-            signal.raise_signal(self.noted)
+        if stop := self.signal():
+            self.leave(self.n_steps, stop)
 
     def refuse_leftovers(self) -> None:
         """Raise UserError for an unfinished run in --out without --resume."""
@@ -350,9 +360,9 @@ class Run:
         is_same = (path / "tokenizer.json").read_bytes() == self.tokenizer.read_bytes()
         if config != self.model.config or not is_same:
             raise Changed(f"{path}: began with another model or tokenizer than this run has now")
-        for name, now in self.resolved.items():
-            before = info.get("run", {}).get(name)
-            if name in ("device", "processes") and before != now:
+        for name, now in (self.resolved | {"torch": torch.__version__}).items():
+            before = (info.get("run", {}) | {"torch": info.get("torch")}).get(name)
+            if name in ("device", "processes", "threads", "torch") and before != now:
                 warn_once(f"{path}: {name} {before}, now {now}: resumed, but not bit for bit")
             elif before != now:
                 refuse(path, name, before, now)

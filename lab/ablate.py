@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from config import UserError, argument, flag
-from engine.cli import at_least, parse, user_errors, write_json, write_text
-from metrics import bootstrap, question_ids
+from engine.cli import parse, user_errors, write_json, write_text
+from metrics import bootstrap, images_of, question_ids
 from scoring.compare import value
 from sources.load import how_read, load_samples
 from sources.records import read_json
@@ -105,8 +105,8 @@ class AblateConfig:
     """Train and score rows; write a table, its numbers and a plot."""
 
     names: tuple[str, ...] = argument("core, hard or experts; or rows of lab/ablate.py")
-    seeds: int = flag(3, "seeds 0 to N - 1 of every row")
-    jobs: int = flag(2, "rows at a time, one thread each")
+    seeds: int = flag(3, "seeds 0 to N - 1 of every row", least=1)
+    jobs: int = flag(2, "rows at a time, one thread each", least=1)
     flags: str = flag("", "flags of train.py for all rows, as one word: '--steps 20'")
     out: str = flag("runs/ablations", "DIR of what is kept, the table, numbers and plot")
 
@@ -202,7 +202,8 @@ def paired(scores: np.ndarray, others: np.ndarray, images: Sequence[str]) -> dic
     if n > 1:
         half = T975[min(n - 2, len(T975) - 1)] * sd / math.sqrt(n)
         ends = mean - half, mean + half
-    return {"difference": mean, "ci95": bootstrap(gain.mean(axis=0), images), "ci95_seeds": ends}
+    by_image = bootstrap(gain.mean(axis=0), images, least=-1.0)
+    return {"difference": mean, "ci95": by_image, "ci95_seeds": ends}
 
 
 def summarise(rows: dict[str, Row], found: dict[str, list[Path]]) -> list[dict]:
@@ -217,7 +218,7 @@ def summarise(rows: dict[str, Row], found: dict[str, list[Path]]) -> list[dict]:
         values = scores[name] = np.array(values)  # (S, Q)
         closed, against = np.array([s.answer_type == "closed" for s in samples]), None
         if row.against != name:
-            images = [str(s.image) for s in samples]
+            images = images_of(samples)
             against = {"row": row.against} | paired(values, scores[row.against], images)
         entries.append({
             "row": name, "title": row.title,
@@ -274,7 +275,6 @@ def plot(result: dict, file: Path) -> None:
 @user_errors
 def main(argv: Sequence[str] | None = None) -> dict:
     flags = parse(AblateConfig, argv, "python -m lab.ablate")
-    at_least(flags, seeds=1, jobs=1)
     Path(flags.out).mkdir(parents=True, exist_ok=True)
     found = run_all(flags, rows := chosen_rows(flags.names))
     words = ["python", "-m", "lab.ablate", *flags.names, "--seeds", str(flags.seeds)]

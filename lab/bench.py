@@ -6,8 +6,7 @@
     python -m lab.bench kernels --gpu-check         the sparse layer and, on a GPU, its kernels
 
 train, generate: same weights, batches and precision as Assembled (pip install transformers).
-kernels: experts and dispatch alone, compared with their definitions before they are timed.
-The last line is JSON. Letters are those of config.py.
+kernels: experts alone, compared with their definition before they are timed. Ends with JSON.
 """
 
 import copy
@@ -33,7 +32,7 @@ import model as models
 import ops
 from config import Common, ModelConfig, MoEConfig, UserError, argument, flag, preset
 from data import Batch, Dataset, Sample, Text, collate, encode_prompt
-from engine.cli import at_least, parse, user_errors
+from engine.cli import parse, user_errors
 from engine.inference import prepare
 from engine.published import clip_table, decoder_table, load_published, rename, slots
 from model import MedMoE, autocast, choose_device
@@ -56,12 +55,13 @@ N_EXPERTS, K = 4, 2
 class BenchConfig(Common):
     """Measure speeds on this machine."""
 
+    lacks = ("json",)
     what: Literal["train", "generate", "loader", "kernels"] = argument("what to measure")
     preset: str | None = flag(None, "dimensions: tiny, kernels phi2; train, generate: also mid")
-    rounds: int = flag(5, "repetitions, interleaved; of kernels on a GPU ten times as many")
-    steps: int = flag(10, "training steps in a round")
-    new_tokens: int = flag(64, "generate: tokens an answer")
-    tokens: int | None = flag(None, f"kernels: tokens (default: 2048, on a GPU {SIZES})")
+    rounds: int = flag(5, "repetitions, interleaved; of kernels on a GPU ten times", least=1)
+    steps: int = flag(10, "training steps in a round", least=1)
+    new_tokens: int = flag(64, "generate: tokens an answer", least=1)
+    tokens: int | None = flag(None, f"kernels: tokens (default: 2048, on a GPU {SIZES})", least=1)
     routing: Literal["balanced", "skewed"] = flag("balanced", "skewed: one expert gets half")
     gpu_check: bool = flag(False, "kernels: tests, sanitizers, presets and routings, on a GPU")
 
@@ -457,7 +457,6 @@ def bench_kernels(flags: BenchConfig, device: torch.device, dtype: torch.dtype) 
 @user_errors
 def main(argv: list[str] | None = None) -> dict:
     flags = parse(BenchConfig, argv, "lab.bench")
-    at_least(flags, rounds=1, steps=1, new_tokens=1, batch_size=1, tokens=1)
     flags = replace(flags, preset=flags.preset or ("phi2" if flags.what == "kernels" else "tiny"))
     if flags.what == "kernels" and flags.dtype == "auto":
         flags = replace(flags, dtype="bfloat16")

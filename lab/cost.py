@@ -19,7 +19,7 @@ import torch
 
 from config import ModelConfig, MoEConfig, flag, preset
 from data import Batch, Text
-from engine.cli import at_least, parse, user_errors
+from engine.cli import parse, user_errors
 from engine.flops import model_flops
 from engine.inference import prepare
 from lab import bench
@@ -52,7 +52,7 @@ class CostConfig:
     """Count and time Med-MoE and dense controls."""
 
     measure: Literal["both", "tiny", "mid"] = flag("both", "which sizes to time")
-    rounds: int = flag(5, "repetitions, interleaved")
+    rounds: int = flag(5, "repetitions, interleaved", least=1)
 
 
 def dimensions(name: str) -> ModelConfig:
@@ -152,7 +152,6 @@ def show(title: str, columns: Iterable[str], rows: dict[str, list[str]], width: 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> dict:
     flags = parse(CostConfig, argv, "python -m lab.cost")
-    at_least(flags, rounds=1)
     timed = ("tiny", "mid") if flags.measure == "both" else (flags.measure,)
     device, dtype = choose_device("auto", "auto")
     result = {"counted": {}, "measured": {}, "rounds": flags.rounds}

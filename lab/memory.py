@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from config import DecoderConfig, ModelConfig, MoEConfig, TrainConfig, UserError, flag, preset
-from engine.cli import at_least, parse, user_errors
+from engine.cli import parse, user_errors
 from engine.lora import add_lora
 from engine.optim import cast_weights
 from model import MedMoE, freeze_all_but, make_sparse
@@ -40,14 +40,14 @@ class MemoryConfig:
     """How much memory a GPU needs in each phase. Flags of train.py mean the same here."""
 
     preset: str = flag("tiny", "dimensions of the model")
-    gpus: int = flag(1, "how many share the work")
-    batch_size: int | None = flag(None, "samples a step, on all GPUs (default: the phase's)")
-    accumulate: int = flag(1, "micro-batches a step")
+    gpus: int = flag(1, "how many share the work", least=1)
+    batch_size: int | None = flag(None, "samples a step (default: the phase's)", least=1)
+    accumulate: int = flag(1, "micro-batches a step", least=1)
     length: int | None = flag(None, "positions a sample (default: its patches and 128 of text)")
     weights: Literal["float32", "bf16", "bf16-stochastic"] = flag("float32", "how they are kept")
     lora_rank: int = flag(0, "of low-rank additions to the FFNs in phases 2 and 3; 0: none")
     activation_checkpointing: bool = flag(False, "keep no more of a block than its input")
-    expert_parallel: int = flag(1, "GPUs that share the experts between them")
+    expert_parallel: int = flag(1, "GPUs that share the experts between them", least=1)
 
 
 class Work(NamedTuple):
@@ -161,7 +161,6 @@ def gathered(flags: MemoryConfig, model: MedMoE) -> int:
 
 def plan(flags: MemoryConfig) -> dict:
     """Bytes a GPU by phase, the smallest GPU that holds them, and what was assumed."""
-    at_least(flags, gpus=1, batch_size=1, accumulate=1, lora_rank=0, expert_parallel=1)
     chosen, n = preset(flags.preset), flags.expert_parallel
     n_patches, longest = chosen.model.vision.n_patches, chosen.model.decoder.max_len
     length = n_patches + 128 if flags.length is None else flags.length

@@ -56,12 +56,13 @@ SETTINGS = {"font.size": 8, "legend.frameon": False, "text.parse_math": False,
 class ReportConfig(Common):
     """A page on a checkpoint: load, examples, router, training, ablations."""
 
+    lacks = ("seed", "kernels")
     checkpoint: str = argument("DIR of a finished phase")
     out: str = flag("report.html", "the page, FILE.html")
-    images: int = flag(8, "examples to show")
+    images: int = flag(8, "examples to show", least=1)
     split: Literal["test", "val", "train"] = flag("test", "which questions")
-    limit: int | None = flag(None, "only the first N questions")
-    max_new: int = flag(48, "longest answer, in tokens")
+    limit: int | None = flag(None, "only the first N questions", least=1)
+    max_new: int = flag(48, "longest answer, in tokens", least=1)
     ablations: str = flag(str(HERE.parent / "results" / "ablations"), "DIR of tables of ablations")
     png: str | None = flag(None, "FILE.png: also draw routes on images")
 
@@ -288,14 +289,11 @@ def overlay_figure(numbers: dict, examples: Sequence[dict]) -> "Figure":
 @cli.user_errors
 def main(argv: list[str] | None = None) -> dict:
     flags = cli.parse(ReportConfig, argv, "python -m lab.report")
-    cli.at_least(flags, images=1, limit=1, max_new=1, batch_size=1, max_missing=0)
     cli.check_outputs((flags.out, flags.json, flags.png), ())
     if matplotlib is None:
         raise UserError("matplotlib is needed: pip install -r requirements-lab.txt")
     device, dtype = choose_device(flags.device, flags.dtype)
     model, text, meta = load_model(Path(flags.checkpoint), device, dtype)
-    if flags.png and model.config.moe is None:
-        raise UserError(f"--png {flags.png}: the checkpoint is dense, no routing to draw")
     predictor = Predictor(model, text, device, dtype, flags.batch_size or 64, flags.max_new)
     numbers, examples = measure(predictor, flags, meta)
     with matplotlib.rc_context(SETTINGS):

@@ -24,7 +24,7 @@ from torch import Tensor
 from checkpoint import load_model
 from config import IMAGE_ID, MODALITIES, Common, UserError, argument, flag
 from data import Batch, Dataset, Sample
-from engine.cli import at_least, check_writable, parse, user_errors, write_json
+from engine.cli import check_writable, parse, user_errors, write_json
 from eval import Predictor, load_questions
 from lab.controls import Alone, ByModality, forced
 from metrics import bootstrap, expert_names, router_report, wilson
@@ -43,9 +43,10 @@ N_BINS, N_TRAIN = 10, 400  # of confidence; images for the routers that are retr
 class RouterConfig(Common):
     """Report on a checkpoint's router."""
 
+    lacks = ("kernels",)
     checkpoint: str = argument("DIR of a finished phase 3")
     split: Literal["test", "val"] = flag("test", "which questions")
-    limit: int = flag(100, "images whose questions are answered, with 4 experts 7 times each")
+    limit: int = flag(100, "images whose questions are answered, 7 times each", least=1)
     break_router: bool = flag(False, "report on a router retrained on shuffled labels")
 
 
@@ -210,9 +211,9 @@ def answers(predictor: Predictor, samples: Sequence[Sample], flags: RouterConfig
             found = predictor.answer(samples)
         return np.array([value(s, p.answer, None) for s, p in zip(samples, found, strict=True)])
 
-    def mean(scores: np.ndarray, rows: np.ndarray = every) -> Estimate:
+    def mean(scores: np.ndarray, rows: np.ndarray = every, least: float = 0.0) -> Estimate:
         of = [str(samples[i].image) for i in rows]
-        return Estimate(scores[rows].mean(), *bootstrap(scores[rows], of))
+        return Estimate(scores[rows].mean(), *bootstrap(scores[rows], of, least))
 
     own = run(lambda router: router)
     alone = np.stack([run(partial(Alone, expert=e)) for e in range(n_experts)])  # (E, n)
@@ -220,7 +221,7 @@ def answers(predictor: Predictor, samples: Sequence[Sample], flags: RouterConfig
     for name, scores in (("true expert first", run(ByModality)),
                          ("wrong expert first", run(partial(ByModality, shift=1))),
                          ("true expert alone", alone[modality % n_experts, every])):  # fmt: skip
-        found[name] = {"mean": mean(scores), "minus own": mean(scores - own)}
+        found[name] = {"mean": mean(scores), "minus own": mean(scores - own, least=-1.0)}
     for m in sorted(set(modality.tolist())):
         rows = np.flatnonzero(modality == m)
         alone_m = {f"expert {e}": mean(scores, rows) for e, scores in enumerate(alone)}
@@ -260,7 +261,6 @@ def report(predictor: Predictor, flags: RouterConfig, samples: list[Sample]) -> 
 @user_errors
 def main(argv: list[str] | None = None) -> dict:
     flags = parse(RouterConfig, argv, "python -m lab.router")
-    at_least(flags, limit=1, batch_size=1, max_missing=0)
     if flags.json:
         check_writable(Path(flags.json))
     device, dtype = choose_device(flags.device, flags.dtype)

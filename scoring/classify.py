@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data import Sample
-from metrics import bootstrap, is_exact, wilson
+from metrics import bootstrap, images_of, is_exact, wilson
 from sources import medmnist
 
 
@@ -37,7 +37,7 @@ def judge_classes(samples: Sequence[Sample], answers: Sequence[str], likely: np.
     if task == "multi-label":
         hits = ((likely > 0.5) == truth).mean(axis=1)
         score_interval = bootstrap(hits, [str(i) for i in range(len(hits))])
-        answer_interval = bootstrap(right, [str(s.image) for s in samples])
+        answer_interval = bootstrap(right, images_of(samples))
     else:
         score_interval = wilson(round(by_score * len(truth)), len(truth))
         answer_interval = wilson(int(sum(right)), len(right))

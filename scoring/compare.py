@@ -12,7 +12,18 @@ from pathlib import Path
 
 from config import UserError, warn_once
 from data import Sample
-from metrics import OPEN, STRICT, bootstrap, is_exact, mean, question_ids, recall, score, words
+from metrics import (
+    OPEN,
+    STRICT,
+    bootstrap,
+    images_of,
+    is_exact,
+    mean,
+    question_ids,
+    recall,
+    score,
+    words,
+)
 from scoring import leaks
 from scoring.protocols import LLAVA_MED, MED_MOE
 from sources.records import Record, read_json, read_lines
@@ -103,8 +114,7 @@ def compare(samples: Sequence[Sample], first: Sequence[str], second: Sequence[st
                               ("overall", rows, None), ("exact", rows, is_exact)):  # fmt: skip
         pairs = [(value(s, a, judge), value(s, b, judge)) for s, a, b in part]
         difference = [after - before for before, after in pairs]
-        images = [str(s.image) for s, _, _ in part]
-        interval = bootstrap(difference, images) if part else (-1.0, 1.0)
+        interval = bootstrap(difference, images_of([s for s, _, _ in part]), least=-1.0)
         entry = {"n": len(part), "difference": mean(difference), "ci95": interval}
         if name in ("closed", "exact"):
             entry["only_first"] = sum(before > after for before, after in pairs)

@@ -3,10 +3,9 @@
     python -m tests.mutate --n 150 --seed 0             of the reading path and the packages
     python -m tests.mutate --n 20 --file decoder.py     of one file, or --file engine
 
-Each mutant is a copy of the project with one change, found by AST: a comparison, an operator, a
-constant +- 1, a condition, two arguments, a statement, or a detach, no_grad or mask that is gone.
-It is killed if the tests of its file fail, or take four times as long. What messages say and what
-is printed is not mutated. tests/equivalent.txt lists mutants that change nothing, with the reason.
+Each mutant is a copy of the project with one change, found by AST, see `broken`. It is killed if
+the tests of its file fail, or take four times as long. What messages say is not mutated.
+tests/equivalent.txt lists mutants that change nothing, with the reason.
 """
 
 import argparse
@@ -164,15 +163,14 @@ def main() -> None:
             return "equivalent"
         return "survived" if run(*tests_of(file), file, source)[0] == 0 else "killed"
 
-    counts = {"reading path": Counter(), "packages": Counter()}
+    counts = Counter()
     with ThreadPoolExecutor(flags.jobs) as pool:
         for (file, line, name, _), outcome in zip(drawn, pool.map(judge, drawn), strict=True):
-            counts["packages" if "/" in file else "reading path"][outcome] += 1
+            counts["packages" if "/" in file else "reading path", outcome] += 1
             if outcome != "killed":
                 print(f"{outcome}: line {line}, {name}", flush=True)
-    print("| | killed | survived | equivalent |\n|---|---|---|---|")
-    for kind, n in counts.items():
-        print(f"| {kind} | {n['killed']} | {n['survived']} | {n['equivalent']} |")
+    for (kind, outcome), n in sorted(counts.items()):
+        print(f"{kind}: {n} {outcome}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def _machine(request):
     """What computes. Memory that was not written yet is NaN, or the largest integer."""
     if request.param == "gpu":
         ops.build(torch.device("cuda"))
-        device = "cuda"  # it orders its threads itself
+        machine, device = None, "cuda"  # it orders its threads itself
     else:
         if why := cuda_on_cpu.missing():
             pytest.skip(why)
@@ -39,7 +39,7 @@ def _machine(request):
         machine.set(order=int(request.param[-1]), blocks=3, only=-1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     with torch.device(device):
-        yield
+        yield machine
     torch.use_deterministic_algorithms(False)
 
 
@@ -57,36 +57,30 @@ def check(ours, expected):
 def gates_of(pattern, n, n_experts):
     """Gates (N, E): `pattern` random experts for each token, or "any" number, or the last one."""
     noise = randn(n, n_experts, seed=1, dtype=torch.float32)
-    order, last = noise.argsort(dim=1).argsort(dim=1), torch.arange(n_experts) == n_experts - 1
-    choices = {"any": noise > 0.3, "last": last}
-    routed = choices[pattern] if pattern in choices else order < pattern
-    gates = noise.abs() + 0.1
+    choices = {"any": noise > 0.3, "last": torch.arange(n_experts) == n_experts - 1}
+    order = noise.argsort(dim=1).argsort(dim=1)
+    routed = order < pattern if isinstance(pattern, int) else choices[pattern]
+    gates = (noise.abs() + 0.1) * routed
     gates[:, 0] *= -1  # a negative gate is routed too
-    return gates * routed
+    return gates
 
 
 GATES = [(1, 1, 1), (5, 4, 2), (300, 4, 2), (1001, 7, "any"), (64, 4, "last"), (9, 3, 0),
          (40, 48, 8), (4096, 4, 2)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("n", "n_experts", "pattern"), [*GATES, (0, 4, 2)])
-def test_routing_is_the_plan_of_torch(n, n_experts, pattern):
-    gates = gates_of(pattern, n, n_experts)
-    (slot, offs), plan = ops.CALL.route(gates), ops.dispatch_plan(gates)
-    expected = torch.full((n, n_experts), -1, dtype=torch.int32)
-    expected[plan.token, plan.expert] = torch.arange(len(plan.token), dtype=torch.int32)
-    assert torch.equal(offs, plan.offsets) and torch.equal(slot, expected)
-
-
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
 @pytest.mark.parametrize(
     ("n", "n_experts", "pattern", "d"), [(*gates, 8 * (8 - i)) for i, gates in enumerate(GATES)]
-    + [(37, 4, 2, 2560)],
+    + [(37, 4, 2, 2560), (0, 4, 2, 8)],
 )  # fmt: skip
-def test_permute_and_unpermute_and_their_gradients(dtype, off, n, n_experts, pattern, d):
+def test_routing_permute_unpermute_and_their_gradients(dtype, off, n, n_experts, pattern, d):
     gates, close = gates_of(pattern, n, n_experts), torch.testing.assert_close
     plan, (slot, offs) = ops.dispatch_plan(gates), ops.CALL.route(gates)
     x, n_routed = randn(n, d, dtype=dtype), int(offs[-1])
+    expected = torch.full((n, n_experts), -1, dtype=torch.int32)
+    expected[plan.token, plan.expert] = torch.arange(n_routed, dtype=torch.int32)
+    assert torch.equal(offs, plan.offsets) and torch.equal(slot, expected)
     assert torch.equal(ops.CALL.permute(x, slot, n_routed), x[plan.token])
     y, weight = randn(n_routed, d, seed=1, dtype=dtype), gates[plan.token, plan.expert, None]
     for given, factor in ((gates, weight), (None, 1)):
@@ -160,3 +154,55 @@ def test_fused_activations_forward_and_in_the_gradient(case, activation):
     dh = torch.cat(each(torch.matmul, dy.split(sizes), down))
     for ours, exact in zip(found, torch.autograd.grad(expected, leaves, dh), strict=True):
         check(ours, exact)
+
+
+# More than 2^31 entries, of which few are ever touched: memory is only taken where it is written.
+
+D = 2560
+LAST = 2**31 // D + 5  # a row that begins beyond
+
+
+def sparse(*shape):
+    torch.use_deterministic_algorithms(False)  # or it would all be filled with NaN
+    return torch.empty(*shape, dtype=torch.bfloat16)
+
+
+def test_rows_times_columns_may_pass_2_to_the_31():
+    slot, gates = torch.tensor([[LAST]], dtype=torch.int32), torch.full((1, 1), 0.5)
+    x, far = randn(1, D), sparse(LAST + 1, D)
+    assert torch.equal(ops.CALL.permute(x, slot, LAST + 1)[LAST], x[0])
+    far[LAST] = x[0]
+    assert torch.equal(ops.CALL.unpermute(far, slot, gates), x / 2)
+    dy, dgates = ops.CALL.unpermute_grad(2 * x, far, slot, gates)
+    dgate = 2 * x.float().square().sum().item()
+    assert torch.equal(dy[LAST], x[0]) and dgates.item() == pytest.approx(dgate, rel=1e-4)
+
+
+@pytest.mark.parametrize("what", ["rows of a result", "weights of all experts"])
+def test_grouped_products_may_pass_2_to_the_31(machine, what):
+    """Only the last tile is computed: one multiprocessor for each, and only the last one runs."""
+    of_rows, n_experts, f, d = what == "rows of a result", 12, 8 * D, 10240
+    tiles = -(-(LAST + 1) // 128) * (D // 256) if of_rows else n_experts * f // 128 * d // 256
+    if machine:
+        machine.set(blocks=tiles, only=tiles - 1)
+    if of_rows:
+        offs = torch.tensor([LAST + 1], dtype=torch.int32)
+        x, w = sparse(LAST + 1, 8), randn(1, D, 8)
+        x[-40:] = randn(40, 8, seed=1)
+        y = ops.forward(x, w, None, offs)[0]
+        check(y[-3:, -256:], (x[-3:].float() @ w[0].float().T)[:, -256:])
+    else:
+        offs = torch.zeros(n_experts, dtype=torch.int32)
+        offs[-1] = 40
+        dw = ops.weight_grad(sparse(40, f).fill_(0.5), sparse(40, d).fill_(1), offs)
+        assert dw[-1, -1, -1] == 20
+
+
+def test_operands_of_the_wrong_kind_are_refused():
+    x, w, offs = randn(4, 16), randn(2, 8, 16), torch.tensor([2, 4], dtype=torch.int32)
+    short = x[:, 1:9], w[:, :, :8].contiguous(), offs
+    for bad in ((x.float(), w, offs), (x, w[:, :, :8], offs), (x, w, offs.long()), short):
+        with pytest.raises(RuntimeError):
+            ops.forward(bad[0], bad[1], None, bad[2])
+    with pytest.raises(RuntimeError, match="at most 48 experts"):
+        ops.CALL.route(torch.ones(2, 49))

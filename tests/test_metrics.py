@@ -10,7 +10,7 @@ from metrics import bootstrap, is_right, router_report, wilson, words
 
 
 def test_words_drop_case_punctuation_and_articles():
-    assert words("The left lung, a bit LOWER an.") == ["left", "lung", "bit", "lower"]
+    assert words("The left lung, a bit LOWER.") == ["left", "lung", "bit", "lower"]
     assert words("T2-weighted b_c 肺部CT") == ["t2", "weighted", "b", "c", "肺", "部", "ct"]
 
 
@@ -27,7 +27,7 @@ def test_a_closed_answer_is_right_or_wrong():
      ("left left left", "upper left", 0.5, 1.0, 2 / 5, 1 / 3, False),
      ("left lung", "left upper lobe", 1 / 3, 0.5, 2 / 5, np.exp(-0.5) / 2, False),
      ("", "lung", 0.0, 0.0, 0.0, 0.0, False), ("lung", "", 0.0, 0.0, 0.0, 0.0, False),
-     ("", "the", 1.0, 1.0, 1.0, 1.0, True)],
+     ("", ",", 1.0, 1.0, 1.0, 1.0, True)],
 )  # fmt: skip
 def test_open_answers_are_scored_by_their_words(answer, truth, recall, precision, f1, bleu1, exact):
     wanted = {"recall": recall, "precision": precision, "f1": f1, "exact_match": float(exact),

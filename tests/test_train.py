@@ -322,7 +322,13 @@ def test_phases_that_are_done_are_kept_and_must_have_been_trained_alike(finished
     train.main([*argv, "--resume"])
     assert same(weights(finished.phases[2]), before)
     assert "phase 3: done before" in capsys.readouterr().out
-    for change in ("--seed 5 --resume", "--data phantoms:13", "--lang zh", "--tune-vision"):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(argv)
+    assert "--resume, or give --overwrite" in capsys.readouterr().err
+    assert same(weights(finished.phases[2]), before)
+    for change in ("--seed 5 --resume", *(f"{flags} --overwrite" for flags in (
+        "--seed 5", "--data phantoms:13", "--lang zh", "--tune-vision", "--batch-size 3",
+        "--experts 3", "--accumulate 2", "--steps 9"))):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             train.main([*argv, *change.split()])
         assert stop.value.code == 2 and change.split()[0] in capsys.readouterr().err

@@ -11,8 +11,10 @@ import pytest
 import chat
 import eval as evaluation
 import train
+from chat import ChatConfig
 from config import GROUPS, TrainConfig, UserError, argument, flag
 from engine import cli
+from eval import EvalConfig
 from tests.mini import checkpoint
 
 
@@ -89,22 +91,38 @@ def test_train_names_the_mistake_before_it_trains(argv, named, capsys, tmp_path,
 
 
 LEAST = {"accumulate": 1, "experts": 0, "save_every": 1, "keep": 1, "batch_size": 1, "steps": 1,
-         "router_images": 1, "expert_parallel": 1, "workers": 0, "max_missing": 0,
-         "lora_rank": 0, "router_noise": 0.0}  # fmt: skip
+         "router_images": 1, "expert_parallel": 1, "workers": 0, "max_missing": 0, "top_k": 1,
+         "lora_rank": 0, "router_noise": 0, "seed": 0, "lr": 0, "epochs": 0,
+         "balance": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_numbers_out_of_their_range_are_refused_by_every_script_in_one_line(name):
+    word = f"--{name.replace('_', '-')}"
+    assert getattr(cli.parse(TrainConfig, [word, str(LEAST[name])], "x"), name) == LEAST[name]
+    is_float = name in ("router_noise", "lr", "epochs", "balance")
+    for value in (LEAST[name] - 1, 10**20, *(("nan", "inf") if is_float else ())):
+        with pytest.raises(UserError, match=f"^{word} "):
+            cli.parse(TrainConfig, [word, str(value)], "x")
 
 
 @pytest.mark.parametrize("flags", [
-    *[{name: least - 1} for name, least in LEAST.items()],
-    {"json": "/no such folder/x"}, {"weights": "bf16", "dtype": "float32"},
+    {"json": "/no such folder/x"}, {"weights": "bf16", "dtype": "float32"}, {"epochs": 0},
     {"lora_rank": 129},  # d_model of tiny is 128
     {"lora_rank": 4, "trains": "released"}, {"experts": 0, "lora_rank": 4},
     {"experts": 0, "trains": "released"}, {"start": "fresh", "meta": False},
     {"trains": "released", "moe_layers": "all"}, {"router_noise": 1.1},
+    {"resume": True, "overwrite": True},
 ])  # fmt: skip
-def test_numbers_out_of_range_and_flags_that_exclude_each_other_are_refused(flags):
-    cli.check_training(TrainConfig(device="cpu", **LEAST))
+def test_flags_that_exclude_each_other_are_refused(flags):
     with pytest.raises(UserError, match=r"^(--|/no such folder)"):
         cli.check_training(TrainConfig(**{"device": "cpu"} | flags))
+
+
+@pytest.mark.parametrize(("cls", "word"), [(ChatConfig, "--data"), (EvalConfig, "--seed")])
+def test_a_script_does_not_take_flags_that_it_does_not_use(cls, word):
+    with pytest.raises(UserError, match=f"unrecognized arguments: {word}"):
+        cli.parse(cls, ["x", word, "1"], "x")
 
 
 @pytest.mark.parametrize("script", [evaluation.main, chat.main])

@@ -77,7 +77,7 @@ def test_a_file_of_routes_gives_the_same_logits_to_the_last_bit_whatever_the_rou
 
 def test_eval_records_and_then_replays_what_the_file_says(folder, tmp_path, monkeypatch):
     """Every gate in the file is moved to the last expert: all tokens go there."""
-    monkeypatch.setattr(metrics.bootstrap, "__defaults__", (10,))  # intervals are not looked at
+    monkeypatch.setattr(metrics.bootstrap, "__defaults__", (0.0, 10))  # intervals are not looked at
     file, moved, again = (tmp_path / f"{name}.safetensors" for name in ("r", "moved", "again"))
     common = [str(folder), "--limit", "3", "--max-new", "2", "--dtype", "float32"]
     evaluation.main([*common, "--record-routes", str(file)])

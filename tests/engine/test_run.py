@@ -17,6 +17,7 @@ from config import IGNORE, IMAGE_ID, PHASES, PRESETS, TrainConfig, UserError, to
 from data import Sample
 from engine import run as module
 from engine.durable import locked
+from engine.processes import ALONE
 from engine.run import Changed, Run, claim, read_log, unfinished
 from model import MedMoE, freeze_all_but
 from routers import Hints
@@ -243,15 +244,15 @@ def test_a_signal_saves_a_checkpoint_to_resume_from(phase, monkeypatch, tmp_path
 
 
 def test_signals_are_noted_given_back_and_never_lost_and_a_second_one_ends_it():
-    run = bare()
+    run = bare(n_steps=3, title="phase 1", folder="x", processes=ALONE)
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_IGN}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    with pytest.raises(KeyboardInterrupt), run.interruptible():
+    with pytest.raises(SystemExit, match="130"), run.interruptible():
         os.kill(os.getpid(), signal.SIGHUP)  # nohup ignores it, when the terminal may go
         assert run.noted == 0 == run.signal()
         os.kill(os.getpid(), signal.SIGINT)
         assert run.noted == signal.SIGINT == run.signal()
-        # Nothing acts on it, so it is raised afterwards.
+        # No step acts on it, so it ends the run when the phase is saved.
     assert {number: signal.signal(number, before[number]) for number in before} == handlers
     with pytest.raises(ValueError, match=r"^$"), run.interruptible():
         run.note(signal.SIGHUP, None)

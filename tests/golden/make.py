@@ -100,7 +100,7 @@ def their_greedy(model: nn.Module, ids: Tensor, mask: Tensor, n: int = 32) -> Te
     for _ in range(n):
         new = their_logits(model, ids, mask)[:, -1].argmax(dim=-1, keepdim=True)
         ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new).bool()], 1)
-    return ids[:, -n:]
+    return ids[:, -n:].contiguous()
 
 
 def main() -> None:
@@ -119,7 +119,6 @@ def main() -> None:
                 golden |= {f"{side}.ids": ids, f"{side}.mask": mask}
                 golden[f"{side}.logits"] = their_logits(model, ids, mask)
             golden["greedy"] = their_greedy(model, *padded(sizes["vocab_size"], "left"))
-            golden["greedy"] = golden["greedy"].contiguous()
         save_file(golden, HERE / family / "outputs.safetensors")
 
 

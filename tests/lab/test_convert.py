@@ -149,17 +149,6 @@ def test_what_we_do_not_compute_is_refused_by_name(make, capsys, tmp_path, key, 
     assert not (tmp_path / "ours").exists()
 
 
-def test_mistakes_on_the_command_line_are_named(make, capsys, tmp_path):
-    _, clip, stage = make("phi", "med-moe")
-    assert "--clip" in refused(capsys, stage, "--out", tmp_path / "ours")
-    assert "--out" in refused(capsys, stage, "--clip", clip)
-    assert "--out" in refused(capsys, stage, "--clip", clip, "--out", stage)
-    assert "no/where" in refused(capsys, "no/where", "--out", tmp_path / "ours")
-
-
-# GGUF
-
-
 def entry(name, weight):
     return SimpleNamespace(name=name, data=weight.detach().numpy(), tensor_type="F32")
 
