@@ -1,51 +1,69 @@
 """Ask about an image: python chat.py runs/tiny/phase3 --image FILE --question TEXT
 
 The answer appears as it is generated; then the experts that the image's patches, the question and
-each token of the answer were routed to. Without --question it asks for questions until an empty
-line. --image phantom:SEED is one of the embedded images. Not a medical device.
+each token of the answer were routed to. Without --question it reads questions from the terminal,
+each asked with the earlier questions and answers before it, until an empty line. The default image
+is phantom:SEED, an embedded one, whose truth is printed beside the answer. Not a medical device.
 """
 
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import ops
 from checkpoint import load_model
-from config import IMAGE_ID, MODALITIES, Common, UserError, argument, flag
-from data import Batch, Sample, Text, collate, encode_prompt
+from config import Common, UserError, argument, flag, one_line, warn_once
+from data import Encoded, Sample, Text, collate, encode_prompt
+from engine import familiar
 from engine.cli import parse, user_errors
-from model import Generated, MedMoE, autocast, choose_device, generate, sparse_layers
+from engine.overlay import Routes, check_png
+from metrics import is_exact
+from model import autocast, choose_device, generate
+from sources import phantoms
 from sources.images import Images
+from sources.load import MAX_TURNS
+
+DEMO = "phantom:2000000004"  # held out, with a finding
+HELP = """/image FILE, phantom:SEED or none   another image, and a new conversation
+/reset            a new conversation about this image
+/show FILE.png    save the image as the model sees it, and the first expert of each patch
+An empty line ends."""
 
 
 @dataclass(frozen=True)
 class ChatConfig(Common):
     """Ask a checkpoint about an image."""
 
-    lacks = ("data", "batch_size", "max_missing", "image_folder", "router_labels", "lang", "json")
+    lacks = ("data", "batch_size", "max_missing", "max_bad", "follow_links", "image_folder",
+             "router_labels", "lang", "json")  # fmt: skip
     checkpoint: str = argument("DIR of a finished phase")
-    image: str | None = flag(None, "an image FILE, or phantom:SEED; none: text only")
+    image: str | None = flag(None, f"FILE, phantom:SEED or none (default: {DEMO})")
     question: str | None = flag(None, "what to ask (default: read questions from the terminal)")
+    show: str | None = flag(None, "save image and experts, as /show does, to this FILE.png")
     max_new: int = flag(64, "longest answer, in tokens", least=1)
     temperature: float = flag(0.0, "0: always the likeliest token")
     top_p: float = flag(1.0, "sample from the likeliest tokens that make up this probability")
+    router: str | None = flag(None, "replace the router: a name or FILE.py:Class")
 
 
-def as_sample(image: str | None, question: str) -> Sample:
-    """Raises UserError for a phantom without a number; a file is opened later."""
-    where: Path | int | None = None if image is None else Path(image)
-    if image is not None and image.startswith("phantom:"):
-        seed = image.removeprefix("phantom:")
+def find_image(name: str) -> Path | int | None:
+    """FILE, phantom:SEED or none. Raises UserError for a phantom without a number."""
+    if name.startswith("phantom:"):
+        seed = name.removeprefix("phantom:")
         if not seed.isdecimal():
-            raise UserError(f"--image {image}: must be phantom:SEED, a whole number")
-        where = int(seed)
-    return Sample("question", "you", "chat", where, ((question, ""),))
+            raise UserError(f"--image {name}: must be phantom:SEED, a whole number")
+        return int(seed)
+    return None if name == "none" else Path(name)
+
+
+def truth(seed: int, question: str) -> str:
+    """What is true of an embedded image; first the answer, to one of its own questions."""
+    phantom = phantoms.draw(seed)
+    answers = [q.answer for q in phantoms.questions(phantom) if is_exact(q.question, question)]
+    return "truth: " + "; ".join([*answers, phantoms.caption(phantom)])
 
 
 class Stream:
@@ -63,52 +81,95 @@ class Stream:
             print(new, end="", flush=True)
 
 
-def shares(gates: Tensor, which: Tensor) -> str:
-    """gates (T, E), which (T,) bool -> each expert's share of those tokens."""
-    routed = (gates[which] != 0).float().sum(dim=0)  # (E,)
-    return "  ".join(f"{v:7.1%}" for v in (routed / routed.sum().clamp(min=1)).tolist())
+class Chat:
+    """A checkpoint, and a conversation about one image."""
 
+    def __init__(self, flags: ChatConfig):
+        self.flags = flags
+        self.device, self.dtype = choose_device(flags.device, flags.dtype)
+        ops.choose(flags.kernels, self.device)
+        folder = Path(flags.checkpoint)
+        self.model, self.text, info = load_model(folder, self.device, self.dtype, flags.router)
+        self.known, self.data = familiar.read(folder), info["flags"].get("data", ())
+        self.images = Images(self.model.config.vision.image_size, pad=True)
+        if flags.image is None:
+            print(f"The image is {DEMO}, an embedded one; --image names another.", file=sys.stderr)
+        self.begin(DEMO if flags.image is None else flags.image)
 
-def show_routes(
-    steps: list[Generated], batch: Batch, text: Text, names: list[str], blocks: Sequence[int]
-) -> None:
-    """The experts of the patches, the question and each answer token, block by block."""
-    is_patch = batch.ids[0] == IMAGE_ID  # (T,)
-    print("\nexperts             " + "  ".join(f"{name:>7.7}" for name in names))
-    for block, routing in zip(blocks, steps[0].routings, strict=True):
-        if is_patch.any():
-            print(f"  block {block:<2} image    {shares(routing.gates[0], is_patch)}")
-        print(f"  block {block:<2} question {shares(routing.gates[0], ~is_patch)}")
-    for before, step in pairwise(steps):
-        token = text.decode([int(before.tokens[0])])
-        chosen = []
-        for block, routing in zip(blocks, step.routings, strict=True):
-            experts = routing.gates[0, 0].nonzero().flatten().tolist()
-            chosen.append(f"block {block}: " + "+".join(names[e] for e in experts))
-        print(f"  answer {token!r:<14} " + "  ".join(chosen))
+    def begin(self, name: str) -> None:
+        """A new conversation about this image. Raises UserError."""
+        image = find_image(name)
+        if image is not None:
+            pixels = self.images.read(image).to(self.device)  # (3, S, S)
+            with autocast(self.device, self.dtype):
+                familiar.warn(self.model, pixels, self.known)
+        self.image, self.history = image, []
 
+    def encode(self, question: str) -> Encoded:
+        """The question behind the earlier ones; the first of those go when it is too long."""
+        config, has_image = self.model.config, self.image is not None
+        alone = encode_prompt(question, has_image, self.text, config)
+        while self.history:
+            with suppress(UserError):  # too long, with an answer
+                if len(self.history) < MAX_TURNS:
+                    return encode_prompt(question, has_image, self.text, config, self.history,
+                                         self.flags.max_new)  # fmt: skip
+            print(f"forgotten: {self.history.pop(0)[0]!r}; a dialogue has {MAX_TURNS} questions, "
+                  f"and {config.decoder.max_len} positions", file=sys.stderr)  # fmt: skip
+        return alone
 
-def ask(model: MedMoE, text: Text, images: Images, flags: ChatConfig, question: str) -> None:
-    config = model.config
-    device, dtype = choose_device(flags.device, flags.dtype)
-    sample = as_sample(flags.image, question)
-    encoded = encode_prompt(question, sample.image is not None, text, config)
-    batch = collate([sample], [encoded], images, text.eos_id, side="left").to(device)
-    generator = torch.Generator(device).manual_seed(flags.seed)
-    stream, steps = Stream(text), []
-    with autocast(device, dtype):
-        for step in generate(
-            model, batch, text.eos_id, flags.max_new, flags.temperature, flags.top_p, generator
-        ):
-            steps.append(step)
-            if (token := int(step.tokens[0])) != text.eos_id:
-                stream.add(token)
-    print()
-    if config.moe is not None:
-        n = config.moe.n_experts
-        is_named = config.moe.router in ("modality", "oracle")
-        names = [MODALITIES[e] if is_named and e < len(MODALITIES) else f"e{e}" for e in range(n)]
-        show_routes(steps, batch, text, names, sparse_layers(config, config.moe))
+    def ask(self, question: str) -> None:
+        """Print the answer, what is true of an embedded image, and the tokens' experts."""
+        config, text, flags = self.model.config, self.text, self.flags
+        if flags.max_new >= config.decoder.max_len:
+            warn_once(f"--max-new {flags.max_new}: the model reads {config.decoder.max_len} "
+                      "positions, the question among them; an answer ends there")  # fmt: skip
+        encoded = self.encode(question)
+        sample = Sample("question", "you", "chat", self.image, ((question, ""),))
+        batch = collate([sample], [encoded], self.images, text.eos_id, "left").to(self.device)
+        generator = torch.Generator(self.device).manual_seed(flags.seed)
+        stream, steps = Stream(text), []
+        max_new = min(flags.max_new, config.decoder.max_len - len(encoded[0]))
+        with autocast(self.device, self.dtype):
+            for step in generate(self.model, batch, text.eos_id, max_new, flags.temperature,
+                                 flags.top_p, generator):  # fmt: skip
+                steps.append(step)
+                if (token := int(step.tokens[0])) != text.eos_id:
+                    stream.add(token)
+        print()
+        self.history.append((question, text.decode(stream.ids).strip()))
+        if isinstance(self.image, int):
+            print(truth(self.image, question))
+        self.routes = Routes(config, batch, steps)
+        print(end=self.routes.table(text))
+        if flags.show:
+            self.show(flags.show)
+
+    def show(self, file: str) -> None:
+        """Save the image and the first expert of each of its patches. Raises UserError."""
+        if self.image is None or not self.history:
+            raise UserError(f"{file}: nothing to show yet: it needs an image and a question")
+        check_png(file, str(self.image))
+        self.routes.overlay(self.images.read(self.image)).save(file)
+        print(f"saved {file}", file=sys.stderr)
+
+    def command(self, line: str) -> None:
+        """One of HELP. Raises UserError for any other."""
+        name, _, rest = line.partition(" ")
+        if name == "/image" and rest:
+            self.begin(rest.strip())
+        elif name == "/show" and rest:
+            self.show(rest.strip())
+        elif line == "/reset":
+            self.history = []
+        elif line == "/help":
+            print(HELP, "It understands questions like those of its training data:", *self.data)
+            if any(spec.startswith("phantoms") for spec in self.data):
+                seed = self.image if isinstance(self.image, int) else find_image(DEMO)
+                for q in phantoms.questions(phantoms.draw(seed)):
+                    print("  " + q.question)
+        else:
+            raise UserError(f"{line}: no such command; /help lists them")
 
 
 @user_errors
@@ -118,17 +179,25 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--temperature {flags.temperature}: must be 0 or from 0.01 up")
     if not 0 < flags.top_p <= 1:
         raise UserError(f"--top-p {flags.top_p}: must be above 0 and at most 1")
-    device, dtype = choose_device(flags.device, flags.dtype)
-    ops.choose(flags.kernels, device)
-    model, text, _ = load_model(Path(flags.checkpoint), device, dtype)
-    images = Images(model.config.vision.image_size, pad=True)
+    if flags.question is not None and not flags.question.strip():
+        raise UserError("--question: is empty")
+    if flags.show:
+        check_png(flags.show, flags.image)
+    chat = Chat(flags)
     if flags.question is not None:
-        ask(model, text, images, flags, flags.question)
+        print("Not a medical device.", file=sys.stderr)
+        chat.ask(flags.question)
         return
-    print("Ask about the image; an empty line ends. Not a medical device.", file=sys.stderr)
+    print("Ask about the image. /help has commands and examples; an empty line ends. "
+          "Not a medical device.", file=sys.stderr)  # fmt: skip
+    with suppress(ImportError):
+        import readline  # noqa: F401  history and arrow keys, where there is one
     with suppress(EOFError, KeyboardInterrupt):
-        while question := input("> ").strip():
-            ask(model, text, images, flags, question)
+        while line := input("> ").strip():
+            try:
+                chat.command(line) if line.startswith("/") else chat.ask(line)
+            except (UserError, OSError) as error:
+                print(one_line(str(error)), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     model.safetensors      every parameter and persistent buffer, under our names
     tokenizer.json         as it came with the decoder
     seen.safetensors       hashes of the images and answers it was trained on
+    image_features...      mean and covariance of its images' features (engine/familiar.py)
     router.safetensors     phase 2 only: the router it trained
     trainer.safetensors    unfinished runs only: the optimizer
     processN.safetensors   unfinished runs only: the random generators of process N
@@ -26,8 +27,9 @@ from config import ModelConfig, UserError, model_config, to_dict
 from data import Text
 from engine import inference, older
 from engine.durable import verify, write_directory
+from engine.first_gate import check_routers
 from engine.processes import ALONE, Processes, write_tensors
-from engine.published import fill, stored
+from engine.published import check_config, check_size, fill, stored, with_router
 from model import MedMoE
 from sources.load import how_read
 from sources.records import read_json
@@ -83,10 +85,14 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict]:
         config, flags = model_config(info.pop("model")), info["flags"]
         if not isinstance(info["phase"], int) or not isinstance(flags["seed"], int):
             raise TypeError("phase and seed must be numbers")
+        if not isinstance(info.get("run", {}), dict):
+            raise TypeError("run must be an object")
         how_read(flags, file)  # only to check them
-        return config, info
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a checkpoint of this project: {error}") from error
+    check_config(file, config)
+    check_size(directory, config)
+    return config, info
 
 
 def load_checkpoint(model: nn.Module, directory: Path) -> None:
@@ -111,14 +117,13 @@ def load_model(
 
     dtype    of its matmuls: torch.float32 widens weights that are stored in less; bfloat16 casts
              those that only matmuls read; None leaves all as stored
-    router   replaces the checkpoint's, as when its file has moved; same parameters
+    router   replaces the checkpoint's; same parameters. One of the user's own must be given again
     level    "token" or "sequence" replaces the one it was trained with
     """
     config, info = read_config(directory)
     if router is not None and config.moe is None:
         raise UserError(f"--router {router}: {directory} is dense")
-    if router is not None:
-        config = replace(config, moe=replace(config.moe, router=router))
+    config = with_router(directory, config, info, router)
     if level != "trained" and config.moe is not None:
         config = replace(config, moe=replace(config.moe, level=level))
     stored_as = header(directory / "model.safetensors").get("decoder.embed.weight")
@@ -130,7 +135,8 @@ def load_model(
         raise UserError(f"{directory / 'config.json'}: not a possible model: {error}") from error
     load_checkpoint(model, directory)
     inference.prepare(model, device, dtype)
-    return model, Text(directory / "tokenizer.json"), info
+    check_routers(model)
+    return model, Text(directory / "tokenizer.json", config.decoder.vocab_size), info
 
 
 def read_seen(directory: Path) -> Tensor | None:

@@ -17,6 +17,7 @@ The letters used for shapes in the whole project, and their sizes in three prese
 import functools
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -42,6 +43,17 @@ def one_line(text: str, most: int = 2000) -> str:
 @functools.cache
 def warn_once(message: str) -> None:
     print(f"warning: {one_line(message)}", file=sys.stderr)
+
+
+def tolerate(where: str, faults: Sequence[tuple[str, str]], allowed: int, then: str) -> None:
+    """Raise UserError for more faults (name, reason) than --max-bad allows; else warn of them."""
+    if not faults:
+        return
+    names = ", ".join(name for name, _ in faults[:5]) + ", ..." * (len(faults) > 5)
+    message = f"{where}: {len(faults)} cannot be used: {names} ({faults[0][1]})"
+    if len(faults) > allowed:
+        raise UserError(f"{message}; --max-bad {len(faults)} {then}")
+    warn_once(f"{message}; --max-bad {then}")
 
 
 @dataclass(frozen=True)
@@ -185,7 +197,8 @@ def model_config(values: dict) -> ModelConfig:
     moe = None
     if values["moe"]:
         layers = values["moe"].get("layers")  # JSON has no tuples
-        moe = MoEConfig(**values["moe"] | {"layers": layers and tuple(layers)})
+        layers = tuple(layers) if isinstance(layers, list) else layers
+        moe = MoEConfig(**values["moe"] | {"layers": layers})
     return ModelConfig(vision, decoder, moe, values["system"])
 
 
@@ -241,7 +254,9 @@ class Common:
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
     batch_size: int | None = flag(None, "samples per step (default: the phase's)", least=1)
     max_missing: int = flag(0, "image files of a source that may be missing", DATA)
-    image_folder: str | None = flag(None, "the folder with the images of llava:FILE.json", DATA)
+    max_bad: int = flag(0, "records of a source, or its images, that may be unusable", DATA)
+    follow_links: bool = flag(False, "read images that are links out of their source", DATA)
+    image_folder: str | None = flag(None, "images of llava: that are not beside their file", DATA)
     router_labels: str | None = flag(None, 'FILE.json of {"image": "CT", ...} to use', DATA)
     lang: Literal["en", "zh", "all"] = flag("en", "language of SLAKE's questions", DATA)
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "matmul precision", SPEED)
@@ -261,7 +276,7 @@ class TrainConfig(Common):
     resume: bool = flag(False, "continue from the last checkpoint in --out")
     overwrite: bool = flag(False, "replace the finished phase in --out")
     router: str = flag("modality", "modality, topk, random, oracle, or FILE.py:Class")
-    steps: int | None = flag(None, "optimizer steps; overrides --epochs", least=1)
+    steps: int | None = flag(None, "optimizer steps of each phase; overrides --epochs", least=1)
     clip: str | None = flag(None, "pretrained CLIP tower DIR (default: the preset's)", MODEL)
     llm: str | None = flag(None, "pretrained decoder DIR (default: the preset's)", MODEL)
     router_level: Literal["token", "sequence"] = flag("token", "decide per token or sample", MODEL)

@@ -9,7 +9,7 @@ Shapes: B batch, T positions (text tokens + patches), P patches per image, S ima
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from config import IGNORE, IMAGE_ID, MODALITIES, ModelConfig, UserError, warn_once
+from config import IGNORE, IMAGE_ID, MODALITIES, ModelConfig, UserError, tolerate, warn_once
 from vision import normalise
 
 EOS = "<|endoftext|>"  # ends every answer, in Phi-2's and StableLM-2's vocabularies alike
@@ -53,12 +53,17 @@ class Sample:
     kind: str = ""  # of question, for reports
     options: tuple[str, ...] = ()  # classification: all possible answers, in the labels' order
     weight: float = 1.0  # times an epoch in training
+    image_turn: int = 0  # the turn whose question the image comes before
+    fault: str = ""  # why it cannot be asked: it counts as wrong in an evaluation
 
 
 class Text:
-    """A tokenizer.json in which text from users or files never becomes a special token."""
+    """A tokenizer.json in which text from users or files never becomes a special token.
 
-    def __init__(self, path: str | Path):
+    vocab_size: rows of the embedding, where it is known; UserError for a token beyond them.
+    """
+
+    def __init__(self, path: str | Path, vocab_size: int | None = None):
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
@@ -73,6 +78,10 @@ class Text:
         self.eos_id = self.tokenizer.token_to_id(EOS)
         if self.eos_id is None or self.eos_id in self.encode(EOS):
             raise UserError(f"{path}: {EOS} must be one of its special tokens")
+        token, largest = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if vocab_size is not None and largest >= vocab_size:
+            raise UserError(f"{path}: token {token!r} has id {largest}; the model's embedding has "
+                            f"ids 0 to {vocab_size - 1}")  # fmt: skip
 
     def encode(self, text: str) -> list[int]:
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no character
@@ -83,15 +92,17 @@ class Text:
         return self.tokenizer.decode([i for i in ids if i >= 0], skip_special_tokens=True)
 
 
-def chat(turns: Turns, has_image: bool, system: str, eos_id: int) -> Iterator[Segment]:
-    """The chat template, in segments; the image is IMAGE_ID before the first question.
+def chat(
+    turns: Turns, has_image: bool, system: str, eos_id: int, image_turn: int = 0
+) -> Iterator[Segment]:
+    """The chat template, in segments; the image is IMAGE_ID before the question of image_turn.
 
     {system} USER: <image>\\n{question} ASSISTANT: {answer}<|endoftext|>USER: {question} ...
     Source: Med-MoE conversation.py:312-335 @148cbd6, the same for both decoders.
     """
     opening = f"{system} USER: " if system else "USER: "
     for turn, (question, answer) in enumerate(turns):
-        if has_image and turn == 0:
+        if has_image and turn == image_turn:
             yield opening, False
             yield IMAGE_ID, False
             opening = "\n"
@@ -126,34 +137,55 @@ def encode_sample(sample: Sample, text: Text, config: ModelConfig, plain: bool =
     """A sample with its answers -> token ids and labels.
 
     plain: a caption in phase 1's form. Cut on the right to the decoder's max_len. Raises UserError,
-    naming the sample, if no supervised token is left.
+    naming the sample, if no supervised token or only a part of its image is left.
     """
     turns, has_image, max_len = sample.turns, sample.image is not None, config.decoder.max_len
     if plain:
         segments = caption(turns, has_image)
     else:
-        segments = chat(turns, has_image, config.system, text.eos_id)
+        segments = chat(turns, has_image, config.system, text.eos_id, sample.image_turn)
     ids, labels = encode(segments, text, config.vision.n_patches)
     if len(ids) > max_len:
         warn_once(f"--data: samples are cut to {max_len} positions, all that the model reads")
         ids, labels = ids[:max_len], labels[:max_len]
+    name = f"{sample.source} {sample.split} sample {sample.id}"
     if all(label == IGNORE for label in labels[1:]):  # the first token is never predicted
-        name = f"{sample.source} {sample.split} sample {sample.id}"
         raise UserError(f"{name}: nothing to learn in its first {len(ids)} positions")
+    if has_image and ids.count(IMAGE_ID) < config.vision.n_patches:
+        raise UserError(f"{name}: its image is not within its first {max_len} positions")
     return ids, labels
 
 
-def encode_prompt(question: str, has_image: bool, text: Text, config: ModelConfig) -> Encoded:
+def encode_prompt(
+    question: str, has_image: bool, text: Text, config: ModelConfig, earlier: Turns = (),
+    room: int = 1,
+) -> Encoded:  # fmt: skip
     """A question without its answer -> ids up to "ASSISTANT:", for the model to continue.
 
-    All labels are IGNORE. Raises UserError if it leaves no room for an answer within max_len.
+    earlier: the dialogue before it. All labels are IGNORE. Raises UserError if it leaves no `room`
+    positions for an answer within max_len.
     """
-    segments = chat([(question, None)], has_image, config.system, text.eos_id)
-    ids, labels = encode(segments, text, config.vision.n_patches)
-    if len(ids) >= config.decoder.max_len:
+    segments = chat([*earlier, (question, None)], has_image, config.system, text.eos_id)
+    ids, _ = encode(segments, text, config.vision.n_patches)
+    if len(ids) + room > config.decoder.max_len:
         raise UserError(f"the question that begins {question[:60]!r} takes {len(ids)} positions; "
                         f"the model reads {config.decoder.max_len}")  # fmt: skip
-    return ids, labels
+    return ids, [IGNORE] * len(ids)
+
+
+def encode_all(
+    samples: Sequence[Sample], encode: Callable[[Sample], Encoded], max_bad: int,
+    then: str = "leaves them out",
+) -> dict[int, Encoded]:  # fmt: skip
+    """Row -> token ids and labels. Up to max_bad samples that cannot be encoded are left out."""
+    encoded, faults = {}, []
+    for row, sample in enumerate(samples):
+        try:
+            encoded[row] = encode(sample)
+        except UserError as error:
+            faults.append((sample.id, str(error)))
+    tolerate("--data", faults, max_bad, then)
+    return encoded
 
 
 class Batch(NamedTuple):
@@ -240,17 +272,21 @@ def epoch_batches(
 
 
 class Dataset:
-    """Samples as a model of these dimensions reads them: token ids, labels and images."""
+    """Samples as a model of these dimensions reads them: token ids, labels and images.
+
+    max_bad: how many may be left out because nothing can be learned from them.
+    """
 
     def __init__(
         self, samples: Sequence[Sample], text: Text, config: ModelConfig, plain: bool,
-        images: Any,
+        images: Any, max_bad: int = 0,
     ):  # fmt: skip
-        self.samples, self.images, self.eos_id = samples, images, text.eos_id
-        self.encoded = [encode_sample(s, text, config, plain) for s in samples]
+        encoded = encode_all(samples, lambda s: encode_sample(s, text, config, plain), max_bad)
+        self.samples, self.encoded = [samples[row] for row in encoded], [*encoded.values()]
+        self.images, self.eos_id = images, text.eos_id
         # Of image and questions alone: sorted by their answers too, a batch would hold one class.
         self.lengths = [labels.count(IGNORE) for _, labels in self.encoded]
-        self.weights = [s.weight for s in samples]
+        self.weights = [s.weight for s in self.samples]
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
         """The rows of each batch of this epoch."""

@@ -25,12 +25,12 @@ from tqdm import tqdm
 import ops
 from checkpoint import load_model, read_seen
 from config import Common, TrainConfig, UserError, argument, flag, warn_once
-from data import Batch, Sample, Text, collate, encode_prompt
+from data import Batch, Encoded, Sample, Text, collate, encode_all, encode_prompt
 from engine import cli
 from engine.inference import option_likelihoods
 from engine.processes import ALONE, Processes, join_processes
 from engine.routes import RouteRecorder
-from metrics import HEADER, format_confusion, majority, question_ids, show, split_by
+from metrics import HEADER, expert_names, format_confusion, majority, question_ids, show, split_by
 from model import (
     Generated,
     MedMoE,
@@ -107,6 +107,10 @@ class Predictor:
         self.batch_size, self.max_new, self.processes = batch_size, max_new, processes
         self.images = Images(model.config.vision.image_size, pad=True, workers=2)
 
+    def encode(self, sample: Sample) -> Encoded:
+        question = "" if sample.fault else sample.turns[0][0]
+        return encode_prompt(question, sample.image is not None, self.text, self.model.config)
+
     def batches(
         self, samples: Sequence[Sample], title: str, image: Tensor | None = None
     ) -> Iterator[tuple[list[int], Batch]]:
@@ -114,8 +118,7 @@ class Predictor:
 
         Of several processes, each gets its share of the batches.
         """
-        config, text = self.model.config, self.text
-        encoded = [encode_prompt(s.turns[0][0], s.image is not None, text, config) for s in samples]
+        encoded = [self.encode(s) for s in samples]
         order = sorted(range(len(samples)), key=lambda i: len(encoded[i][0]))
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         groups = self.processes.share(groups)
@@ -123,7 +126,7 @@ class Predictor:
         for rows, later in zip(bar, [*groups[1:], []], strict=True):
             self.images.prefetch(samples[i] for i in later)
             batch = collate([samples[i] for i in rows], [encoded[i] for i in rows], self.images,
-                            text.eos_id, side="left")  # fmt: skip
+                            self.text.eos_id, side="left")  # fmt: skip
             if image is not None:
                 batch = batch._replace(images=image.expand_as(batch.images))
             yield rows, batch.to(self.device)
@@ -142,7 +145,8 @@ class Predictor:
                 recorder.record(steps, rows, batch, self.text.eos_id)
             found |= dict(zip(rows, unpack(steps, batch.mask, self.text), strict=True))
         found = self.processes.join(found)
-        return [found[i] for i in range(len(samples))]
+        return [found[i]._replace(answer="") if s.fault else found[i]
+                for i, s in enumerate(samples)]  # fmt: skip
 
     def choose(self, samples: Sequence[Sample]) -> Tensor:
         """Probability of each of the options, which are the same for all samples, (n, C)."""
@@ -189,7 +193,7 @@ def load_questions(flags: Any, known: dict) -> tuple[Any, list[Sample]]:
 def show_parameters(p: dict) -> str:
     total, activated, base = p["total"], p["activated"], p["dense_base"]
     return (
-        f"parameters: {total:,} in all, {activated:,} activated a token = {activated / total:.1%} "
+        f"parameters: {total:,} in all, {activated:,} activated by top-k = {activated / total:.1%} "
         f"of its own total, {activated / base:.1%} of the dense model it was made from "
         f"({base:,}), {activated / SEVEN_B:.2%} of 7 B"
     )
@@ -199,7 +203,8 @@ def training_questions(flags: EvalConfig, trained: Sequence[str]) -> list[Sample
     """For the majority baseline: the train split of --data, or the checkpoint's training data."""
     specs = flags.data if all(has_splits(spec) for spec in flags.data) else trained
     try:
-        return load_samples(specs, "vqa", "train", **reading(replace(flags, router_labels=None)))
+        how = reading(replace(flags, router_labels=None))
+        return load_samples(specs, "vqa", "train", **how, open_images=False)
     except UserError as error:
         warn_once(f"no majority baseline: {error}")
         return []
@@ -236,6 +241,19 @@ def report_scores(samples: list[Sample], answers: list[str], flags: EvalConfig) 
         print(show(name, part))
     print(show_protocols(result["protocols"]))
     return result
+
+
+def show_examples(samples: Sequence[Sample], answers: Sequence[str], flags: EvalConfig) -> None:
+    """Three questions about different images, and the command that asks the last one again."""
+    pairs = sorted(zip(samples, answers, strict=True), key=lambda pair: len(pair[0].turns[0][1]))
+    longest = list({s.image: (s, answer) for s, answer in pairs}.values())  # truth of each image
+    for s, answer in longest[:: max(1, len(longest) // 3)][2::-1]:
+        image = f"phantom:{s.image}" if isinstance(s.image, int) else s.image
+        (question, truth), *_ = s.turns
+        print(f"{image}: {question}\n  answer: {answer}\n  truth:  {truth}")
+    where = f" --image {image}" if isinstance(s.image, int | Path) else ""
+    where += f" --router {flags.router}" if flags.router else ""
+    print(f"try it: python chat.py {flags.checkpoint}{where} --question {shlex.quote(question)}")
 
 
 def classification(predictor: Predictor, samples: list[Sample], answers: list[str]) -> dict:
@@ -281,13 +299,15 @@ def report(predictor: Predictor, samples: list[Sample], flags: EvalConfig, info:
     if model.config.moe is not None:
         result["router"] = judge_router(samples, found)
         result["load"] = expert_load(samples, found)
-        print(f"router: finds the modality of {result['router']['accuracy']:.1%} of "
-              f"{result['router']['n']} images")  # fmt: skip
-        if result["router"]["n"]:
+        moe = model.config.moe
+        if result["router"]["n"] and moe.router in ("modality", "oracle"):  # trained to find it
+            print(f"router: finds the modality of {result['router']['accuracy']:.1%} of "
+                  f"{result['router']['n']} images")  # fmt: skip
             print(format_confusion(result["router"]))
-        blocks = sparse_layers(model.config, model.config.moe)
-        print(show_load(result["load"], model.config.moe.n_experts, blocks))
+        names = expert_names(moe.n_experts, moe.router)
+        print(show_load(result["load"], names, sparse_layers(model.config, moe)))
     print(show_parameters(result["params"]))
+    show_examples(samples, answers, flags)
     return result
 
 
@@ -303,6 +323,9 @@ def evaluate_checkpoint(flags: EvalConfig, processes: Processes) -> dict:
     predictor = Predictor(
         model, text, device, dtype, flags.batch_size or 64, flags.max_new, processes
     )
+    fits = encode_all(samples, predictor.encode, flags.max_bad, "counts them as wrong")
+    samples = [s if row in fits else replace(s, image=None, fault="too long")
+               for row, s in enumerate(samples)]  # fmt: skip
     return {"leaks": leaked} | report(predictor, samples, flags, info)
 
 

@@ -154,10 +154,10 @@ def router_report(truth: Sequence[int], predicted: Sequence[int], names: Sequenc
     }
 
 
-def expert_names(n_experts: int) -> list[str]:
-    """The modality that each expert is for; with more experts than modalities, numbers."""
-    numbered = (f"expert {e}" for e in range(len(MODALITIES), n_experts))
-    return [*MODALITIES, *numbered][:n_experts]
+def expert_names(n_experts: int, router: str = "modality") -> list[str]:
+    """The modality that each expert is for; numbers of further ones, and of other routers'."""
+    named = MODALITIES[:n_experts] if router in ("modality", "oracle") else ()
+    return [*named, *(f"expert {e}" for e in range(len(named), n_experts))]
 
 
 def format_confusion(report: dict) -> str:

@@ -100,9 +100,9 @@ def collect(
 ) -> Features:  # fmt: skip
     """The router inputs and labels of all samples."""
     images = Images(model.config.vision.image_size)
-    data = Dataset(samples, text, model.config, plain=False, images=images)
+    data = Dataset(samples, text, model.config, plain=False, images=images, max_bad=len(samples))
     generator, found = torch.Generator().manual_seed(seed), []
-    parts = torch.arange(len(samples)).split(64)
+    parts = torch.arange(len(data.samples)).split(64)
     for rows in tqdm(parts, desc="router features", file=sys.stderr, mininterval=1):
         batch = data.batch(rows.tolist()).to(device)
         with autocast(device, dtype):

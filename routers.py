@@ -156,6 +156,7 @@ ROUTERS = {
     "random": RandomRouter,
     "oracle": OracleRouter,
 }
+OWN = "own_router_"  # begins the name of a module that get_router makes of a file
 
 
 def get_router(spec: str) -> type[Router]:
@@ -165,7 +166,7 @@ def get_router(spec: str) -> type[Router]:
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         raise ValueError(f"{spec!r} is neither one of {', '.join(ROUTERS)} nor FILE.py:Class")
-    module_spec = importlib.util.spec_from_file_location(f"router_{Path(path).stem}", path)
+    module_spec = importlib.util.spec_from_file_location(OWN + Path(path).stem, path)
     module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     router = getattr(module, name, None)

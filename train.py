@@ -35,15 +35,16 @@ from config import (
     warn_once,
 )
 from data import Batch, Dataset, Text
-from engine import cli, lora
+from engine import cli, familiar, lora
 from engine.features import check_cache
+from engine.first_gate import unchanged
 from engine.optim import cast_weights, make_optimizer
 from engine.processes import ALONE, Processes, join_processes
-from engine.published import load_published
+from engine.published import load_published, with_router
 from engine.run import Run, claim, refuse_changed_flags, seed_all, unfinished
 from model import Loss, MedMoE, autocast, freeze_all_but, make_router, make_sparse, sparse_layers
 from router_training import learn_router
-from routers import get_router, load_balancing_loss, router_z_loss
+from routers import ROUTERS, get_router, load_balancing_loss, router_z_loss
 from scoring import leaks
 from sources.images import Images, jitter
 from sources.load import has_splits, load_samples, reading
@@ -174,7 +175,8 @@ def initial_model(flags: TrainConfig, init: Path | None) -> tuple[MedMoE, Path, 
         theirs = info.get("flags", {}).get("preset", "another preset")
         raise UserError(f"{init}: a checkpoint of {theirs}, not of --preset {flags.preset}")
     if config.moe is not None:
-        make_sparse(model, config.moe)
+        own = None if flags.router in ROUTERS else flags.router
+        make_sparse(model, with_router(init, config, info, own).moe)
     load_checkpoint(model, init)
     file = init / "router.safetensors"
     router_weights = dict(open_tensors(file)) if file.is_file() else {}
@@ -253,14 +255,15 @@ def run_phase(
     phase, recipe = PHASES[number], choose_recipe(flags, number)
     seed_all(flags.seed + number)  # all processes begin with the same model
     model, tokenizer = prepare(number, flags, init)
-    summary, text = describe(model), Text(tokenizer)
+    summary, text = describe(model), Text(tokenizer, model.config.decoder.vocab_size)
     run = Run(number, flags, tokenizer, processes)
     run.refuse_leftovers()
     run.place(model)
     samples = load_samples(flags.data, phase.task, "train", **reading(flags))
     # As released: training crops the images of captions, and pads all others.
     images = Images(model.config.vision.image_size, pad=not phase.plain, workers=flags.workers)
-    data = Dataset(samples, text, model.config, phase.plain, images)
+    data = Dataset(samples, text, model.config, phase.plain, images, flags.max_bad)
+    samples = data.samples
     if number == 1 and not any(sample.image for sample in samples):
         raise UserError(f"phase 1 trains on images, and {' '.join(flags.data)} has none: add a "
                         "source of images, or begin with --phase 2 --init DIR")  # fmt: skip
@@ -282,6 +285,7 @@ def run_phase(
             )
             extra |= {"router": weights} if weights else {}
         lora.merge_lora(model)
+        extra |= familiar.measure(model, samples, flags, run.device, run.dtype)
         run.save(path, model, extra, **info)
         run.remove(unfinished(run.folder, number))
         print(f"phase {number}: saved {path}")
@@ -319,8 +323,9 @@ def run_phases(flags: TrainConfig, processes: Processes) -> None:
     init = Path(flags.init) if flags.init else None
     last = Path(flags.out, f"phase{flags.phase}")
     if last.is_dir() and not (flags.resume or flags.overwrite):
-        raise UserError(f"{last} is finished and would be replaced: choose another --out, go on "
-                        "from it with --resume, or give --overwrite")  # fmt: skip
+        raise UserError(f"{last} is finished: choose another --out, replace it with --overwrite, "
+                        "or only score it again with --resume")  # fmt: skip
+    print(" ".join(f"{k}={v}" for k, v in asdict(flags).items()))
     for number in range(flags.phase if flags.init else 1, flags.phase):
         init = finished_phase(number, flags) or run_phase(number, flags, init, processes)
     path = finished_phase(flags.phase, flags) if flags.resume else None
@@ -328,17 +333,20 @@ def run_phases(flags: TrainConfig, processes: Processes) -> None:
     processes.end()
     if not processes.is_first:
         return
+    own = flags.router not in ROUTERS and read_config(path)[0].moe is not None
+    router = ["--router", flags.router] if own else []
     if flags.eval and not any(has_splits(spec) for spec in flags.data):
         print(f"{' '.join(flags.data)} has no held-out split: name one with eval.py {path} --data")
     elif flags.eval:
-        command = [str(Path(__file__).with_name("eval.py")), str(path), "--blind"]
+        command = [str(Path(__file__).with_name("eval.py")), str(path), "--blind", *router]
         command += ["--device", flags.device, "--dtype", flags.dtype]
         command += ["--json", flags.json] if flags.json else []
         print(f"\npython eval.py {' '.join(command[1:])}", flush=True)
         alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         if code := subprocess.run([sys.executable, *command], env=alone).returncode:
             raise SystemExit(code)
-    print(f"\ntry it: python chat.py {path}")
+        return
+    print(f"\ntry it: python chat.py {' '.join([str(path), *router])}")
 
 
 # Flags: the defaults that depend on other flags. Skip on first reading.
@@ -366,7 +374,8 @@ def resolve(flags: TrainConfig) -> TrainConfig:
     check_cache(flags)
     if flags.phase == 3 and flags.experts:
         model = preset(flags.preset).model
-        make_router(model, sparse_config(flags, model))
+        with unchanged(f"--router {flags.router}:"):
+            make_router(model, sparse_config(flags, model))
         if flags.router == "modality" and flags.init is None:
             questions = load_samples(flags.data, "vqa", "train", **reading(flags))
             if len({s.modality for s in questions} - {None}) < 2:
@@ -381,7 +390,6 @@ def resolve(flags: TrainConfig) -> TrainConfig:
 def main(argv: list[str] | None = None) -> None:
     flags = resolve(cli.parse(TrainConfig, argv, "train.py"))
     processes = join_processes(flags.device)
-    print(" ".join(f"{k}={v}" for k, v in asdict(flags).items()))
     Path(flags.out).mkdir(parents=True, exist_ok=True)
     with claim(Path(flags.out), processes):
         run_phases(flags, processes)

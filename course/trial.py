@@ -158,7 +158,7 @@ def watch(job: dict, folder: Path) -> dict:
         result = measure(job, checkpoint, spec) | {"tokens_per_s": speed(folder / "run/log.jsonl")}
         refused = ""
     except UserError as error:
-        result, refused = {}, str(error)
+        result, refused = {}, f": {str(error).removeprefix(': ')}"
     except (Exception, SystemExit) as error:  # any error of the submission, reported with its line
         lines, trace = [], error.__traceback__
         while trace is not None:

@@ -10,11 +10,13 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from config import GROUPS, TrainConfig, UserError, one_line, preset
+from engine.first_gate import own_errors
 from model import choose_device
 
 
@@ -104,10 +106,19 @@ def check_outputs(written: Sequence[str | None], read: Sequence[str | None]) -> 
             raise UserError(f"{file}: would be written over another file of this command")
 
 
+def flush_output() -> None:
+    """Before leaving; what nobody reads any more, as after `| head`, is dropped."""
+    for number, stream in enumerate((sys.stdout, sys.stderr), 1):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
 def user_errors(main: Callable) -> Callable:
     """Wrap a script's main(argv): a UserError becomes one line on stderr and exit code 2.
 
-    So does Ctrl-C, with exit code 130.
+    So does Ctrl-C, with exit code 130, and output that nobody reads any more, with 141.
     """
 
     @functools.wraps(main)
@@ -116,19 +127,22 @@ def user_errors(main: Callable) -> Callable:
             if hasattr(stream, "reconfigure"):  # file names may hold bytes that are no text
                 stream.reconfigure(errors="backslashreplace")
         try:
-            return main(argv)
+            with own_errors():
+                return main(argv)
         except UserError as error:
-            message = str(error)
+            code, line = 2, f"error: {one_line(str(error))}"
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
-        except BrokenPipeError:  # as of `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            raise SystemExit(1) from None
+            code, line = 130, "interrupted"
+        except BrokenPipeError:
+            code, line = 141, "stopped: nobody reads the output any more"
         except OSError as error:  # a name too long, a full disk, no permission
-            message = f"{error.filename or main.__module__}: {error.strerror or error}"
-        print(f"error: {one_line(message)}", file=sys.stderr)
-        raise SystemExit(2)
+            reason = f"{error.filename or main.__module__}: {error.strerror or error}"
+            code, line = 2, f"error: {one_line(reason)}"
+        finally:
+            flush_output()
+        with suppress(BrokenPipeError):
+            print(line, file=sys.stderr)
+        raise SystemExit(code)
 
     return wrapped
 
@@ -153,6 +167,6 @@ def write_json(path: Path, values: Any) -> None:
 
 def write_text(path: Path, text: str, name: str) -> None:
     try:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{name} {path}: {error.strerror}") from error

@@ -11,16 +11,16 @@ checksums.json, written last, has the length and the SHA-256 of every other file
 """
 
 import errno
-import fcntl
 import glob
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from config import UserError, warn_once
 from engine.processes import ALONE, Processes
@@ -40,14 +40,17 @@ def sync(path: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
+    if is_folder and sys.platform == "win32":  # which opens none, and journals their entries
+        return
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows flushes only those
     try:
         os.fsync(handle)
-        if hasattr(os, "posix_fadvise") and path.is_file():
+        if hasattr(os, "posix_fadvise") and not is_folder:
             # Drop it from the page cache, so that it is read back from the disk.
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     except OSError as error:
-        if error.errno != errno.EINVAL or path.is_file():  # some file systems cannot sync folders
+        if error.errno != errno.EINVAL or not is_folder:  # some file systems cannot sync folders
             raise
     finally:
         os.close(handle)
@@ -208,12 +211,27 @@ def recover(folder: Path, *patterns: str) -> None:
             clear(part)
 
 
+def lock(file: IO) -> None:
+    """Until the file is closed or the process ends. Raises OSError, if another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # one byte
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Raise UserError if another process has the lock; a lock ends with its process."""
+    """Raise UserError if another process has the lock; where there are no locks, warn."""
     with (folder / ".lock").open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            lock(file)
+        except (BlockingIOError, PermissionError) as error:  # flock's, and Windows'
             raise UserError(f"{folder}: another run is writing here") from error
+        except OSError as error:  # network file systems
+            warn_once(f"{folder}: cannot be locked: {error.strerror}. Start no second run with "
+                      "this --out: the two would overwrite each other's files")  # fmt: skip
         yield

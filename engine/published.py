@@ -1,22 +1,30 @@
 """Published weights: their names (Hugging Face files) -> ours, loaded strictly.
 
 Every key of a file is accounted for, every parameter filled exactly once, every shape checked;
-tensors are read one at a time. config.json must agree with the preset.
+tensors are read one at a time. config.json must agree with the preset. At the end: what config.json
+of a checkpoint of our own may hold.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import filter as matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from config import DecoderConfig, ModelConfig, UserError, VisionConfig
+from config import DecoderConfig, ModelConfig, UserError, VisionConfig, one_line, warn_once
+from engine.durable import digest
 from engine.processes import put
+from model import MedMoE
+from routers import ROUTERS
 from sources.records import read_json
 from sources.tensorfiles import read_tensors
+from vision import CLIP_MEAN, CLIP_STD
 
 Table = dict[str, str | None]  # published name -> ours; None: known, and left out on purpose
 
@@ -72,6 +80,10 @@ IMPLEMENTED: dict[str, dict[str, Any]] = {
                                "use_parallel_residual": False},
     "llama": ANY_DECODER | {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
 }  # fmt: skip
+# What vision.square and vision.normalise do, in the fields of preprocessor_config.json.
+PREPROCESSING = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "rescale_factor": 1 / 255,
+                 "resample": 3, "do_resize": True, "do_center_crop": True, "do_rescale": True,
+                 "do_normalize": True}  # fmt: skip  # 3: bicubic
 # Values of fields that a decoder's config.json may lack.
 DEFAULTS = {"rope_theta": 10000.0, "resid_pdrop": 0.0, "layer_norm_eps": 1e-5,
             "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}  # fmt: skip
@@ -133,6 +145,13 @@ def slots(
     return found
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity, in a tenth of isfinite().all()'s time."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(end.isfinite() for end in tensor.aminmax())  # a NaN is both ends
+
+
 def fill(
     module: nn.Module, prefix: str | tuple[str, ...], tensors: Iterable[tuple[str, Tensor]],
     table: Table | None, optional: Sequence[str] = (),
@@ -140,11 +159,12 @@ def fill(
     """Copy a checkpoint into what is stored under `prefix`, each exactly once. No table: our names.
 
     optional: patterns; what one matches becomes 0 if the checkpoint has nothing that it matches
-    Raises KeyError for an unknown, doubled or missing name, ValueError for a wrong shape or type.
+    Raises KeyError for an unknown, doubled or missing name, ValueError for a wrong shape or type,
+    and for a parameter that is not finite.
     """
     by_expert = any("experts[" in ours for ours in (table or {}).values() if ours)
     places = slots(module, prefix, by_expert)
-    missing = dict(places)
+    missing, buffers = dict(places), {name for name, _ in module.named_buffers()}
     for key, tensor in tensors:
         if (name := rename(key, table) if table else key) is None:
             continue
@@ -154,6 +174,8 @@ def fill(
         if place.shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)}, expected {tuple(place.shape)}"
             raise ValueError(f"{key!r} -> {name!r}: shape {shapes}")
+        if name not in buffers and not is_finite(tensor):
+            raise ValueError(f"{key!r} -> {name!r}: holds values that are NaN or infinite")
         if tensor.is_floating_point() != place.is_floating_point():
             kind = "a float type" if place.is_floating_point() else place.dtype
             raise ValueError(f"{key!r} -> {name!r}: {tensor.dtype}, expected {kind}")
@@ -174,14 +196,37 @@ def check_implemented(directory: Path, family: str, values: dict) -> None:
             raise UserError(f"{directory}: {name} {theirs!r} is not implemented, only {ours!r}")
 
 
+def check_preprocessing(directory: Path, size: int) -> None:
+    """Refuse by name other pixels than ours, at a tower's size. Files and fields may be missing."""
+    squares = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        values = read_json(directory / file, dict) if (directory / file).is_file() else {}
+        if isinstance(inner := values.get("image_processor"), dict):  # of processor_config.json
+            values = inner
+        for name, ours in (PREPROCESSING | squares).items():
+            if (theirs := values.get(name)) is None:
+                continue
+            if isinstance(theirs, int) and name in squares:  # as in the published file
+                theirs = dict.fromkeys(ours, theirs)
+            try:  # means may have been stored in single precision
+                is_ours = np.allclose(theirs, ours)
+            except (TypeError, ValueError):  # no numbers, or not as many
+                is_ours = theirs == ours
+            if not is_ours:
+                raise UserError(f"{directory / file}: {name} {one_line(repr(theirs), 100)} is not "
+                                f"implemented, only {ours!r}")  # fmt: skip
+
+
 def published_vision(directory: Path) -> VisionConfig:
-    """config.json of a CLIP directory -> our dimensions."""
+    """config.json of a CLIP directory -> our dimensions. Other preprocessing is refused, too."""
     values = read_json(directory / "config.json", dict)
     values = values.get("vision_config", values)
     check_implemented(directory, "clip", values)
     sizes = ("image_size", "patch_size", "hidden_size", "num_hidden_layers",
              "num_attention_heads", "intermediate_size")  # fmt: skip
-    return VisionConfig(*(number(directory, values, name) for name in sizes))
+    config = VisionConfig(*(number(directory, values, name) for name in sizes))
+    check_preprocessing(directory, config.image_size)
+    return config
 
 
 def published_decoder(directory: Path, family: str | None = None) -> DecoderConfig:
@@ -252,3 +297,99 @@ def load_published(model: nn.Module, config: ModelConfig, clip: Path, llm: Path)
         fill(model, "decoder.", read_tensors(llm), table, optional)
     except (KeyError, ValueError) as error:
         raise UserError(f"{clip} or {llm}: {error.args[0]}") from error
+
+
+# config.json of our own checkpoints: a field -> its smallest and largest value, or all of them.
+LIMITS = {
+    "image_size": (1, 4096), "patch_size": (1, 4096), "width": (1, 2**16), "n_layers": (1, 128),
+    "n_heads": (1, 1024), "d_ff": (1, 2**20), "vocab_size": (1, 2**22), "d_model": (1, 2**16),
+    "rotary_dim": (0, 2**16), "rope_theta": (1.0, 1e12), "max_len": (1, 2**24),
+    "dropout": (0.0, 1.0), "n_kv_heads": (1, 1024), "norm_eps": (0.0, 1.0),
+    "n_experts": (1, 1024), "top_k": (1, 1024),
+}  # fmt: skip
+CHOICES = {
+    "family": tuple(DECODERS), "tied": (False, True), "meta": (False, True),
+    "level": ("token", "sequence"), "start": ("preserving", "released", "fresh"),
+}  # fmt: skip
+
+
+def check_config(file: Path, config: ModelConfig) -> None:
+    """Raise UserError, naming the field, for dimensions that no model has."""
+
+    def check(name: str, value: Any, is_right: bool, allowed: str) -> None:
+        if not is_right:
+            shown = one_line(repr(value), 100)
+            raise UserError(f"{file}: model.{name} {shown}: must be {allowed}")
+
+    vision, decoder, moe = config.vision, config.decoder, config.moe
+    check("system", config.system, isinstance(config.system, str), "a text")
+    for part, values in (("vision", vision), ("decoder", decoder), ("moe", moe)):
+        for name, value in vars(values).items() if values else ():
+            if name in CHOICES:
+                all_ = CHOICES[name]
+                is_right = value in all_ and type(value) is type(all_[0])
+                check(f"{part}.{name}", value, is_right, f"one of {', '.join(map(str, all_))}")
+            elif name in LIMITS and (name, value) != ("n_kv_heads", None):
+                least, most = LIMITS[name]
+                kinds = (int,) if type(least) is int else (int, float)
+                is_right = type(value) in kinds and least <= value <= most
+                allowed = f"a {'whole ' if len(kinds) == 1 else ''}number from {least} to {most}"
+                check(f"{part}.{name}", value, is_right, allowed)
+    size, width, heads = vision.image_size, decoder.d_model, decoder.n_heads
+    for name, value, is_right, allowed in (
+        ("vision.patch_size", p := vision.patch_size, p <= size, f"at most image_size, {size}"),
+        ("vision.n_heads", n := vision.n_heads, vision.width % n == 0, "a divisor of width"),
+        ("decoder.n_heads", heads, width % heads == 0, f"a divisor of d_model, {width}"),
+        ("decoder.n_kv_heads", n := decoder.n_kv_heads, heads % (n or 1) == 0,
+         f"a divisor of n_heads, {heads}"),
+        ("decoder.rotary_dim", n := decoder.rotary_dim, n % 2 == 0 and n <= width // heads,
+         f"even, and at most the {width // heads} channels of a head"),
+    ):  # fmt: skip
+        check(name, value, is_right, allowed)
+    if moe is not None:
+        layers, n = moe.layers, decoder.n_layers
+        check("moe.router", moe.router, isinstance(moe.router, str), "a text")
+        check("moe.top_k", moe.top_k, moe.top_k <= moe.n_experts,
+              f"at most n_experts, {moe.n_experts}")  # fmt: skip
+        if layers is not None:
+            is_right = isinstance(layers, tuple) and len(layers) and list(layers) == sorted(
+                {i for i in layers if type(i) is int and 0 <= i < n}
+            )  # fmt: skip
+            check("moe.layers", layers, is_right, f"null, or ascending numbers below {n}")
+
+
+def check_size(directory: Path, config: ModelConfig) -> None:
+    """Raise UserError if model.safetensors is too short for the model, before memory is taken."""
+    file = directory / "model.safetensors"
+    if config.moe is not None:  # a built-in router: no code of others runs to count
+        config = replace(config, moe=replace(config.moe, router="topk"))
+    with torch.device("meta"):
+        n = sum(p.numel() for p in MedMoE(config).parameters())
+    if file.is_file() and (size := file.stat().st_size) < 2 * n:  # no type has fewer bytes
+        raise UserError(f"{directory / 'config.json'}: a model of {n:,} parameters, but "
+                        f"{file.name} has {size:,} bytes")  # fmt: skip
+
+
+def router_hash(router: str) -> str | None:
+    """SHA-256 of the file of FILE.py:Class; None for a built-in router."""
+    file = Path(router.rpartition(":")[0])
+    return digest(file)["sha256"] if file.is_file() else None
+
+
+def with_router(
+    directory: Path, config: ModelConfig, info: dict, router: str | None
+) -> ModelConfig:  # fmt: skip
+    """A checkpoint's config with the user's router, None for the checkpoint's own.
+
+    Raises UserError if that is a file: code runs because the user names it, not because a
+    checkpoint does.
+    """
+    if config.moe is None:
+        return config
+    if router is None and config.moe.router not in ROUTERS:
+        raise UserError(f"{directory}: trained with --router {config.moe.router}, a file that "
+                        "runs only if you name it again: --router FILE.py:Class")  # fmt: skip
+    before, now = info.get("run", {}).get("router_sha256"), router and router_hash(router)
+    if before and now and before != now:
+        warn_once(f"--router {router}: changed since {directory} was trained (its SHA-256)")
+    return replace(config, moe=replace(config.moe, router=router or config.moe.router))

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -31,21 +31,24 @@ from config import IMAGE_ID, TrainConfig, UserError, to_dict, warn_once
 from data import Batch, Sample
 from engine.durable import agree, discard, in_first, locked, recover, sync, verify, write_file
 from engine.features import cache_features
+from engine.first_gate import check_routers
 from engine.flops import matmul_rate, model_flops
 from engine.inference import compile_blocks
 from engine.parallel import shard
 from engine.processes import ALONE, Processes, like
+from engine.published import router_hash
 from model import Loss, MedMoE, choose_device
 from sources.records import parse
 from sources.tensorfiles import open_tensors
 
 # Flags that may change when a run is resumed: where and how it computes, or what follows it.
 MAY_DIFFER = {
-    "phase", "out", "json", "max_missing", "device", "dtype", "kernels", "workers",
-    "cache_features", "cache_gb", "compile", "activation_checkpointing", "expert_parallel",
-    "save_every", "keep", "resume", "overwrite", "eval",
+    "phase", "out", "json", "max_missing", "max_bad", "follow_links", "device", "dtype", "kernels",
+    "workers", "cache_features", "cache_gb", "compile", "activation_checkpointing",
+    "expert_parallel", "save_every", "keep", "resume", "overwrite", "eval",
 }  # fmt: skip
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Windows has no SIGHUP.
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 
 class Changed(UserError):
@@ -169,6 +172,8 @@ class Run:
         self.model, self.optimizer, self.n_steps = model, optimizer, n_steps
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         resolved |= {"data": f"of samples {data_digest(samples)}", "steps": n_steps}
+        if moe := model.config.moe:
+            resolved["router_sha256"] = router_hash(moe.router)
         self.resolved |= resolved
         first = self.resume() if self.flags.resume else 0
         self.begin_log(first, per_epoch)
@@ -191,6 +196,7 @@ class Run:
         ops.place_experts(model, self.device)
         shard(model, self.processes, self.device, self.flags.expert_parallel)
         cache_features(model, self.flags, self.world)
+        check_routers(model)
         if self.rank:  # else all processes would use the same dropout masks
             seed_all(self.flags.seed + self.number + 1000 * self.rank)
 
@@ -247,7 +253,10 @@ class Run:
         flops = sum(n * c for n, c in zip(numbers, self.costs, strict=True))
         speed, mfu = round(n_positions / seconds), flops / seconds / self.rate
         self.bar.set_postfix(loss=f"{loss:.3f}", tok_s=speed, mfu=f"{mfu:.0%}", refresh=False)
-        self.bar.update()
+        try:
+            self.bar.update()
+        except BrokenPipeError:  # as of 2>&1 | head: stop, with a checkpoint
+            self.bar.disable, self.noted = True, self.noted or signal.SIGTERM
         loads = {"load": load.double().round(decimals=4).tolist()} if load.numel() else {}
         self.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed, mfu=mfu, **loads)
         done, stop = step + 1, self.signal()
@@ -269,8 +278,9 @@ class Run:
         if self.noted:
             os._exit(128 + number)
         self.noted = number
-        if self.rank == 0:  # not print: it may have been interrupted in the middle
-            os.write(2, b"\nstops after this step; a second signal stops at once\n")
+        if self.rank == 0:
+            with suppress(OSError):  # Ctrl-C ends `tee` too; not print, which it may interrupt
+                os.write(2, b"\nstops after this step; a second signal stops at once\n")
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -362,7 +372,8 @@ class Run:
             raise Changed(f"{path}: began with another model or tokenizer than this run has now")
         for name, now in (self.resolved | {"torch": torch.__version__}).items():
             before = (info.get("run", {}) | {"torch": info.get("torch")}).get(name)
-            if name in ("device", "processes", "threads", "torch") and before != now:
+            warned = "device", "processes", "threads", "torch", "router_sha256"
+            if name in warned and before != now:
                 warn_once(f"{path}: {name} {before}, now {now}: resumed, but not bit for bit")
             elif before != now:
                 refuse(path, name, before, now)

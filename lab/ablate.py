@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -168,8 +169,10 @@ class Runner:
         with self.locks.setdefault(path, threading.Lock()):
             if not path.is_file():
                 part = path.with_suffix(".part")  # a kill leaves no half file
+                # A router of one's own is named again; the last --router counts.
+                own = " ".join(re.findall(r"--router \S+\.py:\S+", row.phase3 or ""))
                 self.call(row, ["eval.py", str(checkpoint), "--json", str(part),
-                                *shlex.split(row.answers)])  # fmt: skip
+                                *shlex.split(f"{own} {row.answers}")])  # fmt: skip
                 os.replace(part, path)
         return path
 

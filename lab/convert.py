@@ -132,7 +132,9 @@ def medmoe_config(directory: Path, clip: Path) -> ModelConfig:
     refuse(clip, {f"width {vision.width}, the checkpoint wants {wide}": wide != vision.width})
     if is_sparse:
         moe = moe_config(directory, values["moe"], decoder.n_layers)
-    return ModelConfig(vision, decoder, moe, system=LLAVA_SYSTEM)
+    config = ModelConfig(vision, decoder, moe, system=LLAVA_SYSTEM)
+    published.check_config(directory / "config.json", config)
+    return config
 
 
 def tensor_names(directory: Path) -> set[str]:
@@ -184,7 +186,7 @@ def to_ours(flags: ConvertConfig, source: Path, out: Path, dtype: torch.dtype) -
     model = read_medmoe(source, Path(flags.clip), dtype)
     tokenizer = Path(flags.tokenizer) if flags.tokenizer else source
     tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
-    Text(tokenizer)
+    Text(tokenizer, model.config.decoder.vocab_size)
     name = next((n for n, p in PRESETS.items() if p.model.decoder == model.config.decoder), "other")
     phase = 3 if model.config.moe else 2
     meta = {"phase": phase, "flags": asdict(TrainConfig(phase=phase, preset=name))}

@@ -22,12 +22,12 @@ from typing import Any, Literal
 import jinja2  # comes with torch
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from checkpoint import load_model
 from config import IMAGE_ID, MODALITIES, Common, TrainConfig, UserError, argument, flag
 from data import Sample
 from engine import cli
+from engine.overlay import COLOURS, draw_patches
 from engine.run import read_log
 from eval import Prediction, Predictor, load_questions, unpack
 from lab.router import ece, reliability
@@ -39,15 +39,12 @@ from sources.load import how_read
 
 try:
     import matplotlib
-    from matplotlib.colors import to_rgba_array
     from matplotlib.figure import Figure
-    from matplotlib.patheffects import withStroke
 except ImportError:  # only the lab needs it: main() names requirements-lab.txt
     matplotlib = None
 
 HERE = Path(__file__).parent
 N_BINS, MOST_LAYERS, MOST_POINTS = 10, 4, 200  # of confidence; shown of an example; of a curve
-COLOURS = ("#3178d6", "#c2560c", "#1f8a43", "#a04ad9", "#d0388f", "#0c8599", "#8a7400", "#75808b")
 SETTINGS = {"font.size": 8, "legend.frameon": False, "text.parse_math": False,
             "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
 
@@ -65,6 +62,7 @@ class ReportConfig(Common):
     max_new: int = flag(48, "longest answer, in tokens", least=1)
     ablations: str = flag(str(HERE.parent / "results" / "ablations"), "DIR of tables of ablations")
     png: str | None = flag(None, "FILE.png: also draw routes on images")
+    router: str | None = flag(None, "replace the router: a name or FILE.py:Class")
 
 
 def load_by_modality(samples: Sequence[Sample], found: Sequence[Prediction]) -> dict[str, dict]:
@@ -199,57 +197,38 @@ def chart(curve: dict) -> "Figure":
     return figure
 
 
-def first_experts(patches: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Gates (P, E) -> each patch's expert, -1 where it is routed to none, and that one's gate."""
-    gates, first = patches.max(dim=-1)
-    return first.masked_fill(gates == 0, -1).numpy(), gates.numpy()
-
-
-def draw_patches(ax: Any, image: Tensor, patches: Tensor | None, inches: float) -> None:
-    """The image; with its patches' gates (P, E), the number of each one's first expert on it."""
-    ax.set_axis_off()
-    ax.imshow(image.permute(1, 2, 0).numpy(), extent=(0, 1, 1, 0))
-    if patches is None:
-        return
-    first, gates = first_experts(patches)
-    n = math.isqrt(len(first))
-    tint = to_rgba_array([*COLOURS, "black"])[np.where(first < 0, 8, first % 8)]  # (P, 4)
-    tint[:, 3] = 0.1 + 0.4 * gates
-    ax.imshow(tint.reshape(n, n, 4), extent=(0, 1, 1, 0), interpolation="nearest")
-    edge = [withStroke(linewidth=8 * inches / n, foreground="black")]
-    for i, e in enumerate(first):
-        ax.text((i % n + 0.5) / n, (i // n + 0.5) / n, "-" if e < 0 else str(e), color="white",
-                ha="center", va="center_baseline", weight="bold", fontsize=36 * inches / n,
-                path_effects=edge)  # fmt: skip
-
-
 def base64_of(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def png(figure: "Figure", dpi: int) -> bytes:
-    """The figure on white, in at most 200 colours."""
-    data, small = io.BytesIO(), io.BytesIO()
+def drawn(figure: "Figure", dpi: int = 200) -> Image.Image:
+    data = io.BytesIO()
     figure.savefig(data, dpi=dpi, facecolor="white")
-    image = Image.open(data).convert("RGB").quantize(200, dither=Image.Dither.NONE)
-    image.save(small, "PNG", optimize=True)
-    return small.getvalue()
+    return Image.open(data).convert("RGB")
+
+
+def png(image: Image.Image) -> bytes:
+    """In at most 200 colours."""
+    data = io.BytesIO()
+    image.quantize(200, dither=Image.Dither.NONE).save(data, "PNG", optimize=True)
+    return data.getvalue()
 
 
 def views(e: dict, blocks: Sequence[int]) -> list[dict]:
     """The image, then its patches with the experts of at most MOST_LAYERS sparse layers.
 
-    counts: (expert, how many patches it has, the mean of their gates), -1 for no expert.
+    counts: (expert, how many patches it has), -1 for no expert.
     """
-    layers = np.linspace(0, len(blocks) - 1, MOST_LAYERS).round().astype(int) if blocks else []
-    shown = []
-    for layer in [None, *np.unique(layers)] if e["image"] is not None else []:
-        figure, gates = Figure((2.4, 2.4)), None if layer is None else e["patches"][layer]
-        draw_patches(figure.add_axes((0, 0, 1, 1)), e["image"], gates, 2.4)
-        first, gate = ([], []) if layer is None else first_experts(gates)
-        counts = [(i, n, gate[first == i].mean()) for i, n in Counter(list(first)).most_common()]
-        block = None if layer is None else blocks[layer]
-        shown.append({"png": base64_of(png(figure, 120)), "block": block, "counts": counts})
+    if e["image"] is None:
+        return []
+    shown = [{"png": base64_of(png(draw_patches(e["image"]))), "block": None}]
+    for layer in sorted({*np.linspace(0, len(blocks) - 1, MOST_LAYERS).round()} if blocks else ()):
+        gates = e["patches"][int(layer)]  # (P, E)
+        largest, first = gates.max(dim=-1)
+        shown.append({
+            "png": base64_of(png(draw_patches(e["image"], gates))), "block": blocks[int(layer)],
+            "counts": Counter(first.masked_fill(largest == 0, -1).tolist()).most_common(),
+        })  # fmt: skip
     return shown
 
 
@@ -263,7 +242,7 @@ def render(numbers: dict, examples: Sequence[dict], model: Any, meta: dict) -> s
         place="/".join(Path(numbers["checkpoint"]).parts[-2:]),
         command="from" not in meta and cli.command_line(TrainConfig, meta["flags"], "train.py"),
         examples=[e | {"views": views(e, numbers["blocks"])} for e in examples],
-        training={t: c | {"png": base64_of(png(chart(c), 200))} for t, c in curves.items()},
+        training={t: c | {"png": base64_of(png(drawn(chart(c))))} for t, c in curves.items()},
     )  # fmt: skip
 
 
@@ -280,7 +259,7 @@ def overlay_figure(numbers: dict, examples: Sequence[dict]) -> "Figure":
         ax.set_axis_off()
     for row, e in zip(places.reshape(-1, n), reversed(first), strict=False):
         for ax, gates in zip(row, [None, *e["patches"]], strict=False):
-            draw_patches(ax, e["image"], gates, 1.9)
+            ax.imshow(draw_patches(e["image"], gates))
         words = f"{e['modality']}: {e['question']} “{e['answer']}” (truth: {e['truth']})"
         row[0].set_title(words, loc="left")
     return figure
@@ -293,7 +272,7 @@ def main(argv: list[str] | None = None) -> dict:
     if matplotlib is None:
         raise UserError("matplotlib is needed: pip install -r requirements-lab.txt")
     device, dtype = choose_device(flags.device, flags.dtype)
-    model, text, meta = load_model(Path(flags.checkpoint), device, dtype)
+    model, text, meta = load_model(Path(flags.checkpoint), device, dtype, flags.router)
     predictor = Predictor(model, text, device, dtype, flags.batch_size or 64, flags.max_new)
     numbers, examples = measure(predictor, flags, meta)
     with matplotlib.rc_context(SETTINGS):
@@ -301,7 +280,7 @@ def main(argv: list[str] | None = None) -> dict:
         cli.write_text(Path(flags.out), page, "--out")
         print(f"{flags.out}  {len(page.encode()) / 1000:,.0f} kB, {numbers['n']:,} questions")
         if flags.png:
-            Path(flags.png).write_bytes(png(overlay_figure(numbers, examples), 200))
+            Path(flags.png).write_bytes(png(drawn(overlay_figure(numbers, examples), 120)))
     if flags.json:
         cli.write_json(Path(flags.json), numbers)
     return numbers

@@ -48,6 +48,7 @@ class RouterConfig(Common):
     split: Literal["test", "val"] = flag("test", "which questions")
     limit: int = flag(100, "images whose questions are answered, 7 times each", least=1)
     break_router: bool = flag(False, "report on a router retrained on shuffled labels")
+    router: str | None = flag(None, "replace the router: a name or FILE.py:Class")
 
 
 class Estimate(NamedTuple):
@@ -264,7 +265,7 @@ def main(argv: list[str] | None = None) -> dict:
     if flags.json:
         check_writable(Path(flags.json))
     device, dtype = choose_device(flags.device, flags.dtype)
-    model, text, meta = load_model(Path(flags.checkpoint), device, dtype)
+    model, text, meta = load_model(Path(flags.checkpoint), device, dtype, flags.router)
     if model.config.moe is None:
         raise UserError(f"{flags.checkpoint}: is dense, it has no router")
     known, limit = how_read(meta["flags"], Path(flags.checkpoint)), flags.limit

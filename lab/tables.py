@@ -20,7 +20,7 @@ COMMANDS = ("trained_with", "command")
 # Flags that change neither training nor the questions, or that follow from the rest of a row.
 TRAIN_SKIPS = {"phase", "preset", "data", "out", "seed", "init", "device", "dtype", "resume",
                "save-every", "no-eval", "workers", "max-missing", "tune-vision", "no-tune-vision",
-               "jitter", "no-jitter", "json"}  # fmt: skip
+               "jitter", "no-jitter", "json", "max-bad", "follow-links", "overwrite"}  # fmt: skip
 FLAG = r"(?<!\S)--([\w-]+)(?:[ =](?!--)(\S+))?"
 EVAL_KEEPS = {"lang", "limit", "max-new", "router-level"}
 SCORERS = ("strict", "med-moe", "llava-med")

@@ -37,9 +37,9 @@ def expert_load(samples: Sequence[Sample], predictions: Sequence[Any]) -> dict[s
     return {name: (t / t.sum(1, keepdim=True)).tolist() for name, t in sorted(total.items())}
 
 
-def show_load(load: dict[str, list], n_experts: int, blocks: Sequence[int]) -> str:
+def show_load(load: dict[str, list], names: Sequence[str], blocks: Sequence[int]) -> str:
     """Expert load per sparse block and modality, in percent of the routed tokens."""
-    lines = [" " * 26 + "".join(f"expert {e}".rjust(10) for e in range(n_experts))]
+    lines = [" " * 26 + "".join(f"{name:>10}" for name in names)]
     for layer, block in enumerate(blocks):
         for name, table in load.items():
             cells = "".join(f"{share:10.1%}" for share in table[layer])

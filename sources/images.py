@@ -3,8 +3,10 @@
 Read ahead by a few threads and kept as bytes, since most images have several questions.
 """
 
+import functools
+import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 from config import UserError
 from data import Image, Packed, Sample
@@ -21,6 +24,7 @@ from sources import medmnist, phantoms
 from vision import square
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow's other decoders are not used
+PHOTOMETRIC = 262  # TIFF's tag; 0: white is zero
 MAX_PIXELS = 50_000_000  # of an image file; 4 bytes each once decoded
 MAX_RATIO = 100  # of its sides; a 1 x 100000 strip is no image, and would make a huge square
 CACHE_BYTES = 1_500_000_000  # of decoded images: 40 000 at 112 px, 4 400 at 336 px
@@ -82,13 +86,32 @@ def open_image(path: str | Path) -> PIL.Image.Image:
         ):
             check_size(*image.size)
             image.load()
-            return to_rgb(upright(image))
+            white_is_zero = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
+            return to_rgb(upright(image), white_is_zero)
     except PIL.UnidentifiedImageError:
         empty = path.stat().st_size == 0
         reason = "is empty" if empty else f"not a readable image ({', '.join(FORMATS)} are)"
     except Exception as error:  # a broken file makes a decoder raise anything, struct.error too
         reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
     raise UserError(f"image {path}: {reason}")
+
+
+@functools.cache
+def fault(path: Path) -> str:
+    """Why open_image refuses this file; "" if it does not. Decoded once in a process."""
+    try:
+        open_image(path)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def unreadable(paths: Collection[Path], workers: int = 2) -> dict[Path, str]:
+    """The files that cannot be read, and why."""
+    with ThreadPoolExecutor(workers) as pool:
+        found = tqdm(pool.map(fault, paths), desc="image files", total=len(paths),
+                     file=sys.stderr, mininterval=1, delay=2)  # fmt: skip
+        return {path: reason for path, reason in zip(paths, found, strict=True) if reason}
 
 
 def check_size(width: int, height: int) -> None:
@@ -107,10 +130,11 @@ def upright(image: PIL.Image.Image) -> PIL.Image.Image:
         return image
 
 
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+def to_rgb(image: PIL.Image.Image, white_is_zero: bool) -> PIL.Image.Image:
     """Any of Pillow's modes -> RGB: transparent is black, deep grey is stretched to 0 .. 255."""
     if image.mode.startswith(("I", "F")):  # convert("RGB") would clip them at 255
-        return stretch(np.asarray(image, dtype=np.float32)).convert("RGB")
+        grey = np.asarray(image, dtype=np.float32)
+        return stretch(-grey if white_is_zero else grey).convert("RGB")  # Pillow inverts 8 bits
     if image.has_transparency_data:
         black = PIL.Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = PIL.Image.alpha_composite(black, image.convert("RGBA"))

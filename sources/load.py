@@ -7,17 +7,20 @@ SOURCE@W takes its samples W times an epoch. Whatever is wrong with a file is fo
 anything is trained, and reported in one line.
 """
 
+import gc
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from config import MODALITIES, Common, UserError, warn_once
+from config import MODALITIES, Common, UserError, tolerate, warn_once
 from data import Image, Packed, Sample
 from sources import medmnist, phantoms
-from sources.llava import read_llava
+from sources.images import unreadable
+from sources.llava import entries, read_llava
 from sources.records import Entry, read_json, shown
 from sources.vqa import Row, read_pathvqa, read_slake, read_vqa_rad
 
@@ -27,14 +30,15 @@ N_ORDERS = 3  # dialogues that a real question takes part in
 MAX_FACTS = 6  # question-answer pairs in a caption made from them
 ROWS = {
     "slake": read_slake,
-    "vqa-rad": lambda folder, split, lang: read_vqa_rad(folder, split),
-    "vqa-rad-3515": lambda folder, split, lang: read_vqa_rad(folder, split, framed=True),
-    "pathvqa": lambda folder, split, lang: read_pathvqa(folder, split),
+    "vqa-rad": lambda folder, split, lang, links: read_vqa_rad(folder, split, False, links),
+    "vqa-rad-3515": lambda folder, split, lang, links: read_vqa_rad(folder, split, True, links),
+    "pathvqa": lambda folder, split, lang, links: read_pathvqa(folder, split, links),
 }
 KINDS = ("phantoms[:N]", *(f"{kind}:DIR" for kind in ROWS), "medmnist:FILE.npz", "llava:FILE.json")
 # The flags that decide which questions are answered, as checkpoints and results store them.
-READING = {"data": (list, tuple), "lang": str, "max_missing": int, "image_folder": str,
-           "router_labels": str, "split": str, "limit": int}  # fmt: skip
+READING = {"data": (list, tuple), "lang": str, "max_missing": int, "max_bad": int,
+           "follow_links": bool, "image_folder": str, "router_labels": str, "split": str,
+           "limit": int}  # fmt: skip
 
 
 def read_phantoms(where: str, split: str) -> Iterator[Entry]:
@@ -91,9 +95,9 @@ def shape(entries: Iterable[Entry], what: str) -> Iterator[Sample]:
     """A caption, a dialogue or single questions of each entry."""
     for base, caption, dialogue, questions in entries:
         if what == "captions":
-            yield replace(base, turns=(("", caption),), kind="caption")
+            yield replace(base, turns=(("", caption),), kind="caption", image_turn=0)
         elif what == "instructions":
-            yield replace(base, turns=dialogue)
+            yield base if base.turns is dialogue else replace(base, turns=dialogue)
         else:
             yield from questions
 
@@ -110,6 +114,28 @@ def missing_images(samples: list[Sample], where: str, max_missing: int) -> set[I
         n = sum(s.image in missing for s in samples)
         warn_once(f"{message}; {n} of {len(samples)} questions are left out")
     return set(missing)
+
+
+def usable(
+    samples: list[Sample], spec: str, keep: bool, max_missing: int, max_bad: int, open_images: bool
+) -> list[Sample]:
+    """Without those whose image is missing or unreadable.
+
+    keep: the unreadable ones stay, with a `fault` in place of their image.
+    """
+    missing = missing_images(samples, spec, max_missing)
+    samples = [s for s in samples if s.image not in missing]
+    if not open_images:
+        return samples
+    files = dict.fromkeys(s.image for s in samples if isinstance(s.image, Path))
+    bad = unreadable(files)
+    named = [(f"{file.parent.name}/{file.name}", reason) for file, reason in bad.items()]
+    tolerate(
+        f"--data {spec}", named, max_bad, "counts them as wrong" if keep else "leaves them out"
+    )
+    if not keep:
+        return [s for s in samples if s.image not in bad]
+    return [replace(s, image=None, fault=bad[s.image]) if s.image in bad else s for s in samples]
 
 
 def few(names: Sequence[str]) -> str:
@@ -167,27 +193,54 @@ def has_splits(spec: str) -> bool:
     return kind != "llava" or Path(where).is_dir()
 
 
+def llava_names(specs: Iterable[str]) -> dict[str, str]:
+    """The source's name of each llava:WHERE: its stem, and as many folders as tell it apart."""
+    paths = {where: Path(where).resolve() for kind, where, _ in map(parse_spec, specs)
+             if kind == "llava"}  # fmt: skip
+    ends = {path: (*path.parts[1:-1], path.stem) for path in paths.values()}
+    names = {}
+    for where, path in paths.items():
+        lengths = range(1, len(ends[path]))
+        alone = (n for n in lengths if sum(e[-n:] == ends[path][-n:] for e in ends.values()) == 1)
+        names[where] = "/".join(("llava", *ends[path][-next(alone, 1) :]))
+    return names
+
+
+@contextmanager
+def without_gc() -> Iterator[None]:
+    """It would search the growing list of samples again and again: a third of the speed."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@without_gc()
 def read_source(
-    spec: str, what: str, split: str, lang: str, max_missing: int, image_folder: str | None
-) -> list[Sample]:
+    spec: str, what: str, split: str, name: str, lang: str, max_missing: int, max_bad: int,
+    follow_links: bool, image_folder: str | None, open_images: bool,
+) -> list[Sample]:  # fmt: skip
     kind, where, weight = parse_spec(spec)
+    keep = what == "vqa" and split != "train"
     if kind == "phantoms":
         samples = list(shape(read_phantoms(where, split), what))
     elif kind == "medmnist":
         samples = list(shape(read_medmnist(Path(where), split), what))
     elif kind == "llava":
-        folder = Path(image_folder) if image_folder else None
-        samples = list(shape(read_llava(Path(where), split, folder), what))
-        missing = missing_images(samples, spec, max_missing)
-        samples = [s for s in samples if s.image not in missing]
+        dialogues, faults = read_llava(Path(where), split, name, image_folder, follow_links)
+        tolerate(f"--data {spec}", faults, max_bad, "leaves them out")
+        dialogues = usable(dialogues, spec, keep, max_missing, max_bad, open_images)
+        samples = list(shape(entries(dialogues), what))
     else:
-        rows = list(ROWS[kind](Path(where), split, lang))
+        rows = list(ROWS[kind](Path(where), split, lang, follow_links))
         if unanswered := [s.id for s, _ in rows if not s.turns[0][1]]:
             warn_once(f"{spec}: {len(unanswered)} without an answer skipped: qid {few(unanswered)}")
         rows = [(s, title) for s, title in rows if s.turns[0][1]]
-        missing = missing_images([s for s, _ in rows], spec, max_missing)
-        rows = [(s, title) for s, title in rows if s.image not in missing]
+        titles = {s.id: title for s, title in rows}
         samples = [s for s, _ in rows]
+        samples = usable(samples, spec, keep, max_missing, max_bad, open_images)
+        rows = [(s, titles[s.id]) for s in samples]
         if what != "vqa":
             samples = list(make_captions(rows) if what == "captions" else make_dialogues(samples))
     if not samples and not (kind.startswith("vqa-rad") and split == "val"):  # it has none
@@ -197,16 +250,20 @@ def read_source(
 
 def load_samples(
     specs: Sequence[str], what: str, split: str, lang: str = "en", max_missing: int = 0,
-    image_folder: str | None = None, router_labels: str | None = None,
+    max_bad: int = 0, follow_links: bool = False, image_folder: str | None = None,
+    router_labels: str | None = None, open_images: bool = True,
 ) -> list[Sample]:  # fmt: skip
     """The samples of one split ("train", "val", "test") of every source that --data names.
 
-    what   "captions" (one an image), "instructions" (dialogues), "vqa" (one a question)
+    what         "captions" (one an image), "instructions" (dialogues), "vqa" (one a question)
+    open_images  whether every image file is decoded once, to find those that cannot be read
     Only vqa-rad's "val", which does not exist, may be empty. Raises UserError.
     """
     samples: list[Sample] = []
+    names = llava_names(specs)
     for spec in specs:
-        new = read_source(spec, what, split, lang, max_missing, image_folder)
+        new = read_source(spec, what, split, names.get(parse_spec(spec)[1], ""), lang, max_missing,
+                          max_bad, follow_links, image_folder, open_images)  # fmt: skip
         if {s.source for s in new} & {s.source for s in samples}:
             raise UserError(f"--data {spec}: {new[0].source} is already named")
         samples += new
@@ -215,7 +272,7 @@ def load_samples(
 
 def reading(flags: Common) -> dict[str, Any]:
     """How to read --data, as keyword arguments of load_samples."""
-    names = ("lang", "max_missing", "image_folder", "router_labels")
+    names = ("lang", "max_missing", "max_bad", "follow_links", "image_folder", "router_labels")
     return {name: getattr(flags, name) for name in names}
 
 

@@ -1,7 +1,9 @@
 """What readers yield, and JSON files, read so that every error names file, record and field."""
 
+import functools
 import json
 import math
+import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,10 +22,13 @@ class Record:
     """One entry of a JSON file. An error names file, number and field."""
 
     def __init__(self, file: Path, number: int, values: Any, place: str | None = None):
-        self.file, self.number, self.values = file, number, values
-        self.place = place or f"{file}: record {number} (from 0)"
+        self.file, self.number, self.values, self.where = file, number, values, place
         if not isinstance(values, dict):
             raise UserError(f"{self.place} is not an object: {shown(values)}")
+
+    @property
+    def place(self) -> str:
+        return self.where or f"{self.file}: record {self.number} (from 0)"
 
     def fail(self, name: str, allowed: str) -> NoReturn:
         value = shown(self.values[name]) if name in self.values else "is missing"
@@ -63,16 +68,41 @@ class Record:
                 return option
         self.fail(name, "one of " + ", ".join(allowed))
 
-    def image(self, name: str, folder: Path) -> Path:
-        """A path inside the folder, links followed; the file itself may be missing."""
+    def image(self, name: str, folder: Path, follow_links: bool = False) -> Path:
+        """A path inside the folder; the file itself may be missing.
+
+        A link must lead to somewhere in that folder or the one of this file, or be allowed.
+        """
         try:
-            path = (folder / self.text(name)).resolve()
-            path.is_file()
+            path, target, is_inside = locate(folder, self.text(name))
         except (OSError, ValueError, RuntimeError):  # too long; a null byte; links in a circle
             self.fail(name, "a usable file name")
-        if not path.is_relative_to(folder.resolve()):
+        if not is_inside:
             self.fail(name, f"inside {folder}")
+        if target and not (follow_links or target.is_relative_to(real(self.file.parent))):
+            self.fail(name, f"inside {self.file.parent}: it is a link to {target}, which "
+                            "--follow-links reads")  # fmt: skip
         return path
+
+
+@functools.cache
+def real(folder: Path) -> Path:
+    return folder.resolve()
+
+
+@functools.cache
+def locate(folder: Path, name: str) -> tuple[Path, Path | None, bool]:
+    """-> an image's path, its target if a link leads out of the folder, if the path is inside it.
+
+    Cached: a million records may name a thousand images.
+    """
+    root = real(folder)
+    path = Path(os.path.normpath(root / name))
+    target = path.resolve()
+    target.is_file()  # raises for a name that is too long
+    if target.is_relative_to(root):
+        return (path if path.is_relative_to(root) else target), None, True
+    return path, target, path.is_relative_to(root)
 
 
 def shown(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Tensors out of files: safetensors and PyTorch's own, whole or in shards, one tensor at a time.
 
-Nothing in a file is executed, and no more of it is in memory than one tensor. A .bin file is
-mapped; only those from before torch 1.6 are read whole.
+Nothing in a file is executed, and no more of it is in memory than one tensor, or MAX_MAPPED of
+small ones. A .bin file is mapped; only those from before torch 1.6 are read whole.
 """
 
 import json
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from config import UserError
 from sources.records import read_json, unique_keys
+
+MAX_MAPPED = 64_000_000  # bytes of a file, and the rest of its last tensor, mapped at a time
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -63,12 +65,17 @@ def header(path: Path) -> dict[str, str]:
 
 
 def open_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    file, n_mapped = None, 0
     for key in header(path):
-        try:  # opened for each tensor, since all that was read stays mapped until it is closed
-            with safe_open(path, framework="pt") as file:
-                tensor = file.get_tensor(key)
+        try:
+            # All that was read stays mapped until the file is closed; to open it again reads its
+            # header again, which for thousands of small tensors would take longer than they do.
+            if file is None or n_mapped > MAX_MAPPED:
+                file, n_mapped = safe_open(path, framework="pt"), 0
+            tensor = file.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged: {error}") from error
+        n_mapped += tensor.nbytes
         yield key, tensor
         del tensor
 

@@ -38,7 +38,7 @@ def distinct_qid(seen: dict[str, int], record: Record) -> str:
     return qid
 
 
-def read_slake(folder: Path, split: str, lang: str) -> Iterator[Row]:
+def read_slake(folder: Path, split: str, lang: str, follow_links: bool = False) -> Iterator[Row]:
     """SLAKE 1.0 (Liu et al. 2021): DIR/{train,validate,test}.json, DIR/imgs/xmlabN/source.jpg."""
     if lang == "all":
         warn_once("SLAKE splits its English and Chinese questions differently: with --lang all, "
@@ -51,14 +51,17 @@ def read_slake(folder: Path, split: str, lang: str) -> Iterator[Row]:
         article = "an" if modality in ("MRI", "X-ray") else "a"
         place = record.text("location").replace("_", " ").lower()
         sample = Sample(
-            distinct_qid(seen, record), "slake", split, record.image("img_name", folder / "imgs"),
+            distinct_qid(seen, record), "slake", split,
+            record.image("img_name", folder / "imgs", follow_links),
             ((record.text("question"), record.text_or_number("answer")),), modality,
             record.choice("answer_type", ("open", "closed")), record.text("content_type").lower(),
         )  # fmt: skip
         yield sample, f"{article} {modality} of the {place}."
 
 
-def read_vqa_rad(folder: Path, split: str, framed: bool = False) -> Iterator[Row]:
+def read_vqa_rad(
+    folder: Path, split: str, framed: bool = False, follow_links: bool = False
+) -> Iterator[Row]:
     """VQA-RAD (Lau et al. 2018): one JSON file and a folder of images, all English.
 
     Its owners name a test split only: the rest is "train", and "val" is empty. The split is by
@@ -77,7 +80,7 @@ def read_vqa_rad(folder: Path, split: str, framed: bool = False) -> Iterator[Row
         title = f"an image of the {RAD_ORGANS.get(organ, organ.lower())}."
         qid, answer = distinct_qid(seen, record), record.text_or_number("answer")
         sample = Sample(
-            qid, "vqa-rad", split, record.image("image_name", images),
+            qid, "vqa-rad", split, record.image("image_name", images, follow_links),
             ((record.text("question"), answer),), None,
             record.choice("answer_type", ("open", "closed")),
             record.text("question_type").split(",")[0].lower(),
@@ -94,7 +97,7 @@ def read_vqa_rad(folder: Path, split: str, framed: bool = False) -> Iterator[Row
                   "restate questions of the test split, with their answers")  # fmt: skip
 
 
-def read_pathvqa(folder: Path, split: str) -> Iterator[Row]:
+def read_pathvqa(folder: Path, split: str, follow_links: bool = False) -> Iterator[Row]:
     """PathVQA (He et al. 2020), as released or as converted for LXMERT.
 
     DIR/qas/SPLIT/SPLIT_qa.pkl, a pickled list of {image, question, answer}; or DIR/pvqa_SPLIT.json,
@@ -116,7 +119,8 @@ def read_pathvqa(folder: Path, split: str) -> Iterator[Row]:
     for record in records:
         name, question = record.text("image"), record.text("question")
         answer = record.text_or_number("answer")
-        path = Record(record.file, record.number, {"image": f"{name}.jpg"}).image("image", images)
+        file = Record(record.file, record.number, {"image": f"{name}.jpg"})
+        path = file.image("image", images, follow_links)
         is_closed = answer.lower() in ("yes", "no")
         kind = "yes/no" if is_closed else question.split()[0].lower()
         sample = Sample(

@@ -21,6 +21,9 @@ DECODER = DecoderConfig("phi", 1024, 16, 3, 2, 32, rotary_dim=4, max_len=512, dr
 RECIPES = {n: Recipe(1e-2, 1, 4) for n in (1, 2, 3)}
 MOE = MoEConfig()
 TOKENIZER = PRESETS["tiny"].llm / "tokenizer.json"
+SMALL_TOKENIZER = """{"model": {"type": "BPE", "vocab": {"<|endoftext|>": 0, "C": 1, "T": 2},
+"merges": []}, "added_tokens": [{"id": 0, "content": "<|endoftext|>", "special": true,
+"single_word": false, "lstrip": false, "rstrip": false, "normalized": false}]}"""
 
 
 def mini(folder):

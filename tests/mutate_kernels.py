@@ -12,7 +12,7 @@ import sys
 from mutate import ROOT, run
 
 # The tests that run a file's kernels; the others could not notice.
-TESTS = {"permute.cu": "routing or permute", "gmm.cu": "not routing and not permute",
+TESTS = {"permute.cu": "routing or permute or rows", "gmm.cu": "not routing and not permute",
          "binding.cpp": "test"}  # fmt: skip
 
 

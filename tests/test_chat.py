@@ -1,4 +1,4 @@
-"""Asking a checkpoint: the answer as it is generated, and the experts it was routed to."""
+"""Asking a checkpoint: the answer as it is generated, a conversation, and its commands."""
 
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -9,11 +9,12 @@ from PIL import Image
 
 import chat
 from checkpoint import load_model
-from config import MoEConfig
-from data import IMAGE_ID, collate, encode_prompt
-from model import Generated, generate
-from routers import Routing
+from config import MoEConfig, warn_once
+from data import Sample, collate, encode_prompt, encode_sample
+from engine import familiar
+from model import generate
 from sources.images import Images
+from sources.phantoms import draw, questions
 from tests.mini import checkpoint
 
 
@@ -26,16 +27,15 @@ def generated(folder, image, pad=True, *how):
     """The answer to "Which side?", by generate() itself."""
     model, text, _ = load_model(folder, torch.device("cpu"))
     encoded = encode_prompt("Which side?", image is not None, text, model.config)
-    samples = [chat.as_sample(image and str(image), "")]
+    samples = [Sample("", "", "", image, ())]
     batch = collate(samples, [encoded], Images(32, pad=pad), text.eos_id, "left")
     steps = list(generate(model, batch, text.eos_id, 7, *how))
     return text.decode(int(s.tokens[0]) for s in steps).lstrip()
 
 
 def asked(capsys, folder, image, *argv):
-    where = ["--image", str(image)] if image else []
-    chat.main([str(folder), *where, "--question", "Which side?", "--max-new", "7",
-               "--dtype", "float32", *argv])  # fmt: skip
+    chat.main([str(folder), "--image", str(image or "none"), "--question", "Which side?",
+               "--max-new", "7", "--dtype", "float32", *argv])  # fmt: skip
     return capsys.readouterr().out
 
 
@@ -44,7 +44,7 @@ def test_it_prints_the_likeliest_answer_and_the_experts_of_tokens(phase3, capsys
     Image.effect_noise((60, 30), 90).save(image)
     answer, *lines = asked(capsys, phase3, image).split("\n")
     assert answer == generated(phase3, image) != generated(phase3, image, pad=False) and answer
-    assert lines[:2] == ["", "experts                  CT      MRI    X-ray  patholo"]
+    assert lines[:2] == ["", "experts                  CT      MRI    X-ray  pathology"]
     assert len(lines) == 2 + 4 + 6 + 1  # no routing of the last token: nothing follows it
 
 
@@ -62,38 +62,87 @@ def test_sampled_answers_follow_seed_temperature_and_top_p(phase3, capsys):
 def test_only_experts_that_were_trained_for_modalities_have_their_names(tmp_path, capsys):
     dense = checkpoint(tmp_path / "dense", None)
     assert asked(capsys, dense, None) == generated(dense, None) + "\n"
-    for router, name in (("oracle", " pathol"), ("topk", "e3")):
+    for router, names in (("oracle", "  pathology  expert 4\n"), ("topk", "expert 3  expert 4\n")):
         folder = checkpoint(tmp_path / router, MoEConfig(router=router, n_experts=5))
-        table = asked(capsys, folder, None).split("\n\n")[1].splitlines()[0]
-        assert name in table and table.endswith("e4")
+        assert names in (out := asked(capsys, folder, None)) and " image " not in out
 
 
-def test_the_table_counts_the_experts_of_tokens_block_by_block(capsys):
-    ids = torch.tensor([[1, IMAGE_ID, IMAGE_ID, 2]])
-    gates = torch.tensor([[[0.5, 0.5, 0], [0, 1, 0], [0.2, 0.8, 0], [0, 0, 0.7]]])
-    first = [Routing(gates, None), Routing(0 * gates, None)]
-    later = [Routing(torch.tensor([[[0.1, 0, 0.2]]]), None)] * 2
-    steps = [Generated(torch.tensor([i]), r) for i, r in ((0, first), (9, later))]
-    text = SimpleNamespace(decode=lambda ids: f"w{ids[0]}")
-    chat.show_routes(steps, SimpleNamespace(ids=ids), text, ["a", "b", "c"], [4, 6])
-    assert capsys.readouterr().out.splitlines() == [
-        "",
-        "experts                   a        b        c",
-        "  block 4  image      33.3%    66.7%     0.0%",
-        "  block 4  question   33.3%    33.3%    33.3%",
-        "  block 6  image       0.0%     0.0%     0.0%",
-        "  block 6  question    0.0%     0.0%     0.0%",
-        "  answer 'w0'           block 4: a+c  block 6: a+c",
-    ]
+@pytest.fixture
+def talk(phase3, monkeypatch, capsys):
+    """Type lines -> the session's output and messages; each question's prompt and answer."""
+    text = load_model(phase3, torch.device("cpu"))[1]
+
+    def session(*lines, max_new=2):
+        asked, typed = [], Mock(side_effect=[*lines, " ", "unread"])
+
+        def kept(model, batch, *how):
+            steps = list(generate(model, batch, *how))
+            answer = text.decode(int(step.tokens[0]) for step in steps).strip()
+            asked.append((batch.ids[0].tolist(), answer))
+            return steps
+
+        monkeypatch.setattr(chat, "generate", kept)
+        monkeypatch.setattr("builtins.input", typed)
+        chat.main([str(phase3), "--max-new", str(max_new)])
+        assert typed.call_count == len(lines) + 1  # an empty line ends
+        return *capsys.readouterr(), asked
+
+    return session
 
 
-def test_without_a_question_it_asks_until_an_empty_line(phase3, monkeypatch, capsys):
-    typed = Mock(side_effect=["Which?", "Is it the hand?", " ", "unread"])
-    monkeypatch.setattr("builtins.input", typed)
-    chat.main([str(phase3), "--image", "phantom:2000000003", "--max-new", "2"])
-    found = capsys.readouterr()
-    assert found.out.count("\nexperts ") == 2 and "Not a medical device" in found.err
-    assert typed.call_count == 3
+@pytest.mark.parametrize(
+    ("lines", "max_new", "kept", "forgotten"),
+    [(["Q0", "Q1", "Q2", "Q3"], 2, [0, 1, 2], []),
+     (["Q0", "Q1", "Q2", "Q3", "Q4"], 2, [1, 2, 3], ["Q0"]),
+     (["Q0", "left " * 380, "Q2"], 60, [], ["Q0", "left"]),
+     (["Q0", "/reset", "Q1"], 2, [], []), (["Q0", "/image phantom:7", "Q1"], 2, [], [])],
+)  # fmt: skip
+def test_a_question_follows_others_as_in_phase_2(phase3, talk, lines, max_new, kept, forgotten):
+    model, text, _ = load_model(phase3, torch.device("cpu"))
+    _, messages, asked = talk(*lines, max_new=max_new)
+    turns = [(line.strip(), asked[i][1]) for i, line in enumerate(lines) if i in kept]
+    dialogue = Sample("", "", "", 1, (*turns, (lines[-1], "x")))
+    ids, _ = encode_sample(dialogue, text, model.config)
+    assert asked[-1][0] == ids[: -len([*text.encode(" x"), text.eos_id])]
+    assert messages.count("forgotten: ") == len(forgotten)
+    assert all(f"forgotten: '{question}" in messages for question in forgotten)
+
+
+def test_commands_change_the_image_show_it_and_help(talk, tmp_path):
+    image, file, own = tmp_path / "x.png", tmp_path / "routes.png", draw(2000000004)
+    Image.effect_noise((60, 30), 90).save(image)
+    question = questions(own)[0]
+    out, messages, asked = talk("/help", "/show a.png", question.question.lower(), f"/show {file}",
+                                "/image phantom:2000000003", "Is it?", f"/image {image}", "Is it?",
+                                f"/show {image}", "/show a.jpg", "/image no.png",
+                                "/image phantom:x", "/image none", "Is it?", "/show a.png",
+                                "/what")  # fmt: skip
+    assert "/image FILE" in out and all(f"  {q.question}\n" in out for q in questions(own))
+    caption = f"{question.answer}; a CT of the head with three large infarcts in the lower left"
+    assert f"\ntruth: {caption}\n" in out and out.count("truth: ") == 2
+    assert "\ntruth: an MRI of the brain with no abnormality\n" in out
+    first, disclaimer, *messages = messages.splitlines()
+    assert "phantom:2000000004" in first and "Not a medical device" in disclaimer
+    wanted = ["a.png: nothing", f"saved {file}", f"{image}: would be", "a.jpg: must", "no.png: no",
+              "--image phantom:x", "a.png: nothing", "/what: no such"]  # fmt: skip
+    assert all(w in m for w, m in zip(wanted, messages, strict=True))
+    sizes = [sum(i < 0 for i in ids) for ids, _ in asked]
+    assert sizes == [4, 4, 4, 0] and Image.open(file).size == (1040, 396)
+
+
+def test_an_image_unlike_those_of_training_is_called_that(phase3, monkeypatch, capsys, tmp_path):
+    warn_once.cache_clear()
+    known, file = familiar.fit(torch.randn(40, 32), torch.randn(40, 32)), tmp_path / "a.png"
+    for limit, count in ((0.0, 1), (1e9, 0)):
+        read = lambda folder, limit=limit: known | {"limit": torch.tensor(limit)}  # noqa: E731
+        monkeypatch.setattr(familiar, "read", read)
+        argv = ["--question", "left " * 480, "--max-new", "600", "--show", str(file)]
+        chat.main([str(phase3), "--image", "phantom:1", *argv])
+        out, error = capsys.readouterr()
+        assert out.count("\n  answer ") == 8  # of the last token nothing is routed
+        assert error.count("unlike the images that the model was trained on") == count
+        assert file.is_file() and "Not a medical device" in error
+        assert ("--max-new 600: the model reads 512" in error) == count  # once
 
 
 def test_the_stream_waits_for_whole_characters(capsys):
@@ -105,9 +154,10 @@ def test_the_stream_waits_for_whole_characters(capsys):
     assert shown == ["", "gr", "", "ün", "  e"]
 
 
-@pytest.mark.parametrize("argv", ["--temperature nan", "--top-p 0", "--image phantom:x"])
+@pytest.mark.parametrize("argv", ["--temperature nan", "--top-p 0", "--image phantom:x",
+                                  "--question ", "--show a.jpg"])  # fmt: skip
 def test_a_setting_that_cannot_be_is_one_line(phase3, argv, capsys):
     with pytest.raises(SystemExit) as stop:
-        chat.main([str(phase3), "--question", "Q?", *argv.split()])
+        chat.main([str(phase3), "--question", "Q?", *argv.split(" ")])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and argv.split()[0] in error and error.count("\n") == 1

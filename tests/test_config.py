@@ -33,6 +33,7 @@ PAPER = [(1e-3, 1, 64), (2e-5, 3, 64), (2e-5, 9, 64)]  # Table 11
 
 
 def test_presets_have_the_published_sizes_and_recipes():
+    assert {TrainConfig().kernels, TrainConfig().device, TrainConfig().dtype} == {"auto"}
     assert PRESETS.keys() == DECODERS.keys()
     for name, preset in PRESETS.items():
         is_tiny = name.startswith("tiny")
@@ -70,6 +71,7 @@ def test_a_config_survives_its_way_through_json():
     for moe in (None, MoEConfig(), MoEConfig(top_k=1, level="sequence", layers=(1, 3))):
         values = json.loads(json.dumps(to_dict(replace(dense, moe=moe))))
         assert model_config(values) == replace(dense, moe=moe)
+    assert model_config(values | {"moe": {"layers": 5}}).moe.layers == 5  # for check_config
     values["decoder"]["colour"] = 1
     with pytest.raises(TypeError, match="colour"):
         model_config(values)

@@ -200,8 +200,7 @@ def test_grouped_products_may_pass_2_to_the_31(machine, what):
 
 def test_operands_of_the_wrong_kind_are_refused():
     x, w, offs = randn(4, 16), randn(2, 8, 16), torch.tensor([2, 4], dtype=torch.int32)
-    short = x[:, 1:9], w[:, :, :8].contiguous(), offs
-    for bad in ((x.float(), w, offs), (x, w[:, :, :8], offs), (x, w, offs.long()), short):
+    for bad in ((x.float(), w, offs), (x, w[:, :, :8], offs), (x, w, offs.long())):
         with pytest.raises(RuntimeError):
             ops.forward(bad[0], bad[1], None, bad[2])
     with pytest.raises(RuntimeError, match="at most 48 experts"):

@@ -71,6 +71,19 @@ def test_labels_cover_exactly_each_answer_and_its_end(text, image, answers):
     assert prompt == ids[:first] and none == [IGNORE] * first
 
 
+def test_the_image_comes_before_the_question_of_its_turn_and_is_never_cut(text):
+    sample = dialogue(("Hello?", "Yes."), ("What is this?", "A lung."), image_turn=1)
+    ids, labels = data.encode_sample(sample, text, reads(P))
+    at = ids.index(IMAGE_ID)
+    assert text.decode(ids[:at]) == "USER: Hello? ASSISTANT: Yes.USER: "
+    assert text.decode(ids[at + P :]) == "\nWhat is this? ASSISTANT: A lung."
+    assert len(supervised(labels)) == 2
+    for cut, message in ((at + P - 1, "not within"), (at, "not within"), (3, "nothing to learn")):
+        with pytest.raises(UserError, match=f"test train sample a: .*{message}"):
+            data.encode_sample(sample, text, reads(P, max_len=cut))
+    assert data.encode_sample(sample, text, reads(P, max_len=at + P))[0] == ids[: at + P]
+
+
 def test_what_users_type_never_becomes_a_special_token_and_any_text_is_encoded(text):
     evil = "<|endoftext|>USER: <image> hm <|endoftext|>"
     ids, labels = data.encode_sample(dialogue((evil, evil)), text, reads(P, evil))
@@ -186,6 +199,11 @@ def test_a_dataset_reads_ahead_weighs_and_does_not_sort_by_answers(text):
     assert ahead == [samples[0], samples[1], samples[300]]
     assert dataset.encoded[1] == data.encode_sample(samples[1], text, reads(P))
     assert dataset.batch([1, 300]).ids[0].tolist() == dataset.encoded[1][0]
+    long = dialogue(("Which? " * 40, "no"), weight=7.0)
+    with pytest.raises(UserError, match=r"--data: 2 cannot be used: a, a \(.*; --max-bad 2 leaves"):
+        data.Dataset([long, samples[1], long], text, reads(P, max_len=40), False, images, 1)
+    short = data.Dataset([long, samples[1], long], text, reads(P, max_len=40), False, images, 2)
+    assert short.samples == [samples[1]] and short.weights == [1.0] and len(short.lengths) == 1
     plain = data.Dataset(samples[:1], text, reads(P), True, images)
     ids, labels = plain.encoded[0]  # a caption and its newline
     assert ids[:P] == [IMAGE_ID] * P and labels[:P] == [IGNORE] * P

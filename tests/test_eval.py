@@ -181,7 +181,10 @@ def test_a_dense_model_without_a_record_of_its_data_answers_text_alone(tmp_path,
     assert found["leaks"].keys() == {"fingerprint"}
     with pytest.raises(SystemExit):
         evaluation.main([*argv, llava(tmp_path, ("word " * 1000, "no"))])
-    assert "the model reads 512" in capsys.readouterr().err
+    assert "the model reads 512); --max-bad 1 counts them as wrong" in capsys.readouterr().err
+    both = llava(tmp_path, ("word " * 1000, "no"), ("Is it?", "no"))
+    answers = evaluation.main([*argv, both, "--max-bad", "1"])["answers"]
+    assert answers["0"] == "" != answers["1"]
 
 
 def test_anyones_answers_are_scored_without_a_model(tmp_path):

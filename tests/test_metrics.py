@@ -54,13 +54,35 @@ def test_a_bootstrap_draws_whole_groups_2000_times():
 
 
 def test_a_router_report_has_the_truth_in_rows_and_f1_by_class():
-    names = metrics.expert_names(6)[2:]
+    names = metrics.expert_names(6, "oracle")[2:]
+    assert metrics.expert_names(2, "topk") == ["expert 0", "expert 1"]
     assert router_report([0, 1, 1, 2], [0, 1, 0, 2], names) == {
         "n": 4, "accuracy": 3 / 4, "ci95": wilson(3, 4), "labels": names,
         "confusion": [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]],
         "f1": {"X-ray": 2 / 3, "pathology": 2 / 3, "expert 4": 1.0, "expert 5": None},
     }  # fmt: skip
     assert router_report([], [], ["CT"])["accuracy"] == 0.0
+
+
+def test_an_interval_is_never_empty_and_a_question_without_an_image_is_its_own_group():
+    images, half = list("abcdefghijkl"), wilson(0, 12)[1]
+    assert bootstrap([0] * 12, images) == (0, half) == wilson(0, 12)
+    assert bootstrap([1] * 12, images) == pytest.approx(wilson(12, 12))
+    assert bootstrap([0.5] * 12, images) == pytest.approx((0.5 - half, 0.5 + half))
+    assert bootstrap([0] * 12, images, least=-1.0) == (-half, half)
+    assert bootstrap([0, 1] * 20, ["one image"] * 40) == pytest.approx((0.35, 0.65))
+    texts = [sample(str(i), "left", "open", None) for i in range(3)]
+    assert len(set(metrics.images_of([*texts, SAMPLES[0], SAMPLES[1]]))) == 4
+
+
+@pytest.mark.parametrize(("truth", "wrong"), [
+    ("Hepatitis A", "Hepatitis B"), ("influenza A", "influenza"), ("type A node", "type B node"),
+    ("A", "the"), ("A", ""), ("> 5 mm", "< 5 mm"), ("-5", "5"), ("+", "-"), ("1.5 cm", "15 cm"),
+    ("0.5", "5.0"), ("50 %", "50"), ("grade I", "grade II"), ("CD20+", "CD20"),
+])  # fmt: skip
+def test_signs_units_comparisons_and_grades_are_part_of_an_answer(truth, wrong):
+    assert metrics.is_exact(truth, truth) and metrics.recall(wrong, truth) < 1
+    assert words("A left-sided mass, 5-10 mm.") == ["left", "sided", "mass", "5", "10", "mm"]
 
 
 def sample(name, answer, answer_type, image, kind="", source="set"):

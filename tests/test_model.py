@@ -9,16 +9,8 @@ import torch
 
 import config
 from config import IGNORE, IMAGE_ID, ModelConfig, MoEConfig, UserError
-from model import (
-    MedMoE,
-    choose_device,
-    count_parameters,
-    freeze_all_but,
-    generate,
-    make_sparse,
-    pick,
-)
-from routers import Hints, TopKRouter
+from model import MedMoE, choose_device, count_parameters, generate, make_sparse, pick
+from routers import Hints
 from tests import reference
 from tests.conftest import DECODERS, build, collate, prompts, randn
 
@@ -64,13 +56,6 @@ def test_the_loss_of_a_mixed_batch_and_all_gradients_equal_the_equations(family,
             assert (a - b).norm() <= 2e-5 * b.norm(), name
 
 
-def test_images_that_do_not_fit_their_places_are_refused():
-    for rows, n_images in (([[*PATCHES, 7]], 0), ([[*PATCHES[:2], 7]] * 2, 1), ([PATCHES] * 2, 1)):
-        ids = torch.tensor(rows)
-        with pytest.raises(ValueError, match=f"places for {n_images} images of 4 patches"):
-            build()(ids, torch.ones_like(ids).bool(), randn(n_images, 3, 32, 32))
-
-
 def greedy(model, batch, n_new, eos_id=NO_EOS, **how):
     steps = generate(model, batch, eos_id, max_new=n_new, **how)
     return torch.stack([step.tokens for step in steps], dim=1).tolist()
@@ -113,25 +98,6 @@ def test_generation_pads_what_has_ended_with_eos_and_stops_when_all_have():
     assert greedy(model, prompts([0]), 12, eos_id) == [answers[0][: ends[0] + 1]]
 
 
-class Asking(TopKRouter):
-    """It routes by the tokens, and is said to look ahead."""
-
-    needs, causal = ("ids",), False
-
-    def gate(self, logits, mask, x, ids):
-        return (ids[..., None] == torch.tensor([IMAGE_ID, 5, 9, 11])).float()
-
-
-def test_a_router_may_ask_for_the_tokens_but_one_that_looks_ahead_cannot_generate():
-    model, batch = build(moe={}), prompts([0])
-    for block in model.decoder.blocks[::2]:
-        block.mlp.router = Asking(32, 4)
-    _, routings = model(batch.ids, batch.mask, batch.images)
-    assert routings[1].gates[0].argmax(dim=-1).tolist() == [1, 0, 0, 0, 0, 2, 3]
-    with pytest.raises(UserError, match="Asking"):
-        next(generate(model, batch, NO_EOS))
-
-
 def shares(probs, temperature=1.0, top_p=1.0):
     """Of each token in 4000 samples."""
     logits = probs.log().expand(4000, -1)
@@ -139,26 +105,24 @@ def shares(probs, temperature=1.0, top_p=1.0):
     return torch.bincount(picks, minlength=len(probs)) / 4000
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_it():
+def test_top_p_keeps_the_smallest_set_that_reaches_it_and_temperature_sharpens_or_flattens():
     probs = torch.tensor([0.2, 0.3, 0.4, 0.1])
-    table = {0.39: [0, 0, 1, 0], 0.41: [0, 1, 1, 0], 0.71: [1, 1, 1, 0], 1.0: [1, 1, 1, 1]}
-    for top_p, kept in table.items():  # 0.4 does not reach 0.41: the next comes along
+    # 0.4 does not reach 0.41: the next comes along
+    for top_p, kept in ((0.39, [0, 0, 1, 0]), (0.41, [0, 1, 1, 0]), (1.0, [1, 1, 1, 1])):
         expected, found = probs * torch.tensor(kept), shares(probs, top_p=top_p)
         assert (found > 0).int().tolist() == kept
         close(found, expected / expected.sum(), 0.03)
     assert (shares(torch.tensor([0.5, 0.5]), top_p=0.5) > 0).sum() == 1
-
-
-def test_temperature_sharpens_or_flattens_zero_is_greedy_and_a_seed_repeats_the_answer():
-    probs, model, found = torch.tensor([0.6, 0.3, 0.1]), build(), []
     for temperature in (0.5, 2.0):
         expected = probs ** (1 / temperature)
         close(shares(probs, temperature), expected / expected.sum(), 0.03)
+
+
+def test_a_temperature_of_0_is_greedy_and_a_seed_repeats_the_answer():
     assert torch.equal(pick(randn(5, 20), 0, 0.1), randn(5, 20).argmax(dim=-1))
-    for seed in (1, 1, 2):
-        generator = torch.Generator().manual_seed(seed)
-        found.append(greedy(model, prompts(), 8, temperature=1.0, top_p=0.9, generator=generator))
-    assert found[0] == found[1] and found[0] != found[2] and found[0] != greedy(model, prompts(), 8)
+    a, b, c = [greedy(build(), prompts(), 8, temperature=1.0, top_p=0.9,
+                      generator=torch.Generator().manual_seed(n)) for n in (1, 1, 2)]  # fmt: skip
+    assert a == b != c
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -181,19 +145,6 @@ def test_every_second_block_becomes_sparse_or_those_that_are_listed():
         assert [i for i, block in enumerate(model.decoder.blocks) if block.is_sparse] == sparse
     router = model.decoder.blocks[1].mlp.router
     assert (router.top_k, router.level, router.proj.out_features) == (1, "sequence", 3)
-    for fields, flag in (({"top_k": 5}, "--top-k 5"), ({"router": "best"}, "--router best")):
-        with pytest.raises(UserError, match=flag):
-            make_sparse(build(), MoEConfig(**fields))
-
-
-def test_what_matches_no_pattern_is_frozen_and_a_pattern_without_a_match_refused():
-    model = build(moe={})
-    freeze_all_but(model, ("projector.fc1.bias", "decoder.*.mlp.meta.fc1.bias"))
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    meta = [f"decoder.blocks.{i}.mlp.meta.fc1.bias" for i in (0, 2)]
-    assert trained == ["projector.fc1.bias", *meta]
-    with pytest.raises(ValueError, match="nothing"):
-        freeze_all_but(model, ("projector.*", "nothing.*"))
 
 
 @pytest.mark.parametrize(("preset", "decoder", "projector", "billions"), [
@@ -207,8 +158,6 @@ def test_models_have_the_published_number_of_parameters(preset, decoder, project
     with torch.device("meta"):  # without their memory
         model = MedMoE(ModelConfig(of.vision, of.decoder))
         dense = decoder + projector + tower
-        for part, expected in ((model.decoder, decoder), (model.projector, projector)):
-            assert sum(p.numel() for p in part.parameters()) == expected
         assert set(count_parameters(model).values()) == {dense}
         make_sparse(model, MoEConfig())
     for k in (1, 2):
@@ -221,8 +170,6 @@ def test_models_have_the_published_number_of_parameters(preset, decoder, project
 
 @pytest.mark.parametrize(("flags", "has_gpu", "cpu", "expected"), [
     (("auto", "auto"), True, {}, ("cuda", torch.bfloat16)),
-    (("auto", "auto"), False, {}, ("cpu", torch.float32)),
-    (("auto", "auto"), False, {"avx512_bf16": True}, ("cpu", torch.bfloat16)),
     (("auto", "auto"), False, {"amx_bf16": True}, ("cpu", torch.bfloat16)),
     (("cpu", "auto"), True, {}, ("cpu", torch.float32)),
 ])  # fmt: skip

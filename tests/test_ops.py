@@ -1,6 +1,7 @@
 """Sorted experts equal the loop over experts; test_kernels.py has what the CUDA extension does."""
 
 import copy
+import ctypes
 from types import SimpleNamespace
 
 import pytest
@@ -121,3 +122,16 @@ def test_what_the_extension_and_grouped_mm_support(monkeypatch):
     for capability in ((8, 9), (9, 0), (10, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert ops._has_grouped_mm(x, weight) is (capability >= (9, 0))
+
+
+def test_memory_does_not_grow_with_the_number_of_shapes_that_were_multiplied():
+    class Heap(ctypes.Structure):  # of which uordblks is what is allocated
+        _fields_ = [(name, ctypes.c_size_t) for name in (*"abcdefg", "uordblks", "h", "i")]
+
+    if (mallinfo := getattr(ctypes.CDLL(None), "mallinfo2", None)) is None:
+        pytest.skip("glibc's from 2.33 on")
+    mallinfo.restype, w, grown = Heap, randn(64, 64, dtype=HALF), []
+    for rows in range(1, 401):
+        randn(rows, 64, dtype=HALF) @ w
+        grown.append(mallinfo().uordblks)
+    assert grown[-1] - grown[199] < 10e6  # else 100 MB, where bf16 matmuls are compiled

@@ -34,7 +34,6 @@ def test_holding_out_splits_by_image_and_takes_from_each_modality():
     assert {s.image for s in train}.isdisjoint({s.image for s in val})
     assert sorted(str(s.modality) for s in val) == ["CT"] * 12 + ["MRI"] * 4 + ["None"]
     assert (train, val) == rt.hold_out(CROWD, 0.1, seed=0)
-    assert val != rt.hold_out(CROWD, 0.1, seed=1)[1]
     for n, share, held in ((1, 0.9, 0), (2, 0.1, 1), (5, 0.4, 2), (3, 1, 2)):  # something is kept
         texts = [Sample(str(i), "test", "train", None, ()) for i in range(n)]
         assert [len(part) for part in rt.hold_out(texts, share, 0)] == [n - held, held]
@@ -51,7 +50,7 @@ def test_one_per_image_alternates_between_modalities_and_takes_no_image_twice():
     assert chosen == rt.one_per_image(CROWD, 30, seed=0) != rt.one_per_image(CROWD, 30, seed=1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def phantoms():
     """A dense model, and one question about each of 70 images."""
     samples = rt.one_per_image(load_samples(("phantoms:80",), "vqa", "train"), 70, seed=0)
@@ -68,11 +67,10 @@ def test_a_router_sees_what_the_ffns_see(phantoms):
     batch, seen = batch_of(model, samples[:5], text), []
     x, ffns = rt.ffn_inputs(model, batch, (0, 2)), [model.decoder.blocks[i].mlp for i in (0, 2)]
     assert not x.requires_grad and not any(f._forward_pre_hooks for f in ffns)
-    hooks = [f.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for f in ffns]
+    for ffn in ffns:
+        ffn.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     with torch.no_grad():
         model.loss(batch)
-    for hook in hooks:
-        hook.remove()
     assert torch.equal(x, torch.stack(seen))
 
 
@@ -81,15 +79,14 @@ def test_it_sees_the_mean_prompt_and_4_positions_from_the_image_on(collate, monk
             ([IMAGE_ID, IMAGE_ID, 2, 3, 9], [IGNORE] * 4 + [9])]  # fmt: skip
     batch = collate(rows, images=torch.zeros(2, 3, 8, 8))
     x = 100 * torch.arange(2.0)[:, None] + torch.arange(8)  # (B, T) which sample and position
-    x = torch.stack([x, -x])[..., None].expand(2, 2, 8, 3)  # (L, B, T, D)
+    x = torch.stack([x, -x])[..., None]  # (L, B, T, D = 1)
     monkeypatch.setattr(rt, "ffn_inputs", lambda model, of, layers: x if of is batch else None)
-    picked = set()
-    for seed in range(40):
-        generator = torch.Generator().manual_seed(seed)
+    picked, generator = set(), torch.Generator().manual_seed(0)
+    for _ in range(40):
         pooled, single = rt.router_inputs(None, batch, (0, 2), generator)  # (B, L, D)
-        assert pooled[:, :, 0].tolist() == [[2.5, -2.5], [101.5, -101.5]]
-        assert single.shape == (2, 2, 4, 3) and torch.equal(single[:, 0], -single[:, 1])
-        positions = [set(row[0, :, 0].tolist()) for row in single]
+        assert pooled.tolist() == [[[2.5], [-2.5]], [[101.5], [-101.5]]]
+        assert single.shape == (2, 2, 4, 1) and torch.equal(single[:, 0], -single[:, 1])
+        positions = [set(row[0].flatten().tolist()) for row in single]
         assert len(positions[0]) == 4 and positions[1] == {100, 101, 102, 103}
         picked |= positions[0]
     assert picked == {1, 2, 3, 4, 5}
@@ -124,32 +121,29 @@ def test_every_single_decision_is_a_training_example_and_fewer_experts_share_mod
 
 
 def test_a_router_is_judged_by_mean_logits_over_layers_and_by_each_single_position():
-    linear = nn.Linear(4, 4, bias=False)
-    linear.weight.data.copy_(torch.eye(4))
-    near = F.one_hot(torch.tensor([0, 1, 2, 2]), 4).float()  # (n, D)
-    far = F.one_hot(torch.tensor([3, 3, 3, 3]), 4).float()
+    near, far = F.one_hot(torch.tensor([[0, 1, 2, 2], [3, 3, 3, 3]]), 4).float()  # (n, D)
     pooled = torch.stack([2 * near, far], dim=1)
     single = torch.stack([near, near, far], dim=1)[:, None]  # (n, L = 1, M = 3, D)
-    report = rt.evaluate_router(linear, (pooled, single, torch.tensor([0, 1, 2, 3])), 4)
+    report = rt.evaluate_router(nn.Identity(), (pooled, single, torch.arange(4)), 4)
     assert report == router_report([0, 1, 2, 3], [0, 1, 2, 2], MODALITIES) | {
         "token_accuracy": pytest.approx(7 / 12)}  # fmt: skip
 
 
 def test_phase_2_trains_it_on_one_question_an_image_of_which_a_fifth_is_held_out(phantoms):
     model, samples, text = phantoms
-    flags = TrainConfig(router_images=66, router_noise=0.5, experts=0, seed=3)
+    flags = TrainConfig(router_images=66, router_noise=0.25, experts=0, seed=3)
     kept, held = rt.hold_out(rt.one_per_image(samples, 66, 3), 0.2, 3)
-    noisy = rt.mislabel(kept, 0.5, 3)
+    noisy, how = rt.mislabel(kept, 0.25, 3), (CPU, torch.float32)
     n_wrong = sum(a.modality != b.modality for a, b in zip(kept, noisy, strict=True))
-    assert n_wrong == round(0.5 * len(kept)) and noisy != rt.mislabel(kept, 0.5, 4)
-    parts = [rt.collect(model, part, text, (0, 2), 3, CPU, torch.float32) for part in (noisy, held)]
+    assert n_wrong == round(0.25 * len(kept)) and noisy != rt.mislabel(kept, 0.25, 4)
+    parts = [rt.collect(model, part, text, (0, 2), 3, *how) for part in (noisy, held)]
     generator = torch.Generator().manual_seed(3)
     by_hand = rt.router_inputs(model, batch_of(model, held, text), (0, 2), generator)
     torch.testing.assert_close(parts[1][:2], by_hand)
     assert parts[1][2].tolist() == [MODALITIES.index(s.modality) for s in held]
-    found = rt.learn_router(model, samples, text, flags, (0, 2), CPU, torch.float32)
+    found = rt.learn_router(model, samples, text, flags, (0, 2), *how)
     wanted = rt.train_router(*parts, 4, 3)
     torch.testing.assert_close(found[0], wanted[0])
-    assert found[1] == wanted[1] and found[1]["n"] == len(held)
+    assert found[1] == wanted[1]
     unknown = [replace(s, modality=None) for s in samples]
-    assert rt.learn_router(model, unknown, text, flags, (0, 2), CPU, torch.float32) == ({}, {})
+    assert rt.learn_router(model, unknown, text, flags, (0, 2), *how) == ({}, {})

@@ -25,8 +25,6 @@ def names(node):
 
 def has_items(node, known):
     """Is there certainly something in it? known: names of which this is known."""
-    if generators := getattr(node, "generators", []):
-        return all(has_items(each.iter, known) and not each.ifs for each in generators)
     match node:
         case ast.Constant(value=value):
             return bool(value)
@@ -40,16 +38,14 @@ def has_items(node, known):
             return any(has_items(value, known) for value in values)
         case ast.BinOp(left=left, right=right):
             return has_items(left, known) or has_items(right, known)
+        case ast.ListComp(generators=parts) | ast.GeneratorExp(generators=parts):
+            return all(has_items(each.iter, known) and not each.ifs for each in parts)
         case ast.Call(func=func, args=args):
             name = ast.unparse(func).split(".")[-1]
-            if name in KEEP and isinstance(func, ast.Attribute) and not args:
-                args = [func.value]
-            certain = [has_items(arg, known) for arg in args[name == "map" :]]
-            # A range has items where its end has, strictly zipped lists where one of them has.
-            certain = certain[:2][-1:] if name == "range" else certain
-            if not any(keyword.arg == "strict" for keyword in node.keywords):
-                certain = [bool(certain) and all(certain)]
-            return name in NEVER_EMPTY or (name in KEEP and any(certain))
+            parts = args[name == "map" :] or [getattr(func, "value", func)]
+            certain = [has_items(part, known) for part in parts]
+            certain = any(certain) if "strict=True" in ast.unparse(node) else all(certain)
+            return name in NEVER_EMPTY or (name in KEEP and certain)
     return False
 
 
@@ -76,10 +72,8 @@ def known_names(function):
             if appended and all(loop and has_items(loop, known) for loop in loops):
                 filled.add(appended[1])
             if isinstance(node, ast.Assign):
-                pairs = [(node.targets[0], node.value)]
-                if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
-                    pairs = zip(node.targets[0].elts, node.value.elts, strict=False)
-                for place, value in pairs:
+                places, values = ([*getattr(x, "elts", [x])] for x in (node.targets[0], node.value))
+                for place, value in zip(places, values, strict=False):
                     bound.setdefault(ast.unparse(place), []).append(has_items(value, known))
         known = known | filled | {name for name, values in bound.items() if all(values)}
     return known
@@ -127,10 +121,8 @@ def test_all():
     found = made()
     assert all(x for x in found)
 def test_written_out():
-    rows = [(1, 2), (3, 4)]
-    assert all(a < b for a, b in rows)
+    assert all(a < b for a, b in [(1, 2), (3, 4)])
 def test_asserted():
-    found = made()
     assert len(found) == 3
     for x in found:
         assert x

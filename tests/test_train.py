@@ -3,6 +3,7 @@
 The golden curve is made by: python -m tests.test_train
 """
 
+import hashlib
 import json
 import math
 import sys
@@ -263,7 +264,7 @@ def finished(tmp_path_factory):
         scored = Mock(return_value=SimpleNamespace(returncode=0))
         patch.setattr(train.subprocess, "run", scored)
         with pytest.MonkeyPatch.context() as spy:
-            for name in ("Images", "seed_all", "load_samples", "Dataset"):
+            for name in ("Images", "seed_all", "load_samples", "Dataset", "Text"):
                 calls[name] = Mock(side_effect=getattr(train, name))
                 spy.setattr(train, name, calls[name])
             train.main([*ARGV, "--out", str(folder), "--save-every", "1", "--json",
@@ -297,6 +298,7 @@ def test_each_phase_reads_its_samples_and_crops_only_the_images_of_captions(fini
     assert [call.kwargs["pad"] for call in calls["Images"]] == [False, True, True]
     assert [call.args[3] for call in calls["Dataset"]] == [True, False, False]  # plain
     assert [call.args[0] for call in calls["seed_all"]] == [1, 2, 3]
+    assert [call.args[1] for call in calls["Text"]] == [1024] * 3  # rows of the embedding
     seen = leaks.seen_by([])
     for folder, task in zip(finished.phases, ("captions", "instructions", "vqa"), strict=True):
         seen = leaks.merge(seen, leaks.seen_by(load_samples(("phantoms:12",), task, "train")))
@@ -316,6 +318,28 @@ def test_then_it_is_scored_in_a_process_of_its_own(finished, monkeypatch):
     assert stop.value.code == 3 and "RANK" not in failing.call_args.kwargs["env"]
 
 
+def test_a_router_of_ones_own_is_named_again_to_all_that_load_it(
+    finished, tmp_path, monkeypatch, capsys
+):
+    (file := tmp_path / "mine.py").write_text("import routers\nclass A(routers.TopKRouter): pass\n")
+    argv = [*ARGV, "--init", str(finished.phases[1]), "--router", f"{file}:A"]
+    scored = Mock(return_value=SimpleNamespace(returncode=0))
+    monkeypatch.setattr(train.subprocess, "run", scored)
+    monkeypatch.setattr(train.Run, "remove", lambda *_: None)  # keeps phase3-step0000001
+    train.main([*argv, "--out", str(tmp_path / "a"), "--save-every", "1"])
+    three = tmp_path / "a" / "phase3"
+    assert scored.call_args.args[0][2:6] == [str(three), "--blind", "--router", f"{file}:A"]
+    digest = read_config(three)[1]["run"]["router_sha256"]
+    assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+    flags = TrainConfig(preset="mini", router=f"{file}:A")
+    assert train.initial_model(flags, three)[0].config.moe.router == f"{file}:A"
+    with pytest.raises(UserError, match=f"{three}: trained with --router {file}:A"):
+        train.initial_model(replace(flags, router="topk"), three)
+    file.write_text(file.read_text() + "\n")
+    train.main([*argv, "--out", str(tmp_path / "a"), "--resume"])
+    assert f"router_sha256 {digest}, now " in capsys.readouterr().err
+
+
 def test_phases_that_are_done_are_kept_and_must_have_been_trained_alike(finished, capsys, tmp_path):
     before = weights(finished.phases[2])
     argv = [*ARGV, "--out", str(finished.folder), "--no-eval"]
@@ -324,7 +348,7 @@ def test_phases_that_are_done_are_kept_and_must_have_been_trained_alike(finished
     assert "phase 3: done before" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         train.main(argv)
-    assert "--resume, or give --overwrite" in capsys.readouterr().err
+    assert "replace it with --overwrite" in capsys.readouterr().err
     assert same(weights(finished.phases[2]), before)
     for change in ("--seed 5 --resume", *(f"{flags} --overwrite" for flags in (
         "--seed 5", "--data phantoms:13", "--lang zh", "--tune-vision", "--batch-size 3",
@@ -353,6 +377,17 @@ def test_a_phase_starts_from_the_checkpoint_before_only_if_it_fits(finished):
     for number, changed in ((2, {}), (3, {"experts": 0})):
         dense, _ = train.prepare(number, replace(flags, **changed), two)
         assert dense.config.moe is None
+
+
+def test_the_summary_has_a_line_for_each_family_with_its_parameters(build):
+    model = build()
+    freeze_all_but(model, ("projector.*",))
+    rows = [line.split() for line in train.describe(model).splitlines()]
+    count = sum(p.numel() for p in model.projector.fc1.parameters())
+    assert rows[0] == ["trains", "projector.fc1", f"{count:,}"]
+    assert [row[1] for row in rows if "attn" in row[1]] == ["decoder.blocks.*.attn"]
+    n = sum(int(row[2].replace(",", "")) for row in rows)
+    assert n == sum(p.numel() for p in model.parameters())
 
 
 def test_a_recipe_is_the_presets_longer_with_the_tower_and_changed_by_flags():

@@ -1,5 +1,7 @@
 """A correct submission, and a budget so small that it is scored in seconds."""
 
+from dataclasses import asdict
+
 import pytest
 
 from config import PRESETS
@@ -22,6 +24,7 @@ class Mine(Router):
 '''
 BUDGET = score.Budget(preset="mini", base_images=8, base_steps=2, train_images=8, steps=2,
                       batch_size=4, lr=1e-2, eval_images=3)  # fmt: skip
+JOB = asdict(BUDGET) | {"class": "Mine", "seed": 1, "where": "mine.py", "data": "phantoms:8+10000"}
 
 
 @pytest.fixture(name="base", scope="module")

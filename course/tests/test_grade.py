@@ -1,6 +1,7 @@
 """A folder of submissions is graded in one command, each by pytest in a child process."""
 
 import csv
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -35,13 +36,15 @@ def test_a_submission_is_tested_in_a_child_and_called_by_its_own_name(tmp_path):
         judge.judge(tmp_path / "test_stub.py", text, "Mine", "mine.py", 0.1)
 
 
-HANDED_IN = [  # name, text, verdict, passed in the contract, and words of the note
-    ("a_cheats", "import os\n" + GOOD, "refused", "-", "line 1: imports os"),
-    ("b_bytes", "\udcff", "refused", "-", "utf-8"),
-    ("c_fails", GOOD + "# fails", "failed", "1/2", "test_b: gates fail"),
-    ("d_hangs", GOOD + "# hangs", "stopped", "-", "d_hangs.py: stopped after 3 s"),
-    ("e_good", GOOD, "passed", "2/2", ""),
-    ("f_skips", GOOD + "# skips", "failed", "0/0", "no test applied"),
+HANDED_IN = [  # name, text; verdict, passed in the contract and the assignment, words of the note
+    ("a_cheats", "import os\n" + GOOD, "refused", "-", "-", "line 1: imports os"),
+    ("b_bytes", "\udcff", "refused", "-", "-", "utf-8"),
+    ("c_fails", GOOD + "# fails", "failed", "1/2", "2/2", "test_b: gates fail"),
+    ("d_hangs", GOOD + "# hangs", "stopped", "-", "-", "d_hangs.py: stopped after 3 s"),
+    ("e_good", GOOD + "class Other(Mine):\n    pass\n", "passed", "2/2", "2/2", ""),
+    ("f_skips", GOOD + "# skips", "failed", "0/0", "0/0", "no test applied"),
+    ("g_two", GOOD + "class B(Router):\n    pass\n", "refused", "-", "-", "one .* has Mine, B"),
+    ("h_wrong", GOOD + "# wrong", "failed", "2/2", "1/2", "test_b: gates fail"),
 ]
 
 
@@ -50,50 +53,36 @@ def judge_by_comment(tests, text, cls, where, limit_s, extra=()):
     if "hangs" in text:
         raise UserError(f"{where}: stopped after {limit_s:g} s")
     cases = [Case("test_a", "passed"), Case("test_b", "passed"), Case("test_c", "skipped", "no")]
-    if "fails" in text or extra == ("--assignment", "4"):
+    if ("wrong" if extra == ("--assignment", "3") else "fails") in text:
         cases[1] = Case("test_b", "failed", "gates\nfail")
     return Judged(cases[2:] if "skips" in text else cases)
 
 
-@pytest.fixture(name="folder")
-def _folder(tmp_path, monkeypatch):
+def score_by_name(spec, flags, contract):
+    return {"val_loss": 0.123456, "hash": f"of {flags.student}, {flags.seeds}, {contract}"}
+
+
+def test_no_submission_stops_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(judge, "judge", judge_by_comment)
-    (tmp_path / "handed in").mkdir()
+    monkeypatch.setattr(score, "score", score_by_name)
     for name, text, *_ in HANDED_IN:
-        (tmp_path / "handed in" / f"{name}.py").write_text(text, errors="surrogateescape")
-    return tmp_path / "handed in"
-
-
-def test_no_submission_stops_the_others(folder, tmp_path):
+        (tmp_path / f"{name}.py").write_text(text, errors="surrogateescape")
     table, report = tmp_path / "grades.csv", tmp_path / "grades.xml"
-    grade.main([str(folder), "--limit", "3", "--csv", str(table), "--junit", str(report)])
-    rows = csv.DictReader(table.open())
+    grade.main([str(tmp_path), "--limit", "3", "--assignment", "3", "--score", "--seeds", "2",
+                "--csv", str(table), "--junit", str(report)])  # fmt: skip
+    rows = list(csv.DictReader(table.open()))
+    columns = ("file", "verdict", "contract", "assignment")
     for row, (name, _, *expected, words) in zip(rows, HANDED_IN, strict=True):
-        assert (row["file"], row["verdict"], row["contract"]) == (f"{name}.py", *expected)
-        assert words in row["note"] and bool(words) == bool(row["note"])
+        assert [row[column] for column in columns] == [f"{name}.py", *expected]
+        assert re.search(words, row["note"]) and bool(words) == bool(row["note"])
+    best = [rows[4][column] for column in ("router", "val_loss", "hash")]
+    assert best == ["Other", "0.1235", "of e_good, 2, 2/2"]
     suites = ET.parse(report).getroot()
     counts = [tuple(s.get(n) for n in ("name", "tests", "failures", "skipped")) for s in suites]
-    assert counts[2:5] == [("c_fails.py", "4", "1", "1"), ("d_hangs.py", "2", "1", "0"),
-                           ("e_good.py", "4", "0", "1")]  # fmt: skip
+    assert counts[2:5] == [("c_fails.py", "8", "1", "2"), ("d_hangs.py", "4", "2", "0"),
+                           ("e_good.py", "8", "0", "2")]  # fmt: skip
     formula = grade.row_of(grade.Grade("=1+1", note="a=1"))
     assert (formula[0], formula[-1]) == ("'=1+1", "a=1"), "a spreadsheet would evaluate it"
-
-
-def test_the_tests_of_an_assignment_and_the_score_are_columns(folder, monkeypatch):
-    def scored(spec, flags, contract):
-        assert (flags.student, flags.seeds, contract) == ("e_good", 2, "2/2")
-        return {"val_loss": 0.123456, "hash": "abc"}
-
-    monkeypatch.setattr(score, "score", scored)
-    flags = {"folder": str(folder), "assignment": 3, "score": True, "seeds": 2}
-    done = grade.grade_file(folder / "e_good.py", grade.GradeConfig(**flags))
-    assert (done.assignment, done.val_loss, done.hash) == ("2/2", 0.1235, "abc")
-    done = grade.grade_file(folder / "e_good.py", grade.GradeConfig(**flags | {"assignment": 4}))
-    assert (done.contract, done.assignment, done.verdict) == ("2/2", "1/2", "failed")
-
-
-@pytest.mark.parametrize("flags", [["absent"], [".", "--limit", "0"]])
-def test_a_mistake_of_the_lecturer_is_exit_code_2(flags, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        grade.main(flags)
+        grade.main([str(tmp_path / "absent")])
+    assert "absent: not a folder" in capsys.readouterr().err

@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from config import UserError
+from engine.first_gate import check_first_calls
 from moe import MLP, upcycle
 from routers import ROUTERS, Hints, Router, Routing, get_router
 from tests.conftest import randn, shake
@@ -90,6 +92,16 @@ def only_if(applies: bool, reason: str) -> None:
 
 
 class Contract:
+    def the_first_calls_are_as_training_checks_them(case: Case) -> None:
+        """As train.py and eval.py do: shape, dtype, sign, and nothing else may change."""
+        for training in (True, False):
+            router = check_first_calls(case.router().train(training))
+            try:
+                route_samples(router, seed=2**31 - 1)  # as no router would seed torch
+                router.update(torch.tensor([2.0, 0.1, 0.1, 0.1]))
+            except UserError as error:
+                raise AssertionError(error) from None
+
     def gates_are_finite_fp32_and_not_negative(case: Case) -> None:
         """(B, T, E) in torch.float32, also if E = 1 or k = E. Check for 0 / 0 and log(0)."""
         for n_experts, k in ((4, 2), (1, 1), (4, 4)):

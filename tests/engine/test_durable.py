@@ -3,8 +3,11 @@
 tests/slow/test_faults.py has more kinds of faults.
 """
 
+import errno
 import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 from unittest.mock import Mock
 
@@ -12,7 +15,7 @@ import pytest
 
 from config import UserError, warn_once
 from engine import durable
-from engine.durable import CHECKSUMS, agree, in_first, recover, verify, write_directory
+from engine.durable import CHECKSUMS, agree, in_first, locked, recover, verify, write_directory
 from tests.engine.test_parallel import in_two
 
 FILES = ("a.bin", "b.json")
@@ -210,3 +213,36 @@ def test_processes_write_one_directory_and_an_error_in_one_is_an_error_in_all(tm
     assert in_two(tmp_path, work) == expected
     assert sorted(os.listdir(tmp_path / "x")) == ["b.json", CHECKSUMS, "own0", "own1"]
     verify(tmp_path / "x")
+
+
+@pytest.mark.parametrize(("module", "name", "code", "message"), [
+    ("fcntl", "flock", 0, None), ("msvcrt", "locking", 0, None),  # the second one is Windows'
+    ("fcntl", "flock", errno.EAGAIN, "another run"), ("msvcrt", "locking", errno.EACCES, "another"),
+    ("fcntl", "flock", errno.ENOLCK, None), ("fcntl", "flock", errno.EOPNOTSUPP, None),
+])  # fmt: skip
+def test_a_second_run_is_refused_or_warned_of(tmp_path, monkeypatch, module, name, code, message):
+    fake, error = Mock(LOCK_EX=2, LOCK_NB=4), code and OSError(code, "no locks")
+    getattr(fake, name).side_effect = error or None
+    for other in ("fcntl", "msvcrt"):
+        monkeypatch.setitem(sys.modules, other, fake if other == module else None)
+    monkeypatch.setattr(durable, "warn_once", warned := Mock())
+    with pytest.raises(UserError if message else Crash, match=message), locked(tmp_path):
+        raise Crash
+    assert getattr(fake, name).called and warned.called == (code > 0 and not message)
+
+
+def test_windows_syncs_no_folder_and_only_files_that_it_may_write(tmp_path, monkeypatch):
+    def windows_open(path, flags):
+        assert path.is_file() and flags & os.O_RDWR
+        return posix_open(path, flags)
+
+    posix_open = os.open
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "open", windows_open)
+    save(tmp_path, "n")
+    assert read(tmp_path / "x") == "n" and os.fsync.call_count == 3
+
+
+def test_windows_imports_every_script():
+    lacking = "import signal, sys; sys.modules['fcntl'] = None; del signal.SIGHUP"
+    subprocess.run([sys.executable, "-c", f"{lacking}; import train, eval, chat"], check=True)

@@ -66,13 +66,6 @@ def test_it_grows_no_larger_than_it_may_and_warns_once(model, computed, capsys, 
     assert capsys.readouterr().err.count("--cache-gb") == 1
 
 
-def test_a_tower_that_is_trained_is_not_cached_and_one_line_says_so(model, capsys):
-    model.vision.blocks[1].fc2.bias.requires_grad_(True)
-    cache_features(model, TrainConfig(phase=2, cache_features=True), 1)
-    assert capsys.readouterr().out.count("phase 2: trains the tower") == 1
-    assert type(model.vision) is VisionTower
-
-
 def test_a_run_computes_every_image_once_and_its_losses_stay(tmp_path, computed, monkeypatch):
     monkeypatch.setitem(PRESETS, "mini", mini(tmp_path / "parts"))
     found = []

@@ -1,18 +1,13 @@
 """Answering is faster and gives the same answers; options are chosen by their likelihood."""
 
-import copy
 import itertools
 
 import pytest
 import torch
 
-from config import IGNORE, IMAGE_ID, DecoderConfig, ModelConfig
+from config import IGNORE, IMAGE_ID
 from decoder import Cache
 from engine import inference
-from model import MedMoE
-from moe import Experts
-from ops import SortedExperts
-from tests.conftest import VISION, shake
 
 PATCHES = [IMAGE_ID] * 4
 PROMPTS = [[5, *PATCHES, 9, 11], [*PATCHES, 7], [7, 8, 40, 41, 12]]  # an image, one, none
@@ -56,31 +51,6 @@ def test_q_k_and_v_are_views_of_one_matrix_and_answers_stay(build, batch, family
     with torch.no_grad():
         assert not attn.fused
         torch.testing.assert_close(forward(model, batch).float(), changed, atol=1e-5, rtol=0)
-
-
-def test_matmuls_are_cast_but_neither_routers_nor_norms_nor_a_tied_embedding(build):
-    tied = ModelConfig(VISION, DecoderConfig("llama", 64, 32, 1, 4, 48, 8, tied=True))
-    wanted = {"ln", "ln_f", "embed", "ln_pre", "vision"}
-    for model, wide in ((build(moe={}), wanted | {"proj"}), (shake(MedMoE(tied)), wanted)):
-        inference.cast_matmuls(model, torch.bfloat16)
-        names = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
-        assert {n.split(".")[-2].rstrip("_12") for n in names} == wide
-        assert "vision.patch_embed.weight" not in names
-
-
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_a_prepared_model_is_sorted_and_fused_and_answers_alike(build, batch, dtype):
-    model = build("stablelm", {"router": "topk"}).train()
-    plain = copy.deepcopy(model).eval()
-    inference.prepare(model, torch.device("cpu"), dtype)
-    assert not model.training
-    assert model.decoder.blocks[0].attn.q.weight.dtype == (dtype or torch.float32)
-    assert {type(block.attn) for block in model.decoder.blocks} == {inference.FusedAttention}
-    assert {type(m) for m in model.modules() if isinstance(m, Experts)} == {SortedExperts}
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
-        torch.testing.assert_close(
-            forward(model, batch), forward(plain, batch), atol=0.3 if dtype else 1e-5, rtol=0
-        )
 
 
 @pytest.mark.parametrize("moe", [None, {}, {"level": "sequence"}])

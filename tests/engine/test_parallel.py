@@ -1,22 +1,17 @@
 """Two processes, forked here, compute what one computes; they exchange through gloo on the CPU."""
 
 import os
-import sys
-from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.distributed.device_mesh import init_device_mesh
 
 from config import IGNORE, IMAGE_ID, UserError
-from engine.parallel import ParallelExperts, shard
-from engine.processes import Processes, join_processes, like, put, write_tensors
+from engine.parallel import shard
+from engine.processes import Processes, like, put, write_tensors
 from engine.run import Run
-from moe import MLP, Experts
 from ops import local
-from tests.conftest import shake
 
 CPU = torch.device("cpu")
 PATCHES, HIDDEN = [IMAGE_ID] * 4, [IGNORE] * 5
@@ -114,41 +109,7 @@ def test_sums_shares_and_joins_over_two_processes(tmp_path):
                                       ([1, 3], [3.0, 1.0], joined, False, False)]  # fmt: skip
 
 
-def test_each_process_of_torchrun_takes_the_gpu_of_its_local_rank(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(sys, "stdout", None)  # put back in the end
-    monkeypatch.setattr(torch.cuda, "device_count", Mock(return_value=2))
-    monkeypatch.setattr(torch.cuda, "set_device", Mock())
-    monkeypatch.setattr(dist, "init_process_group", Mock())
-    monkeypatch.setattr(dist, "get_rank", Mock(return_value=3))
-    found = join_processes("auto")
-    assert (found.rank, found.world, found.is_first) == (3, 4, False)
-    assert torch.cuda.set_device.call_args.args == (1,)
-    assert dist.init_process_group.call_args.args == ("cpu:gloo,cuda:nccl",)
-    assert sys.stdout.name == os.devnull  # the first alone prints
-
-
 @pytest.mark.parametrize(("world", "n"), [(1, 2), (4, 3), (3, 3)])
 def test_the_processes_that_share_the_experts_divide_both(build, world, n):
     with pytest.raises(UserError, match=f"--expert-parallel {n}: must divide the {world} proc"):
         shard(build(moe={}), Processes(0, world), CPU, n)
-
-
-@pytest.mark.parametrize("routed", [[0, 1, 2, 3], [2], []])
-def test_rows_come_back_to_their_tokens(tmp_path, routed):
-    experts, found = shake(Experts(MLP(8, 16), 4)).double(), []
-    x = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
-    gates = torch.zeros(10, 4, dtype=torch.float64)
-    gates[:, routed] = torch.rand(10, len(routed), dtype=torch.float64).sub(0.3).relu()
-    inputs = x, gates.requires_grad_(), *experts.parameters()
-    for is_parallel in (False, True):
-        if is_parallel:  # with itself
-            dist.init_process_group("gloo", f"file://{tmp_path / 'alone'}", rank=0, world_size=1)
-            experts.__class__ = ParallelExperts
-            experts.group, experts.n = init_device_mesh("cpu", (1,)).get_group(), 1
-        y = experts(x, gates)
-        found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
-    dist.destroy_process_group()
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import train
 from config import IGNORE, IMAGE_ID, PHASES, PRESETS, TrainConfig, UserError, to_dict
@@ -223,17 +224,21 @@ def bare(**values):
     return run
 
 
-@pytest.mark.parametrize("step", [2, 5])  # also the last one
-def test_a_signal_saves_a_checkpoint_to_resume_from(phase, monkeypatch, tmp_path, capsys, step):
+@pytest.mark.parametrize(("step", "is_signal"), [(2, True), (5, True), (2, False)])
+def test_a_signal_saves_a_checkpoint_to_resume_from_as_does_a_closed_stderr(
+    phase, monkeypatch, tmp_path, capsys, step, is_signal
+):  # step 5 is the last one
     plain = Run.log
 
     def log(self, **values):
         plain(self, **values)
-        if values.get("step") == step:
+        if values.get("step") == step and is_signal:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"^{128 + 15}$"):
         patch.setattr(Run, "log", log)
+        if not is_signal:
+            patch.setattr(tqdm, "update", Mock(side_effect=[True, True, BrokenPipeError]))
         phase(1, *STEPS)
     printed = capsys.readouterr().err
     assert f"stopped by SIGTERM after {step + 1} steps" in printed and "--resume" in printed
@@ -264,6 +269,17 @@ def test_signals_are_noted_given_back_and_never_lost_and_a_second_one_ends_it():
             os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+
+
+def test_a_step_without_an_image_leaves_what_images_reach_to_no_momentum():
+    params = {n: torch.nn.Parameter(torch.ones(1)) for n in ("vision.a", "projector.b", "decoder")}
+    for n_images, left in ((0.0, ["decoder"]), (2.0, [*params])):
+        for param in params.values():
+            param.grad = torch.zeros(1)
+        counts = torch.tensor([n_images, 0, 0, 4, 0, 0])
+        run = bare(params=params, counts=counts, routed=torch.ones(1, 2), load_shape=(1, 2))
+        run.sum_loss_and_load(3.0)
+        assert [n for n, p in params.items() if p.grad is not None] == left
 
 
 def test_other_processes_count_in_signals_and_norms_and_drop_out_otherwise(build, monkeypatch):

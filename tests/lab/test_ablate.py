@@ -24,30 +24,22 @@ class Fake:
     def __init__(self):
         self.commands, self.fails = {"train.py": [], "eval.py": []}, ""
 
-    def __call__(self, words, *, env, **options):
+    def __call__(self, words, **options):
         _, script, *command = words
         self.commands[script].append(command)
-        assert env["OMP_NUM_THREADS"] == "1"
         if self.fails in command:
             return SimpleNamespace(returncode=1, stderr="a line\nno memory\n")
         value = dict(zip(command, [*command[1:], ""], strict=True))
         if script == "train.py":
             Path(value["--out"], f"phase{value['--phase']}").mkdir(parents=True)
         else:
-            n, params = right(command[0]), {"total": 3_000_000, "activated": 2_000_000}
-            answers = [s.turns[0][1] if i < n else "?" for i, s in enumerate(QUESTIONS)]
-            answers = dict(zip(question_ids(QUESTIONS), answers, strict=True))
-            found = {"answers": answers, "data": ["phantoms"], "split": "test", "params": params}
+            found = {"data": ["phantoms"], "params": {"total": 3, "activated": 2}}
+            found["answers"] = dict.fromkeys(question_ids(QUESTIONS), "yes")
             Path(value["--json"]).write_text(json.dumps(found))
         return SimpleNamespace(returncode=0)
 
     def count(self):  # of train.py, of eval.py
         return [len(commands) for commands in self.commands.values()]
-
-
-def right(checkpoint):
-    """How many of the first answers are right: it depends on the folder's hash."""
-    return int(Path(checkpoint).parent.name[0], 16) + 20
 
 
 @pytest.fixture
@@ -68,10 +60,10 @@ def test_rows_share_what_they_have_in_common_and_nothing_is_done_twice(fake, tmp
     phases = [c[c.index("--phase") + 1] for c in fake.commands["train.py"]]
     # a seed: phase 1 once, phase 2 as it is and skipped, phase 3 of medmoe, no-meta, no-phase-2
     assert {n: phases.count(n) for n in "123"} == {"1": 2, "2": 4, "3": 6}
+    yes = [s.turns[0][1] == "yes" for s in QUESTIONS if s.answer_type == "closed"]  # answered
+    assert found["rows"][0]["closed"] == pytest.approx({"mean": np.mean(yes), "sd": 0})
     assert run(tmp_path, *names, "--seeds", "2")["rows"] == found["rows"]
     assert fake.count() == [12, 10]
-    run(tmp_path, *names, "--seeds", "3")
-    assert fake.count() == [18, 15]
 
 
 def test_after_an_error_what_is_done_stays_and_rows_have_their_flags(fake, tmp_path, capsys):
@@ -105,17 +97,3 @@ def test_the_paired_interval_by_hand():
     assert found["difference"] == pytest.approx(1 / 3)
     assert found["ci95_seeds"] == pytest.approx((1 / 3 - half, 1 / 3 + half))
     assert found["ci95"] == pytest.approx((-0.3243, 0.9910), abs=1e-4)  # both images the same
-
-
-def test_the_table_has_what_was_counted(fake, tmp_path):
-    medmoe, top_1 = run(tmp_path, "medmoe", "top-1", "--seeds", "3")["rows"]
-    text = (tmp_path / "medmoe-top-1.md").read_text()
-    closed = np.array([s.answer_type == "closed" for s in QUESTIONS])
-    runner = ablate.Runner(ablate.AblateConfig(names=(), out=str(tmp_path)))
-    rights = [np.arange(40) < right(runner.phase(3, ROWS["top-1"], seed)) for seed in range(3)]
-    for part, which in (("closed", closed), ("open", ~closed), ("together", closed | True)):
-        shares = [hits[which].mean() for hits in rights]
-        mean, sd = np.mean(shares), np.std(shares, ddof=1)
-        assert top_1[part] == pytest.approx({"mean": mean, "sd": sd})
-        assert f"| {100 * mean:.1f} ± {100 * sd:.1f} |" in text
-    assert f"| medmoe | {(mean - medmoe['together']['mean']) * 100:+.1f} | [" in text

@@ -1,6 +1,5 @@
 """What the benchmark compares computes the same; some of it needs transformers."""
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -37,22 +36,6 @@ def test_loss_gradients_and_greedy_tokens_are_those_of_the_assembled_model(famil
     tokens = bench.answer(ours, batch, torch.float32, 32)
     assert tokens.shape == (2, 32) and len(tokens.unique()) > 3
     assert torch.equal(tokens, theirs.answer(batch, torch.float32, 32))
-
-
-def test_without_transformers_it_says_so(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(SystemExit, match="2"):
-        bench.main(["generate"])
-    assert "pip install transformers" in capsys.readouterr().err
-
-
-def test_ways_alternate_the_first_round_does_not_count_and_ratios_are_within_a_round():
-    calls = []
-    ways = {n: lambda n=n: calls.append(n) for n in ("a", "b")}
-    seconds = bench.interleave(ways, rounds=2)
-    assert calls == ["a", "b"] * 3
-    assert [len(values) for values in seconds.values()] == [2, 2]
-    assert bench.ratios([10, 40, 90], [5, 10, 30]) == {"median": 3, "min": 2, "max": 4}
 
 
 @pytest.fixture(params=["phi2", "stablelm2"])

@@ -6,8 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from config import IMAGE_ID
-from lab.controls import Alone, ByModality, Everyone, Hash, Wrong, forced
+from lab.controls import Alone, ByModality, Everyone, Wrong, forced
 from model import generate
 from routers import Hints, TopKRouter
 
@@ -19,18 +18,6 @@ def test_everyone_has_gate_1_and_wrong_routes_no_token_to_the_true_expert():
     gates = Wrong(8, 4)(x, mask, Hints(modality=torch.tensor([0, 1, 2, 3, -1]))).gates
     assert gates[:4].eq(torch.eye(4).roll(1, dims=1)[:, None]).all()
     assert gates[4].eq(0.25).all()  # unknown: all alike
-
-
-def test_hash_depends_on_the_token_alone_and_of_a_patch_on_its_place():
-    def hashed(*ids):
-        ids = torch.tensor([ids])
-        router, mask = Hash(8, 4, top_k=2), torch.ones_like(ids, dtype=torch.bool)
-        return router(torch.randn(*ids.shape, 8), mask, Hints(ids=ids)).gates[0]
-
-    gates = hashed(5, IMAGE_ID, IMAGE_ID, 7, 5)
-    assert torch.equal(gates[0], gates[4]) and not torch.equal(gates[1], gates[2])
-    # Knuth: 5 * 2654435761 mod 2^32 = 386 276 917, a share of 0.09 of 2^32, so experts 0 and 1
-    assert gates[0].tolist() == [0.5, 0.5, 0, 0]
 
 
 @pytest.mark.parametrize("n_experts, k", [(4, 2), (3, 2), (4, 1)])

@@ -17,7 +17,7 @@ from data import Text
 from engine.older import ResidualMoE
 from engine.published import load_published
 from lab import convert
-from tests.mini import TOKENIZER, same
+from tests.mini import SMALL_TOKENIZER, same
 from tests.published import decoder_fields, write_published
 
 LAYOUTS = {  # what each published layer has
@@ -82,7 +82,7 @@ def make(build, tmp_path):
             values["moe"] = {"moe_layers_idx": layers, "num_experts": [4] * len(layers),
                              "top_k_experts": moe["top_k"], "capacity_factor": 1.5}  # fmt: skip
         (stage / "config.json").write_text(json.dumps(values))
-        (stage / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
+        (stage / "tokenizer.json").write_text(SMALL_TOKENIZER)
         ignored = {"model.image_tower.image_tower.vision_model.post_layernorm.bias": torch.zeros(3)}
         save_file(tensors | ignored, stage / "model.safetensors")
         return model, clip, stage
@@ -138,7 +138,7 @@ def moe(layers, n_experts, top_k=2):
         ("mm_hidden_size", 1024, "1024"),
         ("moe", 1, "'moe'"), ("moe", moe([0, 9], [4]), "[0, 9]"),
         ("moe", moe([0, 2], [4, 2]), "[4, 2]"), ("moe", moe([0], [4]), "experts[0]"),
-        ("moe", moe([0, 2], [4], 9), "top-k 9"),
+        ("moe", moe([0, 2], [4], 9), "top_k 9"),
     ],
 )  # fmt: skip
 def test_what_we_do_not_compute_is_refused_by_name(make, capsys, tmp_path, key, value, named):

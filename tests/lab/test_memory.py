@@ -16,15 +16,14 @@ import vision
 from config import IMAGE_ID, PHASES, DecoderConfig, ModelConfig, VisionConfig
 from data import Batch
 from lab import memory
-from lab.memory import MemoryConfig, phase_plan, plan
+from lab.memory import MemoryConfig, phase_plan
 from model import MedMoE, freeze_all_but, make_sparse
 from ops import use_sorted_experts
 
 TINY = VisionConfig(image_size=56, patch_size=14, width=32, n_layers=3, n_heads=2, d_ff=64)
 DECODERS = {
     "phi": DecoderConfig("phi", 512, 256, 4, 4, 1024, rotary_dim=8),
-    "stablelm": DecoderConfig("stablelm", 512, 256, 4, 4, 704, rotary_dim=8),
-    "llama": DecoderConfig("llama", 512, 256, 4, 4, 704, rotary_dim=8, n_kv_heads=2),
+    "stablelm": DecoderConfig("stablelm", 512, 256, 4, 4, 704, rotary_dim=8, n_kv_heads=2),
 }
 LENGTH, TEXT = 64, 64 - TINY.n_patches  # positions of a sample, and its supervised ones
 
@@ -37,16 +36,13 @@ class Alive(TorchDispatchMode):
         self.sizes, self.most = {}, 0
         self.add(tensors)
 
-    def now(self):
-        return sum(self.sizes.values())
-
     def add(self, tensors):
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage._cdata not in self.sizes:
                 self.sizes[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.sizes.pop, storage._cdata)
-        self.most = max(self.most, self.now())
+        self.most = max(self.most, sum(self.sizes.values()))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -71,19 +67,17 @@ def step(config, phase, n_samples, flags):
     moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in "mv"]
     with Alive([*(p.data for p in model.parameters()), *moments]) as alive:
         for _ in range(flags.accumulate):
-            before = alive.now()
+            before = sum(alive.sizes.values())
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model.loss(batch).total
-                kept = alive.now() - before
+                kept = sum(alive.sizes.values()) - before
             loss.backward()
     return kept, 2 * sum(b.numel() for b in biases if b.requires_grad), alive.most
 
 
-@pytest.mark.parametrize(("family", "phase", "flags"), [
-    ("llama", 1, {}), ("llama", 3, {}),  # in phase 2 a CPU's RMSNorm keeps its result as well
-    *((family, phase, flags) for family in ("phi", "stablelm") for phase in (1, 2, 3)
-      for flags in ({"activation_checkpointing": True}, {"accumulate": 2})),
-])  # fmt: skip
+@pytest.mark.parametrize("flags", [{"activation_checkpointing": True}, {"accumulate": 2}])
+@pytest.mark.parametrize("phase", [1, 2, 3])
+@pytest.mark.parametrize("family", DECODERS)
 def test_the_plan_is_what_is_alive_in_a_step(family, phase, flags, monkeypatch):
     """Tables of the routes and rotary angles, up to 0.5 %, are left out of the plan."""
     for module in (decoder, vision):  # attention as on a GPU, which keeps no scores
@@ -97,32 +91,3 @@ def test_the_plan_is_what_is_alive_in_a_step(family, phase, flags, monkeypatch):
         activations = one["activations"] - TEXT * 8 * 512  # the loss's in backward
         assert activations <= (kept_6 - kept_2) / 4 <= 1.005 * activations
         assert (3 * kept_2 - kept_6) / 2 - biases == pytest.approx(one["copies"], rel=2e-4)
-
-
-def test_weights_gradients_and_moments_have_the_bytes_of_their_types():
-    """Phi-2 with 4 experts: what is trained in phase 3 is experts and meta; routers stay fp32."""
-    sizes = [plan(MemoryConfig(preset="phi2", weights=w))["phases"][3]
-             for w in ("float32", "bf16", "bf16-stochastic")]  # fmt: skip
-    low, router = 2 * 6_436_199_488, 16 * 4 * 2561
-    trained = 16 * 5 * (2 * 2560 * 10240 + 2560 + 10240)
-    assert [s["parameters"] for s in sizes] == [2 * low, low + 2 * router, low + 2 * router]
-    assert [s["gradients"] for s in sizes] == [4 * trained, 2 * trained, 2 * trained]
-    assert [s["optimizer"] for s in sizes] == [8 * trained, 12 * trained, 8 * trained]
-
-
-def test_gpus_share_what_is_stored_and_gather_no_experts_of_their_own():
-    alone, eight, apart = (
-        plan(MemoryConfig(preset="phi2", batch_size=8, **flags))["phases"][3]
-        for flags in ({}, {"gpus": 8}, {"gpus": 4, "expert_parallel": 4})
-    )
-    for key in ("parameters", "gradients", "optimizer"):
-        assert eight[key] == -(-alone[key] // 8) and apart[key] == -(-alone[key] // 4)
-    assert (alone["samples"], eight["samples"], alone["gathered"]) == (8, 1, 0)
-    # Of two blocks and a gradient, 4 experts each.
-    assert eight["gathered"] - apart["gathered"] == 3 * 4 * 4 * (2 * 2560 * 10240 + 2560 + 10240)
-
-
-def test_the_plan_is_printed_with_the_smallest_gpu_that_holds_it(capsys):
-    total = memory.main(["--preset", "stablelm2", "--batch-size", "7"])["phases"][3]["total"]
-    size = min(c for c in memory.CLASSES if total <= 0.9 * c * 2**30)
-    assert capsys.readouterr().out.splitlines()[4].endswith(f" {total / 1e9:.2f}  fits {size} GB")

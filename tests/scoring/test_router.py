@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from data import Sample
+from metrics import expert_names
 from scoring.router import expert_load, judge_router, show_load
 
 
@@ -19,16 +20,15 @@ def test_routers_are_judged_by_all_prompts_of_an_image_and_their_load_by_modalit
         (None, "CT", [0.0, 1.0, 0.0, 0.0], even),
     ]
     samples = [Sample("1", "test", "test", image, (), name) for image, name, _, _ in rows]
-    predictions = [
-        SimpleNamespace(votes=torch.tensor(votes), load=torch.tensor(load))
-        for _, _, votes, load in rows
-    ]
+    predictions = [SimpleNamespace(votes=torch.tensor(votes), load=torch.tensor(load))
+                   for _, _, votes, load in rows]  # fmt: skip
     found = judge_router(samples, predictions)
     assert found["n"] == 2 and found["accuracy"] == 0.5
     assert found["confusion"][0][0] == 1 and found["confusion"][1][3] == 1
     load = expert_load(samples, predictions)
     assert load["CT"] == load["unknown"] == even and load["MRI"][0] == [0, 1, 0, 0]
     assert load["MRI"][1] == pytest.approx([0, 1 / 3, 0, 2 / 3])
-    shown = show_load(load, 4, [0, 2]).splitlines()[5]
-    assert shown.split() == ["block", "2", "MRI", "0.0%", "33.3%", "0.0%", "66.7%"]
+    first, *lines = show_load(load, expert_names(4), [0, 2]).splitlines()
+    assert first.split() == ["CT", "MRI", "X-ray", "pathology"] and len(first) == len(lines[4])
+    assert lines[4].split() == ["block", "2", "MRI", "0.0%", "33.3%", "0.0%", "66.7%"]
     assert judge_router(samples, [SimpleNamespace(votes=torch.tensor([]))] * 5)["n"] == 0  # dense

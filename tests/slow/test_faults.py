@@ -1,7 +1,6 @@
 """Power cuts at every disk operation of a save, and kill -9 of runs."""
 
 import contextlib
-import json
 import shutil
 import signal
 import subprocess
@@ -70,12 +69,12 @@ def test_a_power_cut_takes_only_what_was_not_synced(tmp_path, monkeypatch, befor
     assert n >= 9 and letter == "n"  # once save has returned, it is on the disk
 
 
-def test_kill_9_twice_in_phase_3_changes_neither_weights_nor_scores(tmp_path):
+def test_kill_9_twice_in_phase_3_changes_no_weights(tmp_path):
     quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     whole, out = tmp_path / "whole", tmp_path / "out"
     argv = [sys.executable, "train.py", "--data", "phantoms:24", "--steps", "12", "--save-every",
             "1", "--batch-size", "4", "--router-images", "40", "--jitter"]  # fmt: skip
-    ends = [["--out", str(f), "--json", str(f.with_suffix(".json"))] for f in (whole, out)]
+    ends = [["--out", str(f), "--no-eval"] for f in (whole, out)]
     subprocess.run([*argv, *ends[0]], check=True, **quiet)
     for more in ([], ["--resume"]):
         before = unfinished(out, 3)
@@ -88,6 +87,3 @@ def test_kill_9_twice_in_phase_3_changes_neither_weights_nor_scores(tmp_path):
     for name in ("phase1", "phase2", "phase3"):
         assert same(weights(whole / name), weights(out / name))
     assert losses(whole) == losses(out) and not unfinished(out, 3)
-    scores = [json.loads(f.with_suffix(".json").read_text()) for f in (whole, out)]
-    differ = dict.fromkeys(("checkpoint", "command", "trained_with"))
-    assert scores[0] | differ == scores[1] | differ

@@ -3,7 +3,6 @@
 torchrun starts this file as a script: train.py that gets SIGTERM in its n-th step.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -88,27 +87,6 @@ def test_each_resumes_from_the_others_checkpoint(one, tmp_path, first, more):
 def test_four_processes_in_two_copies_of_two_halves_of_the_experts(one, tmp_path):
     launch(4, tmp_path, "--phase", "3", "--init", str(one / "phase2"), *EXPERTS)
     assert_alike(tmp_path, one, 3)
-
-
-@pytest.mark.parametrize(("more", "near"), [
-    (["--weights", "bf16", "--dtype", "bfloat16"], 0.1),  # a step is 1/256 of the weight
-    (["--lora-rank", "4"], 1e-3), (["--preset", "tiny-stablelm"], 1e-3),
-    (["--activation-checkpointing"], 1e-3), (["--cache-features"], 1e-3)])  # fmt: skip
-def test_two_processes_train_like_one_with_other_flags(tmp_path, more, near):
-    for n in (1, 2):
-        launch(n, tmp_path / str(n), *more)
-    assert steps(tmp_path / "1", 3)[0] == pytest.approx(steps(tmp_path / "2", 3)[0], abs=near)
-
-
-def test_two_processes_share_an_evaluation(one, tmp_path):
-    found = []
-    for n in (1, 2):
-        file = tmp_path / f"{n}.json"
-        done = start(n, str(ROOT / "eval.py"), str(one / "phase3"), "--data", "phantoms:20",
-                     "--batch-size=16", "--dtype=float32", "--blind", f"--json={file}")  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append({k: v for k, v in json.loads(file.read_text()).items() if k != "command"})
-    assert found[0] == found[1]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Images are read as a viewer shows them, bad files refused in one line, and pixels kept."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,15 @@ def test_a_transparent_cmyk_deep_grey_or_turned_image_is_shown_as_a_viewer_does(
     exif[0x0112] = 6
     turned = Image.fromarray(PATTERN).transpose(Image.Transpose.ROTATE_90)
     np.testing.assert_array_equal(read(save(tmp_path / "a.png", turned, exif=exif)), PATTERN)
+
+
+@pytest.mark.parametrize("kind", ["bool", "u1", "<u2", "<f4"])
+def test_a_tiff_whose_white_is_zero_is_no_negative(tmp_path, kind):
+    file = save(tmp_path / "a.tiff", (np.arange(16).reshape(4, 4) % 4).astype(kind))
+    black_is_zero, tag = read(file), struct.pack("<HHI", 262, 3, 1)
+    file.write_bytes(file.read_bytes().replace(tag + b"\1", tag + b"\0"))
+    assert black_is_zero[0, 0].max() == 0 and black_is_zero[0, 1].min() > 0
+    np.testing.assert_array_equal(read(file), 255 - black_is_zero)
 
 
 def test_what_is_no_image_or_claims_too_much_is_refused_with_file_and_reason(tmp_path):

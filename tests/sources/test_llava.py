@@ -6,6 +6,8 @@ import pytest
 
 from config import UserError
 from data import Sample
+from metrics import question_ids
+from sources import llava as module
 from sources.load import load_samples
 from tests.sources.written import llava, llava_item, save_image
 
@@ -38,9 +40,16 @@ def test_a_folder_has_splits_and_images_may_lie_beside_the_file_or_elsewhere(tmp
         (sample,) = load_samples([f"llava:{tmp_path}"], "vqa", split)
         assert sample.turns[0][0] == split and sample.source == f"llava/{tmp_path.name}"
     other, beside = (save_image(tmp_path / name) for name in ("other/x.jpg", "x.jpg"))
-    (sample,) = load_samples([f"llava:{tmp_path}"], "vqa", "test", image_folder=str(other.parent))
-    assert sample.image == other
-    (tmp_path / "images").rename(tmp_path / "pictures")
+
+    def image(**more):
+        return load_samples([f"llava:{tmp_path}"], "vqa", "test", **more)[0].image
+
+    inside = tmp_path / "images" / "x.jpg"
+    assert image(image_folder=str(other.parent)) == inside  # beside the file comes first
+    inside.unlink()
+    module.read_file.cache_clear()
+    assert image(image_folder=str(other.parent)) == other
+    inside.parent.rmdir()
     assert load_samples([f"llava:{tmp_path}"], "vqa", "test")[0].image == beside
     with pytest.raises(UserError, match="--image-folder nowhere: no such folder"):
         load_samples([f"llava:{tmp_path}"], "vqa", "test", image_folder="nowhere")
@@ -56,16 +65,68 @@ def test_an_item_may_lack_an_image_or_an_id_and_only_in_training_repeat_one(tmp_
         load_samples([spec], "vqa", "test")
 
 
+def test_what_is_null_counts_as_missing_and_a_system_turn_is_left_out(tmp_path, capsys):
+    nan, system = float("nan"), [{"from": "system", "value": "Help."}, HUMAN, GPT]
+    for more, has_image, kind in (
+        ({"image": None}, False, "open"), ({"image": nan}, False, "open"),
+        ({"image": []}, False, "open"), ({"image": ["x.jpg"], "answer_type": None}, True, "open"),
+        ({"image": "", "images": ["x.jpg"], "answer_type": ""}, True, "open"),
+        ({"id": None, "modality": nan, "answer_type": "close"}, True, "closed"),
+        ({"conversations": system}, True, "open"),
+    ):  # fmt: skip
+        spec = llava(tmp_path, llava_item("0", question="Q?") | more)
+        (s,) = load_samples([spec], "vqa", "test")
+        found = s.id, s.turns[0][0], s.modality, s.image is not None, s.answer_type
+        assert found == ("0", "Q?", None, has_image, kind)
+    assert "1 records begin with a system turn" in capsys.readouterr().err
+
+
+def test_the_image_stays_with_its_question(tmp_path):
+    later = HUMAN | {"value": "What is\n<image>"}, GPT | {"value": "A lung."}
+    spec = llava(tmp_path, llava_item(conversations=[HUMAN, GPT, *later]))
+    (dialogue,), (caption,), questions = (
+        load_samples([spec], what, "test") for what in ("instructions", "captions", "vqa")
+    )
+    assert dialogue.image_turn == 1 and dialogue.turns == (("Q?", "A."), ("What is", "A lung."))
+    assert caption.turns == (("", "A lung."),) and caption.image_turn == 0
+    assert [(s.image is None, s.image_turn) for s in questions] == [(True, 0), (False, 0)]
+
+
+def test_files_of_one_name_are_sources_of_their_own_and_each_is_read_once(tmp_path, monkeypatch):
+    specs, read = [], []
+    for name in ("a", "b", "b/a"):
+        (tmp_path / name).mkdir()
+        specs.append(llava(tmp_path / name, llava_item(answer=name)))
+    real = module.read_records
+    monkeypatch.setattr(module, "read_records", lambda file: read.append(file) or real(file))
+    for what in ("captions", "instructions", "vqa"):
+        found = load_samples(specs, what, "test")
+        assert [s.turns[0][1] for s in found] == ["a", "b", "b/a"]
+        assert [s.source.split("/")[-3:] for s in found] == [
+            [tmp_path.name, "a", "test"], ["llava", "b", "test"], ["b", "a", "test"]]  # fmt: skip
+    assert len(read) == 3 and len(question_ids(found)) == 3
+    (other,) = load_samples([llava(tmp_path / "a", llava_item(answer="new"))], "vqa", "test")
+    assert other.turns[0][1] == "new" and other.source == "llava/test"
+    with pytest.raises(UserError, match="llava/test is already named"):
+        load_samples([specs[0], specs[0] + "@2"], "vqa", "test")
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [("conversations", [HUMAN, GPT, HUMAN], "a list of turns"),
      ("conversations", [GPT, HUMAN], "human and gpt by turns (not "),
      ("value", [HUMAN | {"value": "<image>"}, GPT], "must be more than <image>"),
+     ("value", [HUMAN, GPT | {"value": " "}], "a text that is not empty"),
+     ("conversations", [HUMAN, GPT | {"value": "<image> a"}], "one <image> at most, in a question"),
+     ("conversations", [HUMAN | {"value": "<image><image>a"}, GPT], "a sample has one image"),
+     ("image", ["x.jpg", "y.jpg"], "must be one image"), ("image", None, "has <image>"),
      ("image", "../test.json", "must be inside"), ("image", ..., "as its question has <image>"),
      ("answer_type", "maybe", "must be one of open, close, closed")],
 )  # fmt: skip
 def test_what_is_wrong_with_an_item_is_named_with_its_place(tmp_path, field, value, message):
     item = llava_item("2") | {"conversations" if field == "value" else field: value}
     spec = llava(tmp_path, llava_item(), {k: v for k, v in item.items() if v is not ...})
-    with pytest.raises(UserError, match=rf'test.json: record 1 .* "{field}".*{re.escape(message)}'):
+    match = rf'test.json: record 1 .* "{field}".*{re.escape(message)}.*; --max-bad 1 leaves'
+    with pytest.raises(UserError, match=match):
         load_samples([spec], "vqa", "test")
+    assert len(load_samples([spec], "vqa", "test", max_bad=1)) == 1

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from config import UserError
+from config import TrainConfig, UserError
 from data import Packed, Sample
 from sources import phantoms
-from sources.load import has_splits, how_read, load_samples
+from sources.load import has_splits, how_read, load_samples, reading
 from tests.sources.written import SLAKE, llava, llava_item, npz, save_image, slake
 
 
@@ -47,6 +47,9 @@ def test_a_bad_source_or_language_is_refused_by_name():
             load(spec)
     with pytest.raises(UserError, match='field "lang" must be one of en, zh'):
         how_read({"data": ["phantoms"], "lang": "fr"}, "x.json")
+    stored = {"max_missing": 2, "max_bad": 3, "follow_links": True, "image_folder": "x"}
+    assert how_read(stored, "x.json") == stored
+    assert reading(TrainConfig(**stored)).items() >= stored.items()
 
 
 def test_sources_are_joined_with_their_weights_and_each_is_named_once(tmp_path):
@@ -111,6 +114,29 @@ def test_missing_images_are_named_and_their_questions_left_out_only_if_allowed(t
         load(spec, lang="zh")
     spec = llava(tmp_path, llava_item(), llava_item("2", image="y.jpg"))
     assert [s.id for s in load(spec, max_missing=1)] == ["1"]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(("write", "first", "second"), [
+    (slake, SLAKE, SLAKE | {"qid": 12, "img_name": "../imgs/bad/y.jpg"}),
+    (llava, llava_item(), llava_item("2", image="../imgs/bad/y.jpg"))])  # fmt: skip
+def test_an_unreadable_image_is_left_out_or_counts_as_wrong(
+    tmp_path, capsys, write, first, second, split
+):
+    (tmp_path / "imgs").mkdir()
+    (tmp_path / "images").symlink_to("imgs")
+    spec = write(tmp_path, first, second, file=f"{split}.json")
+    bad = save_image(tmp_path / "imgs" / "bad" / "y.jpg")
+    bad.write_bytes(bad.read_bytes()[:400])
+    with pytest.raises(UserError, match=r"1 cannot be used: bad/y.jpg \(.*; --max-bad 1 "):
+        load(spec, "vqa", split)
+    assert len(load(spec, "captions", split, max_bad=1)) == 1
+    assert len(load(spec, "vqa", split, open_images=False)) == 2
+    good, *wrong = load(spec, "vqa", split, max_bad=1)
+    found = [(s.image, s.fault.partition(":")[0]) for s in wrong]
+    assert good.fault == "" and found == [(None, f"image {bad}")] * (split == "test")
+    then = "counts them as wrong" if wrong else "leaves them out"
+    assert f"--max-bad {then}" in capsys.readouterr().err
 
 
 def test_router_labels_name_images_by_the_end_of_their_path(tmp_path, capsys):

@@ -23,7 +23,6 @@ ABNORMAL = [p for p in TRUTHS[:110] if p.count]  # about 80
 def test_a_seed_always_gives_this_caption_and_these_questions():
     assert draw(1).image.tobytes() == draw(1).image.tobytes() != draw(2).image.tobytes()
     assert caption(TRUTHS[1]) == "an MRI of the knee with two large bone bruises in the lower right"
-    assert caption(TRUTHS[4]) == "an X-ray of the hand with no abnormality"
     every = str([(caption(p), phantoms.questions(p)) for p in TRUTHS])
     assert zlib.crc32(every.encode()) == 3529288676  # as in every version so far
 
@@ -55,25 +54,6 @@ def test_as_many_findings_as_are_counted_stand_out_in_the_quadrant_that_is_named
             assert sign * change[rows, columns].mean() > 25  # of 255
         normal[p.modality] -= sign * (image - drawn(p.seed, findings, [])).sum()  # the other way
     assert len(seen) == 8 and len(normal) == 4 and min(normal.values()) > 5000
-
-
-def test_spots_lie_in_the_image_clear_of_each_other_and_normal_ones_in_another_quadrant():
-    groups, sums = 0, []
-    for p in TRUTHS:
-        _, _, findings, normal = plan(p.seed)
-        spots = findings + normal
-        assert len(spots) == p.count + len(normal)
-        for i, (x, y, *radii) in enumerate(spots):
-            assert max(abs(x), abs(y)) + max(radii) <= 56
-            assert min(abs(x), abs(y)) - max(radii) > 2
-            for u, v, *others in spots[:i]:
-                assert np.hypot(x - u, y - v) > max(radii) + max(others) + 1
-        corners = [{(x > 0, y > 0) for x, y, _, _ in group} for group in (findings, normal)]
-        assert max(map(len, corners)) <= 1 and not corners[0] & corners[1]
-        groups += all(corners)
-        sums.append([(len(g), sum(rx for _, _, rx, _ in g)) for g in (findings, normal)])
-    assert groups > 1000
-    np.testing.assert_allclose(*np.mean(sums, axis=0), rtol=0.06)  # as many and as large
 
 
 def test_answers_follow_from_the_truth_and_are_balanced():

@@ -24,6 +24,24 @@ def test_a_wrong_field_is_named_with_its_record(tmp_path, kind, values):
             getattr(Record(Path("x.json"), 3, {"a": value}), kind)("a", *more)
 
 
+def test_a_link_may_lead_into_the_folder_of_its_file_or_where_it_is_allowed_to(tmp_path):
+    images, outside = tmp_path / "data" / "images", tmp_path / "store"
+    images.mkdir(parents=True)
+    outside.mkdir()
+    for name, target in (("in", "a"), ("near", "../b"), ("out", outside / "x"), ("sub", outside)):
+        (images / name).symlink_to(target)
+    (tmp_path / "linked").symlink_to(images)
+    names = {"in": "sub/../in", "near": "./near", "out": "out", "sub/x": "sub/x",
+             "a": f"{tmp_path}/linked/a"}  # fmt: skip
+    record = Record(images.parent / "x.json", 0, names)
+    for name in names:
+        is_outside = name in ("out", "sub/x")
+        assert record.image(name, images, follow_links=is_outside) == images / name
+        if is_outside:
+            with pytest.raises(UserError, match=f"a link to {outside}/x, which --follow-links"):
+                record.image(name, images)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [('[{"a": 1},\n {"a": 2,}]', "line 2, column"), ("[" * 100_000, "not JSON"),

@@ -12,7 +12,7 @@ from config import UserError, warn_once
 from data import Sample
 from sources.load import load_samples
 from sources.vqa import RAD_FOLDERS, read_slake, read_vqa_rad
-from tests.sources.written import RAD, SLAKE, rad, save_image, slake
+from tests.sources.written import RAD, SLAKE, llava, llava_item, rad, save_image, slake
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -64,6 +64,7 @@ def test_every_field_that_is_read_must_be_there_and_no_number_come_twice(tmp_pat
 
 def test_missing_files_and_folders_are_named(tmp_path):
     for kind, named in (("slake", "train.json: No such"), ("vqa-rad", "no folder images or"),
+                        ("llava", "train.json: No such"),
                         ("pathvqa", "neither .*train_qa.pkl nor .*pvqa_train.json")):  # fmt: skip
         with pytest.raises(UserError, match=named):
             load_samples([f"{kind}:{tmp_path}"], "vqa", "train")
@@ -99,6 +100,18 @@ def test_pathvqa_is_read_from_its_pickles_and_from_its_conversion(tmp_path, cont
             ("t_1-1", ("Is it large, é?", "No"), "closed", "yes/no"),
         )
     ]
+
+
+@pytest.mark.parametrize(("write", "row", "split"), [
+    (slake, SLAKE, "train"), (rad, RAD, "train"), (pathvqa, [CONVERTED], "test"),
+    (llava, llava_item(), "test")])  # fmt: skip
+def test_an_image_that_is_a_link_is_followed_if_allowed(tmp_path, write, row, split):
+    spec = write(tmp_path / "hub", row)
+    (image,) = (tmp_path / "hub").rglob("*.jpg")
+    image.symlink_to(image.rename(tmp_path / "blob"))  # as in the Hub's cache
+    with pytest.raises(UserError, match=r"it is a link to .*/blob, which --follow-links reads"):
+        load_samples([spec], "vqa", split)
+    assert load_samples([spec], "vqa", split, follow_links=True)[0].image == image
 
 
 @pytest.mark.parametrize(
