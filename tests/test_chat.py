@@ -154,7 +154,7 @@ def test_the_stream_waits_for_whole_characters(capsys):
     assert shown == ["", "gr", "", "ün", "  e"]
 
 
-@pytest.mark.parametrize("argv", ["--temperature nan", "--top-p 0", "--image phantom:x",
+@pytest.mark.parametrize("argv", ["--temperature 0.001", "--top-p 0", "--image phantom:x",
                                   "--question ", "--show a.jpg"])  # fmt: skip
 def test_a_setting_that_cannot_be_is_one_line(phase3, argv, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -28,22 +28,22 @@ CPU, EOS = torch.device("cpu"), 9
 
 
 def test_unpack_counts_routed_tokens_of_prompt_and_answer_but_not_of_padding_or_the_end():
-    mask = torch.tensor([[True, True, True], [False, True, True]])
+    mask = torch.tensor([[False, True, True], [True, True, True]])
 
     def routings(*experts):
         gates = torch.nn.functional.one_hot(torch.tensor(experts), 3).float()
         return [Routing(gates * 0.5, gates * 7)] * 2
 
-    routed = routings([0, 1, 1], [2, 2, 0]), routings([2], [2]), routings([1], [1])
-    tokens = [torch.tensor(t) for t in ([4, 5], [6, EOS], [EOS, 8])]
+    routed = routings([2, 2, 0], [0, 1, 1]), routings([2], [2]), routings([1], [1])
+    tokens = [torch.tensor(t) for t in ([5, 4], [EOS, 6], [8, EOS])]
     steps = [Generated(*step) for step in zip(tokens, routed, strict=True)]
     text = SimpleNamespace(eos_id=EOS, decode=lambda ids: " " + " ".join(map(str, ids)))
     found = evaluation.unpack(steps, mask, text)
-    assert [p.answer for p in found] == ["4 6", "5"]
+    assert [p.answer for p in found] == ["5", "4 6"]
     # 0 1 1, then 2 for "4" and 1 for "6"; padding's 2 is left out, "5" is routed to 2.
-    assert [p.load.tolist() for p in found] == [[[1, 3, 1]] * 2, [[1, 0, 2]] * 2]
+    assert [p.load.tolist() for p in found] == [[[1, 0, 2]] * 2, [[1, 3, 1]] * 2]
     votes = [*found[0].votes.tolist(), *found[1].votes.tolist()]  # per position, of two layers
-    assert votes == pytest.approx([14 / 3, 28 / 3, 0, 7, 0, 7])
+    assert votes == pytest.approx([7, 0, 7, 14 / 3, 28 / 3, 0])
 
 
 @pytest.fixture(scope="module")
