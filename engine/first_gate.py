@@ -47,6 +47,7 @@ def first_call(router: Router, name: str, method: Callable, *args: Any, **hints:
         signature(method).bind(*args, **hints)
     except TypeError as error:
         raise UserError(f"{who} does not take what it is called with: {error}") from error
+    # What is not given by place is given by name: hints.
     by_name = dict(zip(list(signature(getattr(Router, name)).parameters)[1:], args, strict=False))
     with unchanged(who, partial(state, router, name, by_name | hints)):
         result = method(*args, **hints)

@@ -1,4 +1,4 @@
-"""Where the tokens of one answer were routed: a table, and a picture of the image's patches.
+"""Where the tokens of one answer were routed: a table, and the image with its patches.
 
 Shapes: S image side, P patches, T positions, E experts.
 """

@@ -335,17 +335,16 @@ def check_config(file: Path, config: ModelConfig) -> None:
                 is_right = type(value) in kinds and least <= value <= most
                 allowed = f"a {'whole ' if len(kinds) == 1 else ''}number from {least} to {most}"
                 check(f"{part}.{name}", value, is_right, allowed)
-    size, width, heads = vision.image_size, decoder.d_model, decoder.n_heads
-    for name, value, is_right, allowed in (
-        ("vision.patch_size", p := vision.patch_size, p <= size, f"at most image_size, {size}"),
-        ("vision.n_heads", n := vision.n_heads, vision.width % n == 0, "a divisor of width"),
-        ("decoder.n_heads", heads, width % heads == 0, f"a divisor of d_model, {width}"),
-        ("decoder.n_kv_heads", n := decoder.n_kv_heads, heads % (n or 1) == 0,
-         f"a divisor of n_heads, {heads}"),
-        ("decoder.rotary_dim", n := decoder.rotary_dim, n % 2 == 0 and n <= width // heads,
-         f"even, and at most the {width // heads} channels of a head"),
-    ):  # fmt: skip
-        check(name, value, is_right, allowed)
+    size, patch, n_heads = vision.image_size, vision.patch_size, vision.n_heads
+    check("vision.patch_size", patch, patch <= size, f"at most image_size, {size}")
+    check("vision.n_heads", n_heads, vision.width % n_heads == 0, "a divisor of width")
+    width, n_heads, n_kv_heads = decoder.d_model, decoder.n_heads, decoder.n_kv_heads
+    check("decoder.n_heads", n_heads, width % n_heads == 0, f"a divisor of d_model, {width}")
+    check("decoder.n_kv_heads", n_kv_heads, n_heads % (n_kv_heads or 1) == 0,
+          f"a divisor of n_heads, {n_heads}")  # fmt: skip
+    rotary, channels = decoder.rotary_dim, width // n_heads
+    check("decoder.rotary_dim", rotary, rotary % 2 == 0 and rotary <= channels,
+          f"even, and at most the {channels} channels of a head")  # fmt: skip
     if moe is not None:
         layers, n = moe.layers, decoder.n_layers
         check("moe.router", moe.router, isinstance(moe.router, str), "a text")

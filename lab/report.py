@@ -149,11 +149,9 @@ def measure(predictor: Predictor, flags: ReportConfig, meta: dict) -> tuple[dict
         "ablations": read_ablations(Path(flags.ablations)),
     }  # fmt: skip
     if moe := model.config.moe:
-        is_named = moe.router in ("modality", "oracle") and moe.n_experts <= len(MODALITIES)
-        numbered = [f"expert {e}" for e in range(moe.n_experts)]
         blocks = list(sparse_layers(model.config, moe))
         numbers |= {
-            "experts": expert_names(moe.n_experts) if is_named else numbered, "blocks": blocks,
+            "experts": expert_names(moe.n_experts, moe.router), "blocks": blocks,
             "load": load_by_modality(samples, found),
             "router": judge_router(samples, found),
             "calibration": calibration(samples, found, len(blocks)),
@@ -257,8 +255,8 @@ def overlay_figure(numbers: dict, examples: Sequence[dict]) -> "Figure":
     places = figure.subplots(n_rows, 2 * n, squeeze=False)
     for ax in places.flat:
         ax.set_axis_off()
-    for row, e in zip(places.reshape(-1, n), reversed(first), strict=False):
-        for ax, gates in zip(row, [None, *e["patches"]], strict=False):
+    for row, e in zip(places.reshape(-1, n)[: len(first)], reversed(first), strict=True):
+        for ax, gates in zip(row, [None, *e["patches"][:2]], strict=True):
             ax.imshow(draw_patches(e["image"], gates))
         words = f"{e['modality']}: {e['question']} “{e['answer']}” (truth: {e['truth']})"
         row[0].set_title(words, loc="left")

@@ -1,4 +1,4 @@
-"""The experts of one answer: as a table, and as a picture of the patches."""
+"""The experts of one answer: as a table, and as the image with its patches."""
 
 from types import SimpleNamespace
 
