@@ -2,8 +2,8 @@
 
 The answer appears as it is generated; then the experts that the image's patches, the question and
 each token of the answer were routed to. Without --question it reads questions from the terminal,
-each asked with the earlier questions and answers before it, until an empty line. The default image
-is phantom:SEED, an embedded one, whose truth is printed beside the answer. Not a medical device.
+each asked with the earlier questions and answers before it, until an empty line. phantom:SEED is an
+embedded image, whose truth is printed beside the answer. Not a medical device.
 """
 
 import sys
@@ -30,7 +30,7 @@ DEMO = "phantom:2000000004"  # held out, with a finding
 HELP = """/image FILE, phantom:SEED or none   another image, and a new conversation
 /reset            a new conversation about this image
 /show FILE.png    save the image as the model sees it, and the first expert of each patch
-An empty line ends."""
+/quit             or an empty line: end"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ChatConfig(Common):
     lacks = ("data", "batch_size", "max_missing", "max_bad", "follow_links", "image_folder",
              "router_labels", "lang", "json")  # fmt: skip
     checkpoint: str = argument("DIR of a finished phase")
-    image: str | None = flag(None, f"FILE, phantom:SEED or none (default: {DEMO})")
+    image: str | None = flag(None, f"FILE, phantom:SEED or none (where trained on them: {DEMO})")
     question: str | None = flag(None, "what to ask (default: read questions from the terminal)")
     show: str | None = flag(None, "save image and experts, as /show does, to this FILE.png")
     max_new: int = flag(64, "longest answer, in tokens", least=1)
@@ -90,11 +90,12 @@ class Chat:
         ops.choose(flags.kernels, self.device)
         folder = Path(flags.checkpoint)
         self.model, self.text, info = load_model(folder, self.device, self.dtype, flags.router)
-        self.known, self.data = familiar.read(folder), info["flags"].get("data", ())
+        self.known, self.questions = familiar.read(folder), info.get("questions", [])
         self.images = Images(self.model.config.vision.image_size, pad=True)
-        if flags.image is None:
-            print(f"The image is {DEMO}, an embedded one; --image names another.", file=sys.stderr)
-        self.begin(DEMO if flags.image is None else flags.image)
+        if (image := flags.image) is None:
+            image = DEMO if "phantoms" in " ".join(info["flags"].get("data", ())) else "none"
+            print(f"The image is {image}, by default; choose one by --image.", file=sys.stderr)
+        self.begin(image)
 
     def begin(self, name: str) -> None:
         """A new conversation about this image. Raises UserError."""
@@ -104,6 +105,9 @@ class Chat:
             with autocast(self.device, self.dtype):
                 familiar.warn(self.model, pixels, self.known)
         self.image, self.history = image, []
+
+    def is_phantom(self) -> bool:
+        return isinstance(self.image, int)
 
     def encode(self, question: str) -> Encoded:
         """The question behind the earlier ones; the first of those go when it is too long."""
@@ -138,7 +142,7 @@ class Chat:
                     stream.add(token)
         print()
         self.history.append((question, text.decode(stream.ids).strip()))
-        if isinstance(self.image, int):
+        if self.is_phantom():
             print(truth(self.image, question))
         self.routes = Routes(config, batch, steps)
         print(end=self.routes.table(text))
@@ -163,11 +167,11 @@ class Chat:
         elif line == "/reset":
             self.history = []
         elif line == "/help":
-            print(HELP, "It understands questions like those of its training data:", *self.data)
-            if any(spec.startswith("phantoms") for spec in self.data):
-                seed = self.image if isinstance(self.image, int) else find_image(DEMO)
-                for q in phantoms.questions(phantoms.draw(seed)):
-                    print("  " + q.question)
+            examples = map(one_line, self.questions)
+            if self.is_phantom():
+                examples = (q.question for q in phantoms.questions(phantoms.draw(self.image)))
+            print(HELP, "It understands questions like these of its training data:", *examples,
+                  sep="\n")  # fmt: skip
         else:
             raise UserError(f"{line}: no such command; /help lists them")
 
@@ -193,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401  history and arrow keys, where there is one
     with suppress(EOFError, KeyboardInterrupt):
-        while line := input("> ").strip():
+        while (line := input("> ").strip()) not in ("", "/quit"):
             try:
                 chat.command(line) if line.startswith("/") else chat.ask(line)
             except (UserError, OSError) as error:

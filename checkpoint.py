@@ -85,6 +85,10 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict]:
         config, flags = model_config(info.pop("model")), info["flags"]
         if not isinstance(info["phase"], int) or not isinstance(flags["seed"], int):
             raise TypeError("phase and seed must be numbers")
+        if not isinstance(flags["preset"], str):
+            raise TypeError("preset must be a name")
+        if not all(isinstance(question, str) for question in info.get("questions", [])):
+            raise TypeError("questions must be texts")
         if not isinstance(info.get("run", {}), dict):
             raise TypeError("run must be an object")
         how_read(flags, file)  # only to check them

@@ -271,10 +271,12 @@ def run_phase(
     print(f"  on {run.device}, matmuls in {run.dtype}; starts from {init or 'pretrained parts'}")
     print(summary)
     before = read_seen(init) if init else leaks.seen_by([])  # None: init has no record of it
+    asked = Counter(question for sample in samples for question, _ in sample.turns if question)
+    examples = [question for question, n in asked.most_common(8) if n > 1]  # for chat.py's /help
     extra = {}
     if before is not None:
         extra["seen"] = {"rows": leaks.merge(before, leaks.seen_by(samples))}
-    path, info = run.folder / f"phase{number}", {}
+    path, info = run.folder / f"phase{number}", {"questions": examples}
     with run.interruptible():  # Ctrl-C lets a step finish, and after the last one the phase
         train(model, data, flags, recipe, run)
         if number == 2:

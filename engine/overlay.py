@@ -5,7 +5,7 @@ Shapes: S image side, P patches, T positions, E experts.
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -20,6 +20,7 @@ from model import Generated, sparse_layers
 COLOURS = ("#3178d6", "#c2560c", "#1f8a43", "#a04ad9", "#d0388f", "#0c8599", "#8a7400", "#75808b")
 SIDE, GAP, LINE = 336, 8, 22  # pixels: of a tile at least, between tiles, of a line of text
 ROW = 4  # tiles
+MOST = 8  # tokens of an answer in the table
 FONT = "white", "black"  # of a number, and of its edge
 
 
@@ -112,13 +113,15 @@ class Routes:
                 cells = zip(shares(routing.gates[0], which), self.names, strict=True)
                 line = "  ".join(f"{share:{max(7, len(name))}.1%}" for share, name in cells)
                 lines += [f"  block {block:<2} {kind:<8} {line}"] * bool(which.any())
-        for before, step in pairwise(self.steps):
+        for before, step in islice(pairwise(self.steps), MOST):
             token = text.decode([int(before.tokens[0])])
             chosen = []
             for block, routing in zip(self.blocks, step.routings, strict=True):
                 experts = routing.gates[0, 0].nonzero().flatten().tolist()
                 chosen.append(f"block {block}: " + "+".join(self.names[e] for e in experts))
             lines.append(f"  answer {token!r:<14} " + "  ".join(chosen))
+        if (more := len(self.steps) - 1 - MOST) > 0:
+            lines.append(f"  ... and {more} more tokens")
         return "\n".join(lines) + "\n"
 
     def overlay(self, image: Tensor) -> Image.Image:

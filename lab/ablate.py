@@ -215,7 +215,8 @@ def summarise(rows: dict[str, Row], found: dict[str, list[Path]]) -> list[dict]:
     for name, row in rows.items():
         results = [read_json(path) for path in found[name]]
         known = how_read(results[0], found[name][0])
-        samples = load_samples(known["data"], "vqa", known.get("split", "test"))
+        known.pop("limit", None)
+        samples = load_samples(known.pop("data"), "vqa", known.pop("split", "test"), **known)
         pairs = list(zip(samples, question_ids(samples), strict=True))
         values = [[value(s, result["answers"][i], None) for s, i in pairs] for result in results]
         values = scores[name] = np.array(values)  # (S, Q)

@@ -73,7 +73,7 @@ def talk(phase3, monkeypatch, capsys):
     text = load_model(phase3, torch.device("cpu"))[1]
 
     def session(*lines, max_new=2):
-        asked, typed = [], Mock(side_effect=[*lines, " ", "unread"])
+        asked, typed = [], Mock(side_effect=[*lines, " " if max_new == 2 else "/quit", "unread"])
 
         def kept(model, batch, *how):
             steps = list(generate(model, batch, *how))
@@ -84,7 +84,7 @@ def talk(phase3, monkeypatch, capsys):
         monkeypatch.setattr(chat, "generate", kept)
         monkeypatch.setattr("builtins.input", typed)
         chat.main([str(phase3), "--max-new", str(max_new)])
-        assert typed.call_count == len(lines) + 1  # an empty line ends
+        assert typed.call_count == len(lines) + 1  # an empty line, or /quit, ends
         return *capsys.readouterr(), asked
 
     return session
@@ -117,7 +117,7 @@ def test_commands_change_the_image_show_it_and_help(talk, tmp_path):
                                 f"/show {image}", "/show a.jpg", "/image no.png",
                                 "/image phantom:x", "/image none", "Is it?", "/show a.png",
                                 "/what")  # fmt: skip
-    assert "/image FILE" in out and all(f"  {q.question}\n" in out for q in questions(own))
+    assert "/image FILE" in out and all(f"\n{q.question}\n" in out for q in questions(own))
     caption = f"{question.answer}; a CT of the head with three large infarcts in the lower left"
     assert f"\ntruth: {caption}\n" in out and out.count("truth: ") == 2
     assert "\ntruth: an MRI of the brain with no abnormality\n" in out
@@ -130,16 +130,27 @@ def test_commands_change_the_image_show_it_and_help(talk, tmp_path):
     assert sizes == [4, 4, 4, 0] and Image.open(file).size == (1040, 396)
 
 
+def test_other_data_has_no_default_image_and_examples_of_its_own(monkeypatch, talk):
+    def of_other_data(*how):
+        model, text, info = load_model(*how)
+        return model, text, info | {"flags": {"data": ["slake:DIR"]}, "questions": ["Which\x1b?"]}
+
+    monkeypatch.setattr(chat, "load_model", of_other_data)
+    out, messages, asked = talk("/help", "Which?")
+    assert "\nWhich ?\n" in out and "The image is none" in messages and "truth" not in out
+    assert all(i >= 0 for i in asked[0][0])
+
+
 def test_an_image_unlike_those_of_training_is_called_that(phase3, monkeypatch, capsys, tmp_path):
     warn_once.cache_clear()
     known, file = familiar.fit(torch.randn(40, 32), torch.randn(40, 32)), tmp_path / "a.png"
     for limit, count in ((0.0, 1), (1e9, 0)):
         read = lambda folder, limit=limit: known | {"limit": torch.tensor(limit)}  # noqa: E731
         monkeypatch.setattr(familiar, "read", read)
-        argv = ["--question", "left " * 480, "--max-new", "600", "--show", str(file)]
+        argv = ["--question", "left " * 470, "--max-new", "600", "--show", str(file)]
         chat.main([str(phase3), "--image", "phantom:1", *argv])
         out, error = capsys.readouterr()
-        assert out.count("\n  answer ") == 8  # of the last token nothing is routed
+        assert out.count("\n  answer ") == 8 and out.endswith("\n  ... and 10 more tokens\n")
         assert error.count("unlike the images that the model was trained on") == count
         assert file.is_file() and "Not a medical device" in error
         assert ("--max-new 600: the model reads 512" in error) == count  # once

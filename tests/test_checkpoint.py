@@ -25,7 +25,7 @@ from model import MedMoE
 from tests.conftest import shake
 from tests.mini import MOE, SMALL_TOKENIZER, TOKENIZER, checkpoint, same, weights
 
-INFO = {"phase": 3, "step": 7, "flags": {"seed": 0, "data": ["phantoms"], "lang": "en"}}
+INFO = {"phase": 3, "step": 7, "flags": {"seed": 0, "preset": "tiny", "data": ["phantoms"]}}
 CPU = torch.device("cpu")
 
 
@@ -171,7 +171,8 @@ def test_a_checkpoint_of_another_model_or_with_a_damaged_file_is_refused(build, 
      ("model.decoder.vocab_size", 2**21, "config.json: a model of 69,.* parameters, but model.saf"),
      ("model.moe.n_experts", 1024, "config.json: a model of .* parameters, but model.safetensors"),
      ("flags", {}, "config.json: not a .*'seed'"), ("flags.lang", "fr", "config.json: .*lang"),
-     ("run", [], "config.json: not a .*run must be an object"),
+     ("run", [], "config.json: not a .*run must be"), ("flags.preset", 5, "preset must"),
+     ("questions", ["Is it?", 5], "config.json: not a .*questions must be"),
      *((f"model.{place}", value, rf"config.json: model.{place} [^\n]*: must be {message}")
        for place, value, message in (
         ("system", 5, "a text"), ("vision.n_layers", "6", "a whole number from 1 to 128"),

@@ -282,6 +282,8 @@ def test_one_command_runs_the_missing_phases_and_each_changes_only_its_own(finis
     assert len(kept) > 40 and all(torch.equal(two[k], three[k]) for k in kept)
     config, info = read_config(finished.phases[2])
     assert config.moe == MoEConfig() and info["phase"] == 3
+    asked = [s.turns[0][0] for s in load_samples(("phantoms:12",), "vqa", "train")]
+    assert len(info["questions"]) == 8 and min(map(asked.count, info["questions"])) > 1
     router = dict(open_tensors(finished.phases[1] / "router.safetensors"))
     for layer in (0, 2):
         mine = {k: three[f"decoder.blocks.{layer}.mlp.router.proj.{k}"] for k in ("weight", "bias")}
