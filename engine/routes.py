@@ -119,8 +119,8 @@ class RouteRecorder:
             n_tokens = (tokens != eos_id).cumprod(dim=1).sum(dim=1).tolist()  # (B,)
             for i, n in zip(rows, n_tokens, strict=True):
                 if n > self.routes[i].values.shape[1] - self.routes[i].n_prompt:
-                    raise UserError("--replay-routes: an answer became longer than the one whose "
-                                    "routes were recorded: another model or precision")  # fmt: skip
+                    raise UserError(f"--replay-routes: the answer to {self.ids[i]} became longer "
+                                    "than it was: another model or precision")  # fmt: skip
         if self.file:
             taken = record([step.routings for step in steps], batch.mask)
             self.taken |= dict(zip(rows, taken, strict=True))

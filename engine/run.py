@@ -312,6 +312,8 @@ class Run:
     def save(self, path: Path, model: MedMoE, extra: dict, own: dict | None = None, **info) -> None:
         info |= {"phase": self.number, "flags": to_dict(self.flags), "torch": torch.__version__,
                  "run": self.resolved}  # fmt: skip
+        with disk_errors(self.path):  # the log before a checkpoint of its steps
+            in_first(self.processes, sync, self.path)
         with disk_errors(path):
             save_checkpoint(path, model, model.config, info, self.tokenizer, extra, own,
                             processes=self.processes)  # fmt: skip
@@ -323,8 +325,6 @@ class Run:
             kept = self.optimizer.state[param].items()  # its step follows from the run's
             state |= {f"{key}.{name}": t for key, t in kept if key != "step"}
         path = self.folder / f"phase{self.number}-step{step:07}"
-        with disk_errors(self.path):
-            in_first(self.processes, sync, self.path)
         self.save(path, self.model, {"trainer": state}, generators(self.device), step=step)
         # A later one is damaged, or this run would have resumed from it.
         older = [p for p in unfinished(self.folder, self.number) if p.name <= path.name]

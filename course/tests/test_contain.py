@@ -26,6 +26,10 @@ CHEATS = [  # (a submission, the line, a word of the message)
     ("().__class__.__base__.__subclasses__()\n", 1, "__"),
     (GATE + "self.register_forward_hook(1)", 4, "hook"),
     ("from routers import OracleRouter\n", 1, "OracleRouter"),
+    ("import routers\nrouters.sys.exit()\n", 2, "uses routers.sys; allowed"),
+    ("import dataclasses\ndataclasses.sys.exit()\n", 2, "dataclasses's sys"),
+    ("def f(e):\n    return e.f_back\n", 2, "f_back"),
+    (BODY + "    def __call__(self):\n        return 1", 3, "defines __call__"),
     ("def f(:\n", 1, "not Python"),
 ]
 

@@ -1,10 +1,11 @@
 """Every check of the contract fails on some router with a bug, and none on a correct one."""
 
 import pytest
+import torch
 import torch.nn.functional as F
 
 from course.tests.test_router import CHECKS, Case
-from routers import ROUTERS, Routing, TopKRouter, top_k_gates
+from routers import ROUTERS, Routing, TopKRouter, load_balancing_loss, top_k_gates
 
 museum = pytest.importorskip("course.tests.test_museum", reason="its answers are withheld")
 
@@ -44,6 +45,12 @@ BROKEN = [
      gate(lambda r, z: top_k_gates(z.exp() / z.exp().sum(dim=-1, keepdim=True), r.top_k))),
     ("evaluation_is_deterministic", {"forward": own_forward}),
     ("decoding_token_by_token_gives_the_same_gates", gate(lambda r, z: top_k(r, z.cumsum(dim=1)))),
+    ("permuting_the_experts_permutes_the_gates",
+     gate(lambda r, z: top_k(r, z - torch.arange(float(z.shape[-1]))))),
+    ("the_penalty_is_not_smaller_at_collapse_than_at_balance",
+     penalty(lambda g, z, mask: -load_balancing_loss(Routing(g, z), mask))),
+    ("the_penalty_is_not_smaller_at_collapse_than_at_balance",  # of tokens of expert 0 alone
+     penalty(lambda g, z, mask: z.softmax(dim=-1)[mask][:, 0].mean())),
     ("the_penalty_is_a_scalar_with_a_gradient",
      penalty(lambda g, z, mask: z.logsumexp(dim=-1) * mask)),
     ("update_changes_the_choice_and_not_the_gate_values",

@@ -215,6 +215,16 @@ class Contract:
             routing = route(router, x[:, t : t + 1], previous=previous)
             assert same_gates(routing.gates, whole[:, t : t + 1])
 
+    def permuting_the_experts_permutes_the_gates(case: Case) -> None:
+        """Check for an expert that is treated differently because of its index."""
+        only_if(not case.cls.frozen, "frozen = True: the gates need not depend on the logits")
+        router, order = case.router(n_experts=5), torch.tensor([3, 0, 4, 1, 2])
+        gates = route_samples(router).gates
+        for value in router.state_dict().values():  # in every dimension that has the experts
+            for dim in (i for i, size in enumerate(value.shape) if size == 5):
+                value.copy_(value.index_select(dim, order))
+        assert same_gates(route_samples(router).gates, gates[..., order])
+
     def a_new_process_gives_the_same_gates(case: Case) -> None:
         """Check for a set or a hash that numbers the experts: its order changes from run to run."""
         is_own_file = case.spec not in ROUTERS and case.level == "token"
@@ -235,6 +245,19 @@ print(route_samples({case!r}.router()).gates.tolist())"""
         assert value.requires_grad
         value.backward()
         assert largest_slope(router) > 1e-6 * value.abs()
+
+    def the_penalty_is_not_smaller_at_collapse_than_at_balance(case: Case) -> None:
+        """It rewards a router that sends all tokens to one expert: check its sign."""
+        even = torch.eye(4).expand(4, 4, 4)  # a token of each sample to each expert
+        even = even.transpose(0, 1) if case.level == "sequence" else even  # or a sample to each
+        single = torch.eye(4)[:, None, None].expand(4, 4, 4, 4)  # all tokens to 0, then to 1, ...
+        router, values = case.identity_router(), []
+        for x in (10 * even, *10 * single):  # gates as in evaluation: without noise
+            gates, logits, _ = route(router.eval(), x)
+            value = router.train().penalty(gates, logits, torch.ones(4, 4).bool(), x)
+            values.append(torch.as_tensor(value).item())
+        balance, *collapse = values
+        assert min(collapse) >= balance - 1e-5 * abs(balance), f"{collapse}, at balance {balance}"
 
     def a_second_forward_pass_gives_the_same_result(case: Case) -> None:
         """Checkpointing runs `gate` and `penalty` twice: change the state in `update`."""

@@ -18,9 +18,7 @@ NBYTES = 4 * 32 * 4  # of an image: 4 patches of 32 numbers of 4 bytes
 def computed(monkeypatch):
     """How many images pass the tower in each call of it."""
     hidden, counts = VisionTower.hidden, []
-    monkeypatch.setattr(
-        VisionTower, "hidden", lambda self, x: (counts.append(len(x)), hidden(self, x))[1]
-    )
+    monkeypatch.setattr(VisionTower, "hidden", lambda s, x: counts.append(len(x)) or hidden(s, x))
     return counts
 
 
@@ -46,6 +44,7 @@ def test_only_new_images_pass_the_tower_and_each_keeps_its_features(model, compu
         assert torch.equal(tower(pixels[[3, 1, 3]]), plain[[3, 1, 3]])
         pixels[0, 2, 31, 31] += 1e-6
         tower.requires_grad_(True)
+        cache_features(model, TrainConfig(cache_features=True), 1)  # trained, it keeps nothing new
         assert not tower(pixels[[0, 1, 0]]).requires_grad  # they are constants
         assert tower(pixels[:0]).shape == (0, 4, 32)  # texts alone need none
     assert computed[:3] == [5, 5, 1] and len(tower.known) == 6
@@ -63,6 +62,7 @@ def test_it_grows_no_larger_than_it_may_and_warns_once(model, computed, capsys, 
         torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
         assert computed == expected and len(tower.known) == 3 and tower.room == extra
         computed.clear()
+    assert sum(kept.untyped_storage().nbytes() for kept in tower.known.values()) == 3 * NBYTES
     assert capsys.readouterr().err.count("--cache-gb") == 1
 
 
@@ -71,9 +71,8 @@ def test_a_run_computes_every_image_once_and_its_losses_stay(tmp_path, computed,
     found = []
     for more in ([], ["--cache-features"]):
         out = tmp_path / str(len(more))
-        train.main(["--preset", "mini", "--data", "phantoms:8", "--batch-size", "8", "--phase", "1",
-                    "--steps", "3", "--no-eval", "--dtype", "float32", "--out",
-                    str(out), *more])  # fmt: skip
+        argv = "--preset mini --data phantoms:8 --batch-size 8 --phase 1 --steps 3 --no-eval"
+        train.main([*argv.split(), "--dtype", "float32", "--out", str(out), *more])
         found.append([(r["loss"], r["grad_norm"]) for r in losses(out)])
     assert computed == [8, 8, 8, 8] and len(found[1]) == 3  # the second run's one is its first
     assert found[1] == [pytest.approx(step, abs=1e-5) for step in found[0]]

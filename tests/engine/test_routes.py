@@ -55,6 +55,16 @@ def test_eval_records_and_then_replays_what_the_file_says(folder, tmp_path):
     assert len(tensors) == 3 and all(same(load_file(f), tensors) for f in (moved, again))
 
 
+def test_an_answer_longer_than_its_route_is_refused(build):
+    recorder = routes.RouteRecorder(build(moe={}), ["p", "q"], None, None)
+    recorder.routes = [Route(torch.zeros(2, n, 2, 4), 5) for n in (9, 7)]
+    steps = [routes.Generated(torch.tensor([4, token]), []) for token in (4, 5, 6, 0)]
+    for fits in (steps[:3], [*steps[:2], steps[3], steps[3]]):  # the last token needs no route
+        recorder.record(fits, [0, 1], None, eos_id=0)
+    with pytest.raises(UserError, match="--replay-routes: the answer to q became longer"):
+        recorder.record(steps, [0, 1], None, eos_id=0)
+
+
 def test_a_file_keeps_routes_and_what_is_damaged_or_does_not_fit_is_refused(tmp_path):
     path, values = tmp_path / "r.safetensors", torch.rand(2, 5, 3, 4)
     routes.save_routes(path, {"q": Route(values.flip(0), 5), "r": Route(values, 3)})

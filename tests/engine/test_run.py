@@ -16,8 +16,8 @@ from tqdm import tqdm
 import train
 from config import IGNORE, IMAGE_ID, PHASES, PRESETS, TrainConfig, UserError, to_dict
 from data import Sample
+from engine import durable
 from engine import run as module
-from engine.durable import locked
 from engine.processes import ALONE
 from engine.run import Changed, Run, claim, read_log, unfinished
 from model import MedMoE, freeze_all_but
@@ -104,7 +104,7 @@ def test_another_command_or_a_full_disk_loses_nothing(phase, capsys, monkeypatch
     assert [p.name for p in found] == ["phase1-step0000002", "phase1-step0000004"]
     assert f"{found[1]} is an unfinished run: --resume" in refused()
     assert f"{found[1]}: began with --seed 0, now --seed 1" in refused(*RESUME, "--seed", "1")
-    with locked(tmp_path):
+    with durable.locked(tmp_path):
         assert f"{tmp_path}: another run" in refused(*RESUME)
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_checkpoint", Mock(side_effect=OSError("disk full")))
@@ -115,6 +115,21 @@ def test_another_command_or_a_full_disk_loses_nothing(phase, capsys, monkeypatch
     assert unfinished(tmp_path, 1) == found and (tmp_path / "phase1").exists()
     phase(1, *RESUME)
     phase.ends_like_whole(1)
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_of_its_steps(phase, monkeypatch, tmp_path):
+    act, on_disk, named = durable.act, [], []
+
+    def noted(operation, *args):
+        act(operation, *args)
+        if (operation, args) == (durable.fsync, (tmp_path / "log.jsonl",)):
+            on_disk[:] = losses(tmp_path)
+        if operation is os.rename and args[1].name.startswith("phase1-step"):
+            named.append((args[1].name[-1], len(on_disk)))
+
+    monkeypatch.setattr(durable, "act", noted)
+    phase(1, *STEPS)
+    assert named == [("2", 2), ("4", 4)]
 
 
 # Checkpoints of a run without a loop: its projector holds the number of the last step.
@@ -180,7 +195,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(begin, tmp_path,
     assert len(unfinished(tmp_path, 1)) == 2
 
 
-def test_a_run_is_not_resumed_as_another_with_the_same_flags(begin, tmp_path):
+def test_a_run_is_not_resumed_as_another_with_the_same_flags(begin, tmp_path, monkeypatch):
+    module.refuse_changed_flags(tmp_path, {}, TrainConfig(keep=9))  # begun before there were flags
     reach(begin(), 2)
     (tmp_path / "tokenizer.json").write_text("{}")
     for change, message in [
@@ -195,6 +211,8 @@ def test_a_run_is_not_resumed_as_another_with_the_same_flags(begin, tmp_path):
     ]:  # fmt: skip
         with pytest.raises(Changed, match=f"phase1-step0000002: .*{message}"):
             begin(**change)
+    monkeypatch.setattr(torch, "__version__", "2.99.0")  # this is only warned of
+    begin()
 
 
 def test_the_log_keeps_what_the_checkpoint_knows_and_harm_is_named(begin, tmp_path):

@@ -13,8 +13,7 @@ from model import freeze_all_but
 from tests import cuda_on_cpu
 from tests.conftest import build, collate
 
-ROWS = [([1, 2, *[IMAGE_ID] * 4, 7, 8, 9, 10], [IGNORE] * 8 + [9, 10]),
-        ([5, 6, 7], [IGNORE, 6, 7])]  # fmt: skip
+ROWS = [([1, 2, *[IMAGE_ID] * 4, 7, 8, 9, 10], [IGNORE] * 8 + [9, 10]), ([5, 6, 7], [IGNORE, 6, 7])]
 CPU = torch.device("cpu")
 
 

@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from lab.controls import Alone, ByModality, Everyone, Wrong, forced
+from config import IMAGE_ID
+from lab.controls import Alone, ByModality, Everyone, Hash, Wrong, forced
 from model import generate
 from routers import Hints, TopKRouter
 
@@ -18,6 +19,14 @@ def test_everyone_has_gate_1_and_wrong_routes_no_token_to_the_true_expert():
     gates = Wrong(8, 4)(x, mask, Hints(modality=torch.tensor([0, 1, 2, 3, -1]))).gates
     assert gates[:4].eq(torch.eye(4).roll(1, dims=1)[:, None]).all()
     assert gates[4].eq(0.25).all()  # unknown: all alike
+
+
+def test_hash_is_by_token_id_and_of_a_patch_by_its_place_and_uses_all_experts_alike():
+    ids = torch.tensor([[5, *range(4000)], 4001 * [IMAGE_ID]])
+    gates = Hash(8, 4)(torch.randn(*ids.shape, 8), ids == ids, Hints(ids=ids)).gates
+    # 5 * 2654435761 mod 2^32 = 386 276 917, a share of 0.09 of 2^32: the first experts of four
+    assert gates[0, 0].tolist() == gates[0, 6].tolist() == [0.5, 0.5, 0, 0]
+    assert gates.mean(dim=1).sub(0.25).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("n_experts, k", [(4, 2), (3, 2), (4, 1)])

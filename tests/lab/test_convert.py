@@ -130,17 +130,12 @@ def moe(layers, n_experts, top_k=2):
     return {"moe_layers_idx": layers, "num_experts": n_experts, "top_k_experts": top_k}
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "named"),
-    [
-        ("model_type", "llava_mistral", "llava_mistral"),
-        ("mm_vision_select_layer", -1, "mm_vision_select_layer -1"),
-        ("mm_hidden_size", 1024, "1024"),
-        ("moe", 1, "'moe'"), ("moe", moe([0, 9], [4]), "[0, 9]"),
-        ("moe", moe([0, 2], [4, 2]), "[4, 2]"), ("moe", moe([0], [4]), "experts[0]"),
-        ("moe", moe([0, 2], [4], 9), "top_k 9"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("key", "value", "named"), [
+    ("model_type", "llava_mistral", "llava_mistral"),
+    ("mm_vision_select_layer", -1, "mm_vision_select_layer -1"), ("mm_hidden_size", 1024, "1024"),
+    ("moe", 1, "'moe'"), ("moe", moe([0, 9], [4]), "[0, 9]"), ("moe", moe([0], [4]), "experts[0]"),
+    ("moe", moe([0, 2], [4, 2]), "[4, 2]"), ("moe", moe([0, 2], [4], 9), "top_k 9"),
+])  # fmt: skip
 def test_what_we_do_not_compute_is_refused_by_name(make, capsys, tmp_path, key, value, named):
     _, clip, stage = make("phi", "med-moe")
     values = json.loads((stage / "config.json").read_text())

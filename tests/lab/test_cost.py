@@ -38,6 +38,16 @@ def test_gflop_are_those_of_what_the_router_decides(key):
     assert found["token"] == pytest.approx(token / 1e9)
 
 
+def test_trained_are_experts_and_meta_or_the_dense_ffns_in_their_place():
+    d, cpu = preset("tiny").model.decoder, torch.device("cpu")
+    for key, n in zip(VARIANTS, (1, 5, 5, 4, 3, 5), strict=True):  # FFNs in each of two blocks
+        named = cost.training("tiny", key, cpu).named_parameters()
+        trained = {name: p.numel() for name, p in named if p.requires_grad}
+        assert {name[:21] for name in trained} == {"decoder.blocks.0.mlp.", "decoder.blocks.2.mlp."}
+        biases = 1 if VARIANTS[key].moe is None else n  # of the output: a wide FFN has one
+        assert sum(trained.values()) == 2 * (n * (2 * d.d_model + 1) * d.d_ff + biases * d.d_model)
+
+
 def test_the_command_counts_and_measures(monkeypatch, capsys):
     for key in set(VARIANTS) - {"dense", "medmoe"}:
         monkeypatch.delitem(VARIANTS, key)

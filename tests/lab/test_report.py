@@ -5,10 +5,12 @@ The model is a random one of 30 000 parameters; its numbers are counted again th
 
 import re
 import shutil
+import subprocess
 from collections import defaultdict
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -133,3 +135,39 @@ def test_whatever_comes_from_data_or_files_is_escaped(run, tmp_path, monkeypatch
     Page(text)
     assert "<script" not in text and text.count("&lt;script&gt;alert(1)") > 8
     assert Image.open(tmp_path / "routes.png").width > 1000
+
+
+def test_a_dense_checkpoint_has_notes_in_place_of_its_routing(run, tmp_path):
+    numbers, text = show(run / "phase2", tmp_path)
+    assert numbers["router"] is numbers["load"] is None and text.count("it has no router") == 3
+    assert len(Page(text).all("img")) == 2 + 1  # two examples and the loss
+
+
+def test_patches_and_curves_by_hand():
+    gates = torch.tensor([[0.9, 0.1], [0, 0.5], [0, 0], [0, 0.7]])
+    _, view = report.views({"image": torch.zeros(3, 8, 8).byte(), "patches": [gates]}, [3])
+    assert view["block"] == 3 and view["counts"] == [(1, 2), (0, 1), (-1, 1)]  # -1: to no expert
+    load = [[[2, 0], [1, 1]], *11 * [[[1, 1], [0, 4]]]]  # step, layer, expert
+    steps = [{"step": i, "loss": float(i), "load": row} for i, row in enumerate(load)]
+    loss, share = (c["named"] for c in report.training_curves(steps, ["a", "b"]).values())
+    assert loss["mean of the last 10 steps"] == [*np.arange(10) / 2, 5.5, 6.5]
+    assert [*share["a"]] == [0.75, *11 * [0.25]] and [*share["b"]] == [0.25, *11 * [0.75]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs an installed Chromium")
+def test_a_browser_shows_it_without_errors_and_without_sideways_scrolling(run, tmp_path):
+    width = "document.documentElement.scrollWidth + ' of ' + innerWidth + ', '"
+    script = f"<script>onload = () => parent.document.body.append({width})</script>"
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "wide.md").write_text(100 * "| cell ")
+    (tmp_path / "page.html").write_text(show(run / "phase3", tmp_path)[1] + script)
+    frames = [f'<iframe src="page.html" width="{n}"></iframe>' for n in (360, 1280)]
+    (tmp_path / "both.html").write_text("".join(frames))
+    flags = ["--headless", "--no-sandbox", "--dump-dom", "--enable-logging=stderr",
+             "--virtual-time-budget=5000", "--allow-file-access-from-files",
+             f"--user-data-dir={tmp_path / 'own'}", (tmp_path / "both.html").as_uri()]  # fmt: skip
+    done = subprocess.run(["chromium", *flags], capture_output=True, text=True, timeout=120)
+    found = re.findall(r"(\d+) of (360|1280), ", done.stdout)
+    assert len(found) == 2 and all(int(width) <= int(inner) for width, inner in found)
+    assert "CONSOLE" not in done.stderr

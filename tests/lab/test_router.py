@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 
 from config import MODALITIES, MoEConfig
 from eval import Prediction
@@ -36,6 +37,22 @@ def test_the_statistics_are_those_of_their_definitions():
     assert mutual_information(9 * p) == pytest.approx(bits.sum())
     value, low, high = bootstrapped(lambda rows: rows.mean(), 101)
     assert value == 50 and low == pytest.approx(44.3, abs=1) and high == pytest.approx(55.7, abs=1)
+
+
+def test_averages_by_image_of_prompts_and_of_single_tokens_by_hand():
+    """Image a is asked about twice, b once and c, of unknown modality, once."""
+    sample = load_samples(["phantoms"], "vqa", "test")[0]
+    asked = zip("abac", ("MRI", "CT", "MRI", None), strict=True)
+    samples = [replace(sample, image=image, modality=name) for image, name in asked]
+    logits = torch.tensor([[0.0, 2], [1, 5], [4, 0], [9, 9]])[:, None]  # (4, 1, 2)
+    best = torch.zeros(4, 1, 4, 2)
+    best[:, 0, 1] = torch.tensor([[1.0, 3], [1, 0], [2, 2], [9, 9]])  # patches alone
+    truth, found = router.by_image(samples, router.Probe(logits, best, best[:, :, 1]))
+    assert truth.tolist() == [1, 0] and found.logits.tolist() == [[[2, 1]], [[1, 5]]]
+    row = router.levels(truth, found, [6])["block 6"]
+    assert row["pooled over the prompt"].value == 0 and row["answer"] is None
+    assert row["image"].value == pytest.approx((5 / 8 + 1) / 2)
+    assert row["bits"].value == pytest.approx(mutual_information(np.array([[1, 0], [3, 5]])))
 
 
 def test_scores_with_forced_routes_are_those_of_the_routed_expert():

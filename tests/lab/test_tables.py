@@ -51,6 +51,17 @@ def test_seeds_are_one_row_with_mean_range_and_widest_interval(tmp_path):
     assert row["RAD open"] == "not run" and row["activated"] == "1.2M"
 
 
+def test_three_scorers_and_the_blind_control_stand_side_by_side(tmp_path):
+    values = result(blind=result(closed=0.5), router={"accuracy": 0.9, "ci95": [0.8, 0.95]})
+    values["protocols"]["med-moe"]["n_open"] = 0
+    rows = show(tmp_path, values, result(data="vqa-rad:DIR"))["One set"]
+    row = rows["slake: tiny"]
+    assert [row[f"closed {name}"][:4] for name in tables.SCORERS] == ["70.0", "75.0", "68.0"]
+    assert row["open strict"] == "60.0 [57.0, 63.0]" and row["open med-moe"] == "-"
+    assert row["router"] == "90.0 [80.0, 95.0]" and rows["vqa-rad: tiny"]["router"] == "not run"
+    assert rows["blind control, slake: tiny"]["closed med-moe"] == "55.0 [52.0, 58.0]"
+
+
 def test_runs_that_differ_in_more_than_the_seed_are_rows_of_their_own(tmp_path):
     dense = {"total": 900_000, "activated": 900_000, "dense_base": 900_000}
     rows = show(tmp_path, result(), result(2, closed=0.50, flags=" --top-k 1"),

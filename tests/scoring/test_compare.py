@@ -33,7 +33,6 @@ def test_a_comparison_is_paired_by_question():
     closed = found["closed"]
     assert (closed["only_first"], closed["only_second"], closed["n"]) == (3, 12, 40)
     assert closed["difference"] == pytest.approx(9 / 40)
-    assert closed["ci95"][0] < 9 / 40 < closed["ci95"][1]
     assert found["recall"]["difference"] == 0.5
     assert found["recall"]["ci95"] == pytest.approx((0.2225, 0.7775), abs=1e-4)
     assert found["overall"]["difference"] == pytest.approx((9 + 5) / 50)
@@ -61,7 +60,6 @@ def test_predictions_are_joined_by_id_and_not_by_order(tmp_path, capsys):
 @pytest.mark.parametrize(("ending", "lines", "named"), [
     ("jsonl", [GOOD], "1 of 2 answers are missing: 7"),
     ("jsonl", [GOOD, GOOD], 'line 2: field "question_id"'),
-    ("jsonl", [GOOD, {"question_id": 8, "text": ""}], 'line 2: field "question_id"'),
     ("jsonl", [{"question_id": "b", "text": None}], 'line 1: field "text"'),
     ("json", [[1]], 'no "answers"'), ("json", [{"answers": {"7": 1}}], ""),
 ])  # fmt: skip

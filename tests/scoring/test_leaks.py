@@ -43,19 +43,16 @@ def found(image, trained):
     return report["images_seen"], report["images_alike"]
 
 
-def test_a_changed_copy_of_an_image_is_alike(tmp_path, files):
+def test_the_same_bytes_are_seen_a_changed_copy_is_alike_and_another_image_neither(tmp_path, files):
     image = photo(0)
     saved(image, tmp_path / "0.jpg", quality=50)
     brighter = ImageEnhance.Brightness(image).enhance(1.1)
     changed = image.resize((90, 75)), image.resize((300, 200)), image.convert("L"), brighter
     copies = [saved(copy, tmp_path / f"{i}.png") for i, copy in enumerate(changed)]
     assert [found(file, files[0]) for file in (tmp_path / "0.jpg", *copies)] == [(0, 1)] * 5
-
-
-def test_the_same_bytes_are_found_and_a_mirrored_or_another_image_is_not(tmp_path, files):
     assert found(Path(shutil.copy(files[0], tmp_path / "renamed.png")), files[0]) == (1, 1)
     for n, other in enumerate((ImageOps.mirror(photo(0)), ImageOps.flip(photo(0)), photo(1))):
-        assert found(saved(other, tmp_path / f"{n}.png"), files[0]) == (0, 0)
+        assert found(saved(other, tmp_path / f"other {n}.png"), files[0]) == (0, 0)
 
 
 def test_a_question_counts_as_seen_only_with_its_answer_and_its_image(tmp_path, files):
@@ -122,8 +119,7 @@ def test_the_search_equals_counting_bits_across_chunks(monkeypatch):
 
 
 def test_a_leak_is_said_loudly_and_nothing_shared_plainly(tmp_path, files):
-    clean = "no image and no question of this split was in training"
-    assert show(check([qa(files[0])], seen_by([qa(files[1], "Why?")]))) == clean
+    assert show(check([qa(files[0])], seen_by([qa(files[1], "Why?")]))).startswith("no image")
     like = saved(photo(0), tmp_path / "like.jpg", quality=60)
     tested = [qa(file, "What\nis\x1b shown?", "lung") for file in (like, *files[1:])]
     message = show(check(tested, seen_by([qa(file) for file in files[:6]])))
