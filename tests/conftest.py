@@ -20,6 +20,8 @@ DECODERS = {
     "stablelm": DecoderConfig("stablelm", 64, 32, 3, 4, 48, rotary_dim=2, max_len=128),
     "llama": DecoderConfig("llama", 64, 32, 3, 4, 48, rotary_dim=8, max_len=128, n_kv_heads=2),
 }
+FAMILIES = pytest.mark.parametrize("family", DECODERS)
+LEVELS = pytest.mark.parametrize("level", ["token", "sequence"])
 
 
 def shake(module, seed=0):
@@ -67,6 +69,10 @@ def collate(rows, images=None, side="right", modality=None, seed=0):
     return Batch(ids, mask, labels, images, modality)
 
 
+def close(a, b, atol=1e-5, rtol=1e-5):
+    torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
+
+
 def randn(*shape, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator).to(dtype)
@@ -84,7 +90,6 @@ def prompts(rows=(0, 1, 2), side="left"):
 
 
 # The same as fixtures.
-_shake = pytest.fixture(name="shake")(lambda: shake)
 _build = pytest.fixture(name="build")(lambda: build)
 _collate = pytest.fixture(name="collate")(lambda: collate)
 

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from checkpoint import save_checkpoint
@@ -62,6 +63,14 @@ def losses(out):
     records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     timed = {"tokens_per_s", "mfu"}
     return [{k: r[k] for k in r if k not in timed} for r in records if "loss" in r]
+
+
+def error_line(capsys, main, *argv):
+    """The one line of an error with which main ends; its exit code is 2."""
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(list(map(str, argv)))
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    return line
 
 
 def reads(n_patches, system="", max_len=10**6):

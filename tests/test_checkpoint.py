@@ -10,14 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import (
-    empty_model,
-    load_checkpoint,
-    load_model,
-    read_config,
-    read_seen,
-    save_checkpoint,
-)
+import checkpoint as module
+from checkpoint import empty_model, load_checkpoint, load_model, read_config, read_seen
 from config import UserError
 from engine.durable import seal
 from engine.published import router_hash
@@ -32,7 +26,7 @@ CPU = torch.device("cpu")
 def save(folder, model, own=None, **extra):
     folder.parent.mkdir(exist_ok=True)
     (tokenizer := folder.parent / "tokenizer.json").write_text(SMALL_TOKENIZER)
-    save_checkpoint(folder, model, model.config, INFO, tokenizer, extra, own)
+    module.save_checkpoint(folder, model, model.config, INFO, tokenizer, extra, own)
     return folder
 
 
@@ -46,11 +40,10 @@ def saved(mini_checkpoint, tmp_path):
     return shutil.copytree(mini_checkpoint, tmp_path / "copied")
 
 
-@pytest.mark.parametrize(
-    ("family", "moe"),
-    [("phi", None), ("stablelm", {"router": "topk", "top_k": 1}),
-     ("phi", {"residual": True})],  # early TinyMed's layers
-)  # fmt: skip
+@pytest.mark.parametrize(("family", "moe"), [
+    ("phi", None), ("stablelm", {"router": "topk", "top_k": 1}),
+    ("phi", {"residual": True}),  # early TinyMed's layers
+])  # fmt: skip
 def test_a_checkpoint_is_read_back_bit_for_bit_with_its_config(build, tmp_path, family, moe):
     model = build(family, moe)
     folder = tmp_path / "deep" / "phase3"
@@ -71,7 +64,7 @@ def test_saving_over_a_checkpoint_leaves_the_new_one_or_the_old_one_whole(build,
     save(folder, build(moe={}), trainer={"step": torch.ones(1)})
     save(folder, model)
     with pytest.raises(OSError):
-        save_checkpoint(folder, build(), model.config, INFO, tmp_path / "no tokenizer", {})
+        module.save_checkpoint(folder, build(), model.config, INFO, tmp_path / "no tokenizer", {})
     assert same(weights(folder), dict(model.named_parameters()))
     assert not (folder / "trainer.safetensors").exists()
 
@@ -106,9 +99,7 @@ def test_the_router_and_its_level_can_be_replaced(mini_checkpoint, build, tmp_pa
         load_model(dense, CPU, router="topk")
 
 
-def test_a_file_that_a_checkpoint_names_as_its_router_runs_only_if_it_is_given_again(
-    mini_checkpoint, tmp_path, capsys
-):
+def test_a_checkpoints_router_file_runs_only_if_given_again(mini_checkpoint, tmp_path, capsys):
     (file := tmp_path / "mine.py").write_text(
         "import pathlib, routers\npathlib.Path(__file__).with_name('ran').touch()\n"
         "class Mine(routers.TopKRouter): pass\n")  # fmt: skip
@@ -130,9 +121,7 @@ def test_a_file_that_a_checkpoint_names_as_its_router_runs_only_if_it_is_given_a
     assert f"--router {router}: changed since {folder} was trained" in capsys.readouterr().err
 
 
-def test_weights_that_are_not_finite_or_too_many_and_tokens_without_a_row_are_named(
-    saved, monkeypatch
-):
+def test_weights_not_finite_or_too_many_and_tokens_without_a_row_are_named(saved, monkeypatch):
     tensors, name = weights(saved), "decoder.blocks.1.attn.q.bias"
     for value in (float("nan"), float("-inf")):
         save_file(tensors | {name: torch.full_like(tensors[name], value)},
@@ -163,32 +152,31 @@ def test_a_checkpoint_of_another_model_or_with_a_damaged_file_is_refused(build, 
     assert same(dict(model.named_parameters()), before)
 
 
-@pytest.mark.parametrize(
-    ("place", "value", "message"),
-    [("model.moe.colour", 1, "config.json: not a checkpoint of .*colour"),
-     ("model.decoder.d_model", 32, "model.safetensors: .*shape"),
-     ("model.decoder.n_layers", 4, "model.safetensors: .*not in the checkpoint"),
-     ("model.decoder.vocab_size", 2**21, "config.json: a model of 69,.* parameters, but model.saf"),
-     ("model.moe.n_experts", 1024, "config.json: a model of .* parameters, but model.safetensors"),
-     ("flags", {}, "config.json: not a .*'seed'"), ("flags.lang", "fr", "config.json: .*lang"),
-     ("run", [], "config.json: not a .*run must be"), ("flags.preset", 5, "preset must"),
-     ("questions", ["Is it?", 5], "config.json: not a .*questions must be"),
-     *((f"model.{place}", value, rf"config.json: model.{place} [^\n]*: must be {message}")
-       for place, value, message in (
-        ("system", 5, "a text"), ("vision.n_layers", "6", "a whole number from 1 to 128"),
-        ("vision.width", None, "a whole"), ("vision.patch_size", 64, "at most image_size, 32"),
-        ("vision.n_heads", 3, "a divisor"), ("decoder.n_heads", 0, "a whole number from 1 to"),
-        ("decoder.n_heads", -2, "a whole"), ("decoder.n_heads", True, "a whole number"),
-        ("decoder.n_layers", 10**9, "a whole"), ("decoder.n_heads", 3, "a divisor of d_model, 16"),
-        ("decoder.n_kv_heads", 4, "a divisor of n_heads, 2"), ("decoder.rotary_dim", 3, "even"),
-        ("decoder.rotary_dim", 10, "even, and at most the 8"), ("decoder.tied", 1, "one of False"),
-        ("decoder.family", ["phi"], "one of phi"), ("decoder.dropout", -0.1, "a number from 0.0"),
-        ("decoder.rope_theta", "1e4", "a number from 1.0"), ("moe.level", "word", "one of token"),
-        ("moe.start", "warm", "one of preserving"), ("moe.top_k", 9, "at most n_experts, 4"),
-        ("moe.router", 5, "a text"), *(("moe.layers", wrong, "null, or ascending numbers below 3")
-                                       for wrong in (5, [], [2, 0], [0, 0], [0, 3], [0, "1"], "02"))
-     ))],
-)  # fmt: skip
+@pytest.mark.parametrize(("place", "value", "message"), [
+    ("model.moe.colour", 1, "config.json: not a checkpoint of .*colour"),
+    ("model.decoder.d_model", 32, "model.safetensors: .*shape"),
+    ("model.decoder.n_layers", 4, "model.safetensors: .*not in the checkpoint"),
+    ("model.decoder.vocab_size", 2**21, "config.json: a model of 69,.* parameters, but model.saf"),
+    ("model.moe.n_experts", 1024, "config.json: a model of .* parameters, but model.safetensors"),
+    ("flags", {}, "config.json: not a .*'seed'"), ("flags.lang", "fr", "config.json: .*lang"),
+    ("run", [], "config.json: not a .*run must be"), ("flags.preset", 5, "preset must"),
+    ("questions", ["Is it?", 5], "config.json: not a .*questions must be"),
+    *((f"model.{place}", value, rf"config.json: model.{place} [^\n]*: must be {message}")
+      for place, value, message in (
+       ("system", 5, "a text"), ("vision.n_layers", "6", "a whole number from 1 to 128"),
+       ("vision.width", None, "a whole"), ("vision.patch_size", 64, "at most image_size, 32"),
+       ("vision.n_heads", 3, "a divisor"), ("decoder.n_heads", 0, "a whole number from 1 to"),
+       ("decoder.n_heads", -2, "a whole"), ("decoder.n_heads", True, "a whole number"),
+       ("decoder.n_layers", 10**9, "a whole"), ("decoder.n_heads", 3, "a divisor of d_model, 16"),
+       ("decoder.n_kv_heads", 4, "a divisor of n_heads, 2"), ("decoder.rotary_dim", 3, "even"),
+       ("decoder.rotary_dim", 10, "even, and at most the 8"), ("decoder.tied", 1, "one of False"),
+       ("decoder.family", ["phi"], "one of phi"), ("decoder.dropout", -0.1, "a number from 0.0"),
+       ("decoder.rope_theta", "1e4", "a number from 1.0"), ("moe.level", "word", "one of token"),
+       ("moe.start", "warm", "one of preserving"), ("moe.top_k", 9, "at most n_experts, 4"),
+       ("moe.router", 5, "a text"), *(("moe.layers", wrong, "null, or ascending numbers below 3")
+                                      for wrong in (5, [], [2, 0], [0, 0], [0, 3], [0, "1"], "02"))
+    )),
+])  # fmt: skip
 def test_a_broken_config_is_refused_before_memory_is_taken(saved, place, value, message):
     values = json.loads((saved / "config.json").read_text())
     *parents, last = place.split(".")

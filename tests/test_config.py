@@ -6,19 +6,7 @@ from dataclasses import fields, is_dataclass, replace
 import pytest
 
 import config
-from config import (
-    PRESETS,
-    DecoderConfig,
-    MoEConfig,
-    Recipe,
-    TrainConfig,
-    UserError,
-    VisionConfig,
-    model_config,
-    named_layers,
-    one_line,
-    to_dict,
-)
+from config import PRESETS, DecoderConfig, MoEConfig, Recipe, TrainConfig, UserError, VisionConfig
 
 CLIP_L = VisionConfig(336, 14, 1024, 24, 16, 4096)
 CLIP_TINY = VisionConfig(112, 16, 128, 6, 4, 512)
@@ -69,26 +57,26 @@ def test_configs_cannot_be_changed_and_every_flag_has_a_help_in_a_group():
 def test_a_config_survives_its_way_through_json():
     dense = replace(PRESETS["phi2"].model, system="Hi.")
     for moe in (None, MoEConfig(), MoEConfig(top_k=1, level="sequence", layers=(1, 3))):
-        values = json.loads(json.dumps(to_dict(replace(dense, moe=moe))))
-        assert model_config(values) == replace(dense, moe=moe)
-    assert model_config(values | {"moe": {"layers": 5}}).moe.layers == 5  # for check_config
+        values = json.loads(json.dumps(config.to_dict(replace(dense, moe=moe))))
+        assert config.model_config(values) == replace(dense, moe=moe)
+    assert config.model_config(values | {"moe": {"layers": 5}}).moe.layers == 5  # for check_config
     values["decoder"]["colour"] = 1
     with pytest.raises(TypeError, match="colour"):
-        model_config(values)
+        config.model_config(values)
 
 
 def test_sparse_layers_are_named_or_numbered_and_all_must_be_there():
     wanted = {"every-second": None, "first-half": (0, 1), "second-half": (2, 3, 4), "3": (3,),
               "all": (0, 1, 2, 3, 4), "4,0,2,2": (0, 2, 4)}  # fmt: skip
-    assert {name: named_layers(name, 5) for name in wanted} == wanted
+    assert {name: config.named_layers(name, 5) for name in wanted} == wanted
     for wrong in ("5", "-1", "", "1,", "half"):
         with pytest.raises(UserError, match=f"--moe-layers {wrong}: every-second.* below 5 "):
-            named_layers(wrong, 5)
+            config.named_layers(wrong, 5)
 
 
 def test_text_of_files_is_printed_as_one_short_line_and_a_warning_once(capsys):
-    assert one_line("a\n\tb\x1b[1mc") == "a b [1mc"
-    assert (one_line("abcd", 4), one_line("abcde", 4)) == ("abcd", "abcd ...")
+    assert config.one_line("a\n\tb\x1b[1mc") == "a b [1mc"
+    assert (config.one_line("abcd", 4), config.one_line("abcde", 4)) == ("abcd", "abcd ...")
     config.warn_once.cache_clear()
     for _ in range(2):
         config.warn_once("mind\nthe gap")

@@ -13,15 +13,10 @@ from decoder import Cache, Decoder, causal_mask, rope
 from model import generate
 from routers import Hints
 from tests import reference
-from tests.conftest import DECODERS, PROMPTS, build, prompts, randn
+from tests.conftest import DECODERS, FAMILIES, PROMPTS, build, close, prompts, randn
 from tests.golden.make import ours, outputs
 
-FAMILIES = pytest.mark.parametrize("family", DECODERS)
 DENSE, TOP_2, SEQUENCE = None, {"router": "topk"}, {"level": "sequence", "top_k": 1}
-
-
-def close(a, b, atol=1e-5):
-    torch.testing.assert_close(a, b, atol=atol, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -135,7 +135,5 @@ def test_nvcc_compiles_kernels_and_binding_without_spills_or_warnings(tmp_path):
         assert not re.search(r"warning|C75\d\d|serializ", printed)
     # torch without CUDA has the headers all the same, but for one that its build would make.
     include = Path(torch.__file__).parent / "include"
-    folders = ["-I", str(include), "-I", str(include / "torch/csrc/api/include")]
-    nvcc(
-        "-x", "c++", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", str(CUDA / "binding.cpp"), *folders, *out
-    )
+    more = ["-I", str(include), "-I", str(include / "torch/csrc/api/include"), *out]
+    nvcc("-x", "c++", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", str(CUDA / "binding.cpp"), *more)

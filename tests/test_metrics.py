@@ -21,14 +21,13 @@ def test_a_closed_answer_is_right_or_wrong():
     assert not any(is_right(answer, truth) for answer, truth in wrong)
 
 
-@pytest.mark.parametrize(
-    ("answer", "truth", "recall", "precision", "f1", "bleu1", "exact"),
-    [("left upper", "upper left", 1.0, 1.0, 1.0, 1.0, False),
-     ("left left left", "upper left", 0.5, 1.0, 2 / 5, 1 / 3, False),
-     ("left lung", "left upper lobe", 1 / 3, 0.5, 2 / 5, np.exp(-0.5) / 2, False),
-     ("", "lung", 0.0, 0.0, 0.0, 0.0, False), ("lung", "", 0.0, 0.0, 0.0, 0.0, False),
-     ("", ",", 1.0, 1.0, 1.0, 1.0, True)],
-)  # fmt: skip
+@pytest.mark.parametrize(("answer", "truth", "recall", "precision", "f1", "bleu1", "exact"), [
+    ("left upper", "upper left", 1.0, 1.0, 1.0, 1.0, False),
+    ("left left left", "upper left", 0.5, 1.0, 2 / 5, 1 / 3, False),
+    ("left lung", "left upper lobe", 1 / 3, 0.5, 2 / 5, np.exp(-0.5) / 2, False),
+    ("", "lung", 0.0, 0.0, 0.0, 0.0, False), ("lung", "", 0.0, 0.0, 0.0, 0.0, False),
+    ("", ",", 1.0, 1.0, 1.0, 1.0, True),
+])  # fmt: skip
 def test_open_answers_are_scored_by_their_words(answer, truth, recall, precision, f1, bleu1, exact):
     wanted = {"recall": recall, "precision": precision, "f1": f1, "exact_match": float(exact),
               "bleu1": bleu1}  # fmt: skip

@@ -12,7 +12,7 @@ from config import IGNORE, IMAGE_ID, ModelConfig, MoEConfig, UserError
 from model import MedMoE, choose_device, count_parameters, generate, make_sparse, pick
 from routers import Hints
 from tests import reference
-from tests.conftest import DECODERS, build, collate, prompts, randn
+from tests.conftest import FAMILIES, LEVELS, build, close, collate, prompts, randn
 
 HIDDEN, PATCHES = [IGNORE] * 5, [IMAGE_ID] * 4
 # (ids, labels): an image first, one in the middle, none, one with two answers.
@@ -22,12 +22,7 @@ ROWS = [
     ([7, 8, 40, 41, 2], [7, IGNORE, 40, 41, 2]),  # nothing predicts the first
     ([5, *PATCHES, 9, 30, 2, 6, 31, 2, 7], [*HIDDEN, IGNORE, 30, 2, IGNORE, 31, 2, IGNORE]),
 ]
-FAMILIES = pytest.mark.parametrize("family", DECODERS)
 NO_EOS = -1  # no token is this one
-
-
-def close(a, b, atol=1e-5):
-    torch.testing.assert_close(a, b, atol=atol, rtol=1e-5)
 
 
 @FAMILIES
@@ -125,7 +120,7 @@ def test_a_temperature_of_0_is_greedy_and_a_seed_repeats_the_answer():
     assert a == b != c
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@LEVELS
 def test_the_model_of_phase_3_begins_with_the_logits_of_phase_2(level):
     dense, batch, moe = build(), collate(ROWS), MoEConfig(level=level)
     sparse, weights = copy.deepcopy(dense), {"weight": randn(4, 32, seed=5), "bias": randn(4)}

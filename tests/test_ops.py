@@ -12,16 +12,12 @@ from engine.lora import add_to_ffn
 from moe import MLP, Experts, GatedMLP
 from ops import SortedExperts, dispatch_plan, grouped_linear, permute, unpermute
 from tests import reference
-from tests.conftest import build, prompts, randn, shake
+from tests.conftest import build, close, prompts, randn, shake
 
 FFNS = pytest.mark.parametrize("ffn", [MLP, GatedMLP])
 HALF, FULL = torch.bfloat16, torch.float32
 # Expert 1 has no token, token 1 no expert.
 GATES = torch.tensor([[0.5, 0.0, -0.5], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.25, 0.0, 0.75]])
-
-
-def close(a, b, atol=1e-5):
-    torch.testing.assert_close(a, b, atol=atol, rtol=atol)
 
 
 def test_the_plan_lists_the_gates_that_are_not_zero_by_expert_then_token():
@@ -65,12 +61,12 @@ def test_grouped_linear_and_its_gradients_are_its_definition(d, f, dtype, is_gro
     expected = (weight[expert] @ x[:, :, None]).squeeze(2)
     expected = expected if bias is None else expected + bias[expert]
     atol = 2**-7 if dtype == HALF else 1e-5
-    close(y, expected, atol)
+    close(y, expected, atol, atol)
     assert ops._has_grouped_mm(x, weight) == (is_grouped and offs[-1] > 0)
     # The gradient of a sum is expanded, not contiguous.
-    close(torch.autograd.grad(y.sum(), into), torch.autograd.grad(expected.sum(), into), atol)
+    close(torch.autograd.grad(y.sum(), into), torch.autograd.grad(expected.sum(), into), atol, atol)
     with torch.no_grad():  # without gradients always the loop on a CPU
-        close(grouped_linear(x, weight, bias, plan), expected, atol)
+        close(grouped_linear(x, weight, bias, plan), expected, atol, atol)
         assert not ops._has_grouped_mm(x, weight)
 
 

@@ -6,17 +6,12 @@ import torch
 import routers
 from routers import ROUTERS, Hints, OracleRouter, Router, Routing, TopKRouter, get_router
 from tests import reference
-from tests.conftest import build, collate, randn, shake
+from tests.conftest import LEVELS, build, close, collate, randn, shake
 
-LEVELS = pytest.mark.parametrize("level", ["token", "sequence"])
 # Three samples: no padding, padded on the left, on the right. The third prompt is all padding.
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
 PROMPT = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 0, 0]]).bool()
 X = randn(3, 5, 16)
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
 @LEVELS

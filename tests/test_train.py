@@ -19,21 +19,10 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import config
 import train
 from checkpoint import read_config, read_seen
-from config import (
-    ASSETS,
-    IGNORE,
-    PHASES,
-    PRESETS,
-    DecoderConfig,
-    ModelConfig,
-    MoEConfig,
-    Recipe,
-    TrainConfig,
-    UserError,
-    preset,
-)
+from config import PRESETS, DecoderConfig, ModelConfig, MoEConfig, Recipe, TrainConfig, UserError
 from data import Batch, Dataset, Text
 from model import MedMoE, freeze_all_but, make_sparse
 from scoring import leaks
@@ -41,7 +30,7 @@ from sources.images import Images
 from sources.load import load_samples
 from sources.tensorfiles import open_tensors
 from tests.conftest import VISION
-from tests.mini import losses, mini, same, weights
+from tests.mini import TOKENIZER, error_line, losses, mini, same, weights
 from tests.one_step import gradients, losses_of_steps, place
 
 DECODER = DecoderConfig("phi", 1024, 32, 3, 4, 64, rotary_dim=4, max_len=128, dropout=0.1)
@@ -51,29 +40,28 @@ CURVE = Path(__file__).parent / "golden" / "curve.json"
 
 def questions(config, kind="vqa"):
     samples = load_samples(("phantoms:64",), kind, "train")
-    return Dataset(samples, Text(ASSETS / "phi"), config, False, Images(config.vision.image_size))
+    return Dataset(samples, Text(TOKENIZER), config, False, Images(config.vision.image_size))
 
 
 def prepared(phase=3, dropout=0.1, **flags):
     """A small model of phase 2 or 3 as initialised, questions that it can read, and its flags."""
     torch.manual_seed(0)
-    config = ModelConfig(VISION, replace(DECODER, dropout=dropout))
-    model = MedMoE(config)
+    model = MedMoE(ModelConfig(VISION, replace(DECODER, dropout=dropout)))
     if phase == 3:
         make_sparse(model, MoEConfig(router="topk"))
         for block in model.decoder.blocks[::2]:
             nn.init.normal_(block.mlp.router.proj.weight)  # far from logits that are all alike
             for param in block.mlp.experts.parameters():  # and from experts that are
                 param.data += 0.1 * torch.randn_like(param)
-    freeze_all_but(model, PHASES[2].trains)
+    freeze_all_but(model, config.PHASES[2].trains)
     flags = TrainConfig(phase=phase, device="cpu", **{"dtype": "float32", **flags})
-    return model.train(), questions(config), flags
+    return model.train(), questions(model.config), flags
 
 
 def trained(number: int, **flags) -> set[str]:
     """The parameters that this phase of the tiny preset trains."""
     flags = TrainConfig(**flags)
-    model = MedMoE(preset("tiny").model)
+    model = MedMoE(PRESETS["tiny"].model)
     if number == 3 and flags.experts:
         make_sparse(model, train.sparse_config(flags, model.config))
     freeze_all_but(model, train.trained_patterns(flags, number, model.config))
@@ -87,7 +75,7 @@ def ffn(layers, prefix="") -> set[str]:
 
 
 def test_each_phase_trains_exactly_its_parameters():
-    every = {n for n, _ in MedMoE(preset("tiny").model).named_parameters()}
+    every = {n for n, _ in MedMoE(PRESETS["tiny"].model).named_parameters()}
     tower = {n for n in every if n.startswith("vision.")}
     projector = {n for n in every if n.startswith("projector.")}
     experts, meta = ffn((0, 2), "experts."), ffn((0, 2), "meta.")
@@ -126,7 +114,7 @@ def test_a_step_is_split_into_micro_batches_and_these_among_processes():
         run = SimpleNamespace(rank=rank, world=world)
         found = train.micro_batches(data, list(range(7)), 3, run)
         assert [b.ids.flatten().tolist() for b in found] == wanted
-        has_labels = [(b.labels != IGNORE).all().item() for b in found]
+        has_labels = [(b.labels != config.IGNORE).all().item() for b in found]
         assert has_labels == [True, True, rank == 0]
 
 
@@ -320,9 +308,7 @@ def test_then_it_is_scored_in_a_process_of_its_own(finished, monkeypatch):
     assert stop.value.code == 3 and "RANK" not in failing.call_args.kwargs["env"]
 
 
-def test_a_router_of_ones_own_is_named_again_to_all_that_load_it(
-    finished, tmp_path, monkeypatch, capsys
-):
+def test_an_own_router_is_named_again_to_all_that_load_it(finished, tmp_path, monkeypatch, capsys):
     (file := tmp_path / "mine.py").write_text("import routers\nclass A(routers.TopKRouter): pass\n")
     argv = [*ARGV, "--init", str(finished.phases[1]), "--router", f"{file}:A"]
     scored = Mock(return_value=SimpleNamespace(returncode=0))
@@ -348,16 +334,13 @@ def test_phases_that_are_done_are_kept_and_must_have_been_trained_alike(finished
     train.main([*argv, "--resume"])
     assert same(weights(finished.phases[2]), before)
     assert "phase 3: done before" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        train.main(argv)
-    assert "replace it with --overwrite" in capsys.readouterr().err
+    assert "replace it with --overwrite" in error_line(capsys, train.main, *argv)
     assert same(weights(finished.phases[2]), before)
     for change in ("--seed 5 --resume", *(f"{flags} --overwrite" for flags in (
         "--seed 5", "--data phantoms:13", "--lang zh", "--tune-vision", "--batch-size 3",
         "--experts 3", "--accumulate 2", "--steps 9"))):  # fmt: skip
-        with pytest.raises(SystemExit) as stop:
-            train.main([*argv, *change.split()])
-        assert stop.value.code == 2 and change.split()[0] in capsys.readouterr().err
+        line = error_line(capsys, train.main, *argv, *change.split())
+        assert change.split()[0] in line
     train.main([*argv, "--init", str(finished.phases[1]), "--out", str(tmp_path)])
     assert same(weights(tmp_path / "phase3"), before) and not (tmp_path / "phase1").exists()
     assert torch.equal(read_seen(tmp_path / "phase3"), read_seen(finished.phases[2]))

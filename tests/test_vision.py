@@ -6,13 +6,9 @@ import torch
 from PIL import Image
 
 from tests import reference
-from tests.conftest import VISION, randn, shake
+from tests.conftest import VISION, close, randn, shake
 from tests.golden.make import ours, outputs
 from vision import VisionTower, attention, normalise, square
-
-
-def close(a, b, atol=1e-5):
-    torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
 def test_the_tower_equals_its_equations_and_transformers():

@@ -18,6 +18,7 @@ from sources.images import Images
 from sources.load import load_samples
 from sources.phantoms import SPLITS, seeds
 from tests.conftest import build
+from tests.mini import error_line
 
 LOAD = [[0.0] * 4, [1.0, 1.0, 2.0, 0.0], [0.0, 4.0, 0.0, 0.0], [3.0, 1.0, 0.0, 0.0]]  # (M, E)
 RESULT = {"closed": 0.5, "open": None, "load_cv": 0.1, "max_vio": 0.2, "dead": 1, "experts": 8,
@@ -90,9 +91,7 @@ def test_a_row_is_written_and_verified_by_its_hash(quick, base, tmp_path, capsys
                        (["--router", f"{tmp_path}/bad.py:Mine"], "bad.py, line 1: imports os"),
                        (["--router", f"{tmp_path}/bad.py:No"], "named No; it has Mine"),
                        (["--json", f"{tmp_path}/no/file"], "no/file")):  # fmt: skip
-        with pytest.raises(SystemExit, match="2"):
-            score.main([*argv, *more])
-        assert word in capsys.readouterr().err
+        assert word in error_line(capsys, score.main, *argv, *more)
 
 
 def test_the_data_of_a_student_are_their_own_and_no_default_images():

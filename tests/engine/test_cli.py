@@ -16,7 +16,7 @@ from chat import ChatConfig
 from config import GROUPS, TrainConfig, UserError, argument, flag
 from engine import cli
 from eval import EvalConfig
-from tests.mini import checkpoint
+from tests.mini import checkpoint, error_line
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,6 @@ def test_a_command_line_says_what_differs_from_the_defaults():
         "data 'a b'", "data c", "lr 0.5", "no-meta", "python train.py", "resume"]  # fmt: skip
 
 
-def fails(capsys, main, *argv: str) -> str:
-    """Run main; it must end with code 2 and one line of an error, which is returned."""
-    with pytest.raises(SystemExit) as stop:
-        main(list(argv))
-    assert stop.value.code == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    return line
-
-
 @pytest.mark.parametrize(("argv", "named"), [
     (["--preset", "huge"], ["--preset huge", "tiny-stablelm", "phi2"]),
     (["--preset", "phi2"], ["--preset phi2", "--clip DIR"]),
@@ -87,7 +78,7 @@ def test_train_names_the_mistake_before_it_trains(argv, named, capsys, tmp_path,
     checkpoint(tmp_path / "mini", None)
     monkeypatch.setattr(train, "train", None)
     argv = [word.format(tmp=tmp_path) for word in ("--out", "{tmp}/out", *argv)]
-    line = fails(capsys, train.main, *argv)
+    line = error_line(capsys, train.main, *argv)
     assert [part for part in named if part not in line] == []
 
 
@@ -133,7 +124,7 @@ def test_what_is_no_checkpoint_is_refused(script, content, capsys, tmp_path):
     if content is not None:
         where.mkdir()
         (where / "config.json").write_text(content)
-    assert str(where) in fails(capsys, script, str(where))
+    assert str(where) in error_line(capsys, script, where)
 
 
 def test_results_are_written_where_they_can_be_and_over_nothing(tmp_path):

@@ -10,10 +10,9 @@ from engine.lora import add_lora, merge_lora
 from engine.optim import cast_weights
 from model import freeze_all_but
 from routers import Hints
+from tests.conftest import DECODERS
 
-KINDS = pytest.mark.parametrize(
-    ("family", "number"), [(f, n) for f in ("phi", "stablelm", "llama") for n in (2, 3)]
-)
+KINDS = pytest.mark.parametrize(("family", "number"), [(f, n) for f in DECODERS for n in (2, 3)])
 
 
 def plain(build, family, number):
@@ -65,9 +64,7 @@ def written_out(params, names):
 
 @KINDS
 @pytest.mark.parametrize("rank", [3, 4])  # 3 is not on 16 bytes: grouped_linear goes another way
-def test_it_computes_learns_and_is_merged_as_the_weights_written_out(
-    build, batch, family, number, rank
-):
+def test_it_computes_learns_and_merges_as_weights_written_out(build, batch, family, number, rank):
     batch = batch._replace(images=batch.images.double())
     before = plain(build, family, number).double()
     model = adapted(plain(build, family, number), number, rank).double()
@@ -91,9 +88,7 @@ def test_it_computes_learns_and_is_merged_as_the_weights_written_out(
 
 
 @KINDS
-def test_only_lora_and_projector_or_router_learn_beside_weights_in_bf16_and_are_merged_into_them(
-    build, batch, family, number
-):
+def test_only_lora_and_projector_or_router_learn_beside_bf16_weights(build, batch, family, number):
     model, flags = plain(build, family, number), TrainConfig(lora_rank=4, router="topk")
     exact = model.loss(batch).total.detach()
     cast_weights(model, torch.bfloat16)

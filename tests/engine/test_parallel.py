@@ -49,9 +49,7 @@ def gradients(model, batches):
 
 @pytest.mark.parametrize(("n", "trains_tower"), [(1, True), (1, False), (2, False)],
                          ids=["tower", "fsdp", "experts"])  # fmt: skip
-def test_two_processes_have_the_loss_and_gradients_of_one(
-    tmp_path, build, collate, n, trains_tower
-):
+def test_two_processes_have_loss_and_gradients_of_one(tmp_path, build, collate, n, trains_tower):
     """In the second micro-batch the second process has no image."""
     import torch._dynamo  # which FSDP imports: here once, not in each process
 

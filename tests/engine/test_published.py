@@ -68,11 +68,10 @@ def test_every_parameter_has_its_published_name(build, which):
     assert {rename(key, table) for key in theirs} == {*ours}
 
 
-@pytest.mark.parametrize(
-    ("form", "family"),
-    [("", "phi"), ("", "stablelm"), ("", "llama"), ("bare", "phi"), ("whole clip", "phi"),
-     ("no biases", "stablelm"), ("tied", "llama")],
-)  # fmt: skip
+@pytest.mark.parametrize(("form", "family"), [
+    ("", "phi"), ("", "stablelm"), ("", "llama"), ("bare", "phi"), ("whole clip", "phi"),
+    ("no biases", "stablelm"), ("tied", "llama"),
+])  # fmt: skip
 def test_publishing_and_loading_again_is_bitwise_in_every_form(build, tmp_path, form, family):
     """transformers 5's towers and openai/clip's; StableLM-2's norms; a head stored twice."""
     config = replace(build(family).config, decoder=replace(CONFIGS[family], tied=form == "tied"))
@@ -99,18 +98,15 @@ def test_publishing_and_loading_again_is_bitwise_in_every_form(build, tmp_path, 
     assert len(untouched) == 4 and same(part(other, "projector."), untouched)
 
 
-@pytest.mark.parametrize(
-    ("family", "change", "message"),
-    [
-        ("phi", {"model.layers.1.mlp.fc1.weight": None}, "decoder.blocks.1.mlp.fc1.weight"),
-        ("stablelm", {"model.layers.0.input_layernorm.bias": None}, r"ln_1.bias'\] \(1 in all"),
-        ("llama", {"more": torch.zeros(1)}, "'more' is in the checkpoint but in no row"),
-        ("phi", {"lm_head.weight": torch.zeros(65, 32)}, r"\(65, 32\), expected \(64, 32\)"),
-        ("phi", {"lm_head.bias": torch.zeros(64).long()}, "lm_head.bias.*int64, expected a float"),
-        ("phi", {"lm_head.bias": torch.full((64,), -torch.inf)}, "lm_head.bias.*NaN or infinite"),
-        ("phi", {"model.layers.3.input_layernorm.bias": torch.zeros(32)}, "3.*not a parameter"),
-    ],
-)
+@pytest.mark.parametrize(("family", "change", "message"), [
+    ("phi", {"model.layers.1.mlp.fc1.weight": None}, "decoder.blocks.1.mlp.fc1.weight"),
+    ("stablelm", {"model.layers.0.input_layernorm.bias": None}, r"ln_1.bias'\] \(1 in all"),
+    ("llama", {"more": torch.zeros(1)}, "'more' is in the checkpoint but in no row"),
+    ("phi", {"lm_head.weight": torch.zeros(65, 32)}, r"\(65, 32\), expected \(64, 32\)"),
+    ("phi", {"lm_head.bias": torch.zeros(64).long()}, "lm_head.bias.*int64, expected a float"),
+    ("phi", {"lm_head.bias": torch.full((64,), -torch.inf)}, "lm_head.bias.*NaN or infinite"),
+    ("phi", {"model.layers.3.input_layernorm.bias": torch.zeros(32)}, "3.*not a parameter"),
+])  # fmt: skip
 def test_a_published_file_that_does_not_fit_is_named(build, tmp_path, family, change, message):
     clip, llm = write_published(model := build(family), tmp_path)
     tensors = load_file(llm / "model.safetensors") | change
@@ -127,44 +123,38 @@ TOWER = vision_fields(VISION)
 LLAMA = {"model_type": "llama", "hidden_act": "silu"}
 
 
-@pytest.mark.parametrize(
-    ("change", "ours"),
-    [
-        ({"num_key_value_heads": 4, "head_dim": 8, "hidden_act": "gelu_new"}, {}),
-        (dict.fromkeys(("max_position_embeddings", "num_key_value_heads", "tie_word_embeddings"),
-                       ...), {}),  # the defaults
-        ({"rope_theta": 0.5, "resid_pdrop": 0.25, "layer_norm_eps": 0.125},
-         {"rope_theta": 0.5, "dropout": 0.25, "norm_eps": 0.125}),
-        ({"max_position_embeddings": 1, "num_key_value_heads": 2, "tie_word_embeddings": True},
-         {"max_len": 1, "n_kv_heads": 2, "tied": True}),
-        ({"partial_rotary_factor": 0.3}, {"rotary_dim": 2}),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, {"rope_theta": 5.0}),
-        (LLAMA | {"partial_rotary_factor": ..., "rms_norm_eps": 1e-6, "layer_norm_eps": 1.0},
-         {"family": "llama", "rotary_dim": 8, "norm_eps": 1e-6}),
-        ({"model_type": "stablelm_epoch", "partial_rotary_factor": ..., "rope_pct": 0.25,
-          "norm_eps": 1e-6}, {"family": "stablelm", "rotary_dim": 2, "norm_eps": 1e-6}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("change", "ours"), [
+    ({"num_key_value_heads": 4, "head_dim": 8, "hidden_act": "gelu_new"}, {}),
+    (dict.fromkeys(("max_position_embeddings", "num_key_value_heads", "tie_word_embeddings"),
+                   ...), {}),  # the defaults
+    ({"rope_theta": 0.5, "resid_pdrop": 0.25, "layer_norm_eps": 0.125},
+     {"rope_theta": 0.5, "dropout": 0.25, "norm_eps": 0.125}),
+    ({"max_position_embeddings": 1, "num_key_value_heads": 2, "tie_word_embeddings": True},
+     {"max_len": 1, "n_kv_heads": 2, "tied": True}),
+    ({"partial_rotary_factor": 0.3}, {"rotary_dim": 2}),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, {"rope_theta": 5.0}),
+    (LLAMA | {"partial_rotary_factor": ..., "rms_norm_eps": 1e-6, "layer_norm_eps": 1.0},
+     {"family": "llama", "rotary_dim": 8, "norm_eps": 1e-6}),
+    ({"model_type": "stablelm_epoch", "partial_rotary_factor": ..., "rope_pct": 0.25,
+      "norm_eps": 1e-6}, {"family": "stablelm", "rotary_dim": 2, "norm_eps": 1e-6}),
+])  # fmt: skip
 def test_a_decoders_config_is_read(tmp_path, change, ours):
     assert read_decoder(config_of(tmp_path, FIELDS, **change)) == replace(PHI, **ours)
     other = config_of(tmp_path, FIELDS, model_type="llava")
     assert read_decoder(other, "stablelm") == replace(PHI, family="stablelm")
 
 
-@pytest.mark.parametrize(
-    ("base", "name", "value"),
-    [
-        ({}, "hidden_act", "relu"), ({}, "qk_layernorm", True), ({}, "attention_dropout", 0.1),
-        ({}, "model_type", "mamba"), ({}, "rope_scaling", {"type": "linear"}),
-        ({}, "rope_parameters", [1]), ({}, "rope_parameters", {"rope_type": "yarn"}),
-        ({}, "num_hidden_layers", 0), ({}, "num_hidden_layers", True), ({}, "hidden_size", 32.0),
-        ({}, "num_key_value_heads", 3), ({}, "num_attention_heads", 5), ({}, "head_dim", 7),
-        ({}, "resid_pdrop", "big"), ({}, "resid_pdrop", -0.1), ({}, "vocab_size", ...),
-        (LLAMA, "attention_bias", True), (LLAMA, "mlp_bias", True), ({}, "embd_pdrop", 0.1),
-        ({"model_type": "stablelm", "hidden_act": "silu"}, "use_parallel_residual", True),
-        (TOWER, "hidden_act", "gelu"), (TOWER, "patch_size", 0), (TOWER, "image_size", ...),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("base", "name", "value"), [
+    ({}, "hidden_act", "relu"), ({}, "qk_layernorm", True), ({}, "attention_dropout", 0.1),
+    ({}, "model_type", "mamba"), ({}, "rope_scaling", {"type": "linear"}),
+    ({}, "rope_parameters", [1]), ({}, "rope_parameters", {"rope_type": "yarn"}),
+    ({}, "num_hidden_layers", 0), ({}, "num_hidden_layers", True), ({}, "hidden_size", 32.0),
+    ({}, "num_key_value_heads", 3), ({}, "num_attention_heads", 5), ({}, "head_dim", 7),
+    ({}, "resid_pdrop", "big"), ({}, "resid_pdrop", -0.1), ({}, "vocab_size", ...),
+    (LLAMA, "attention_bias", True), (LLAMA, "mlp_bias", True), ({}, "embd_pdrop", 0.1),
+    ({"model_type": "stablelm", "hidden_act": "silu"}, "use_parallel_residual", True),
+    (TOWER, "hidden_act", "gelu"), (TOWER, "patch_size", 0), (TOWER, "image_size", ...),
+])  # fmt: skip
 def test_what_the_code_does_not_compute_is_refused_by_name(tmp_path, base, name, value):
     read = read_vision if base is TOWER else read_decoder
     read(config_of(tmp_path, FIELDS, **base))
@@ -178,18 +168,15 @@ NEW = json.loads((preset("tiny").clip / "preprocessor_config.json").read_text())
 OLD = {"size": 112, "crop_size": 112, "do_rescale": None, "rescale_factor": None}
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({}, ""), (OLD, ""), (dict.fromkeys(NEW), ""), ({"image_std": (0.2686295, 0.2613026,
-         0.2757771)}, ""), ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean [0.5"),
-        ({"image_std": [1.0]}, "image_std"), ({"image_mean": "clip"}, "image_mean"),
-        ({"size": 224}, "size {'shortest_edge': 224}"), ({"size": {"longest_edge": 112}}, "size"),
-        ({"size": {"height": 112, "width": 112}}, "size"), ({"crop_size": 30}, "crop_size"),
-        ({"resample": 2}, "resample 2"), ({"do_center_crop": False}, "do_center_crop False"),
-        ({"do_rescale": False}, "do_rescale"), ({"rescale_factor": 1.0}, "rescale_factor"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("change", "named"), [
+    ({}, ""), (OLD, ""), (dict.fromkeys(NEW), ""), ({"image_std": (0.2686295, 0.2613026,
+     0.2757771)}, ""), ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean [0.5"),
+    ({"image_std": [1.0]}, "image_std"), ({"image_mean": "clip"}, "image_mean"),
+    ({"size": 224}, "size {'shortest_edge': 224}"), ({"size": {"longest_edge": 112}}, "size"),
+    ({"size": {"height": 112, "width": 112}}, "size"), ({"crop_size": 30}, "crop_size"),
+    ({"resample": 2}, "resample 2"), ({"do_center_crop": False}, "do_center_crop False"),
+    ({"do_rescale": False}, "do_rescale"), ({"rescale_factor": 1.0}, "rescale_factor"),
+])  # fmt: skip
 def test_other_preprocessing_than_ours_is_refused_by_name(tmp_path, change, named):
     config_of(tmp_path, vision_fields(CLIP_TINY))
     for name, values in (("preprocessor_config", NEW | change),

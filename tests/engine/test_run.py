@@ -242,10 +242,8 @@ def bare(**values):
     return run
 
 
-@pytest.mark.parametrize(("step", "is_signal"), [(2, True), (5, True), (2, False)])
-def test_a_signal_saves_a_checkpoint_to_resume_from_as_does_a_closed_stderr(
-    phase, monkeypatch, tmp_path, capsys, step, is_signal
-):  # step 5 is the last one
+@pytest.mark.parametrize(("step", "is_signal"), [(2, True), (5, True), (2, False)])  # 5: the last
+def test_a_signal_or_closed_stderr_saves_it(phase, monkeypatch, tmp_path, capsys, step, is_signal):
     plain = Run.log
 
     def log(self, **values):

@@ -12,6 +12,7 @@ from lab import bench
 from model import freeze_all_but
 from tests import cuda_on_cpu
 from tests.conftest import build, collate
+from tests.mini import error_line
 
 ROWS = [([1, 2, *[IMAGE_ID] * 4, 7, 8, 9, 10], [IGNORE] * 8 + [9, 10]), ([5, 6, 7], [IGNORE, 6, 7])]
 CPU = torch.device("cpu")
@@ -55,9 +56,7 @@ def test_kernels_on_a_cpu_time_the_layer_unless_it_is_wrong(name, monkeypatch, c
     assert set(layer["seconds"]) == {"matmuls", "loop", "sorted"}
     assert layer["flops"] == 3 * 2 * 2 * 16 * (2 if name == "phi2" else 3) * 16 * 24
     monkeypatch.setattr(ops, "permute", lambda x, plan: x[plan.token].roll(1, 0))
-    with pytest.raises(SystemExit, match="2"):
-        bench.main(flags)
-    assert "the layer is wrong" in capsys.readouterr().err
+    assert "the layer is wrong" in error_line(capsys, bench.main, *flags)
 
 
 @pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason="no simulated GPU here")

@@ -17,7 +17,7 @@ from data import Text
 from engine.older import ResidualMoE
 from engine.published import load_published
 from lab import convert
-from tests.mini import SMALL_TOKENIZER, same
+from tests.mini import SMALL_TOKENIZER, error_line, same
 from tests.published import decoder_fields, write_published
 
 LAYOUTS = {  # what each published layer has
@@ -94,14 +94,6 @@ def run(*argv):
     convert.main([str(a) for a in argv])
 
 
-def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as stop:
-        run(*argv)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
-
-
 @pytest.mark.parametrize("family", ["phi", "stablelm"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_layout_becomes_ours_bit_for_bit(make, tmp_path, family, layout):
@@ -140,7 +132,8 @@ def test_what_we_do_not_compute_is_refused_by_name(make, capsys, tmp_path, key, 
     _, clip, stage = make("phi", "med-moe")
     values = json.loads((stage / "config.json").read_text())
     (stage / "config.json").write_text(json.dumps(values | {key: value}))
-    assert named in refused(capsys, stage, "--clip", clip, "--out", tmp_path / "ours")
+    argv = stage, "--clip", clip, "--out", tmp_path / "ours"
+    assert named in error_line(capsys, convert.main, *argv)
     assert not (tmp_path / "ours").exists()
 
 
@@ -198,4 +191,4 @@ def test_a_gguf_file_becomes_a_directory_for_llm_bit_for_bit(build, gguf, capsys
     text = Text(out)
     assert text.encode("ab11") == [3, 4, 4] and text.decode([3, 4]) == "ab1" and text.eos_id == 0
     fields["tokenizer.ggml.pre"] = "llama-bpe"
-    assert "llama-bpe" in refused(capsys, file, "--out", tmp_path / "other")
+    assert "llama-bpe" in error_line(capsys, convert.main, file, "--out", tmp_path / "other")

@@ -35,9 +35,8 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "mini", mini(tmp_path_factory.mktemp("parts")))
-        train.main(["--preset", "mini", "--data", "phantoms:16", "--dtype", "float32", "--steps",
-                    "2", "--batch-size", "4", "--no-eval", "--router-images", "16",
-                    "--out", str(out)])  # fmt: skip
+        argv = "--preset mini --data phantoms:16 --dtype float32 --steps 2 --batch-size 4 --no-eval"
+        train.main([*argv.split(), "--router-images", "16", "--out", str(out)])
     return out
 
 

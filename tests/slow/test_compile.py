@@ -1,11 +1,14 @@
 """Compiled blocks train alike, and runs go on with and without them."""
 
 import pytest
+import torch
 
 import train
 from config import Recipe
 from engine.inference import compile_blocks
 from engine.run import checkpoint_blocks
+from router_training import ffn_inputs
+from tests.conftest import build, prompts
 from tests.one_step import losses_of_steps, place
 from tests.test_train import prepared
 
@@ -31,3 +34,12 @@ def test_compiled_blocks_train_alike_and_runs_go_on_with_and_without(tmp_path):
     for folder, changes in (("plain", [compile_blocks]), ("compiled", [])):
         rest = compiled_losses(tmp_path / folder, *changes, resume=True)
         assert rest == pytest.approx(whole[5:], abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_router_is_trained_on_the_inputs_of_compiled_ffns_too():
+    model = build()
+    expected = ffn_inputs(model, prompts(), (0, 2))
+    compile_blocks(model)
+    model.loss(prompts())  # compiled now, without hooks
+    assert torch.equal(ffn_inputs(model, prompts(), (0, 2)), expected)

@@ -20,6 +20,7 @@ from lab import convert
 from model import MedMoE, generate
 from routers import Hints
 from sources.tensorfiles import read_tensors
+from tests.conftest import close
 from tests.golden.make import ours, padded, their_greedy, their_logits, their_model, write
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -56,10 +57,6 @@ def both(folder, family, seed):
     write(their_model(other, random_sizes(other, 0)), folder / other)
     llm = other if family == "clip" else family
     return theirs, ours(llm, folder / llm, folder / "clip")
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
 @SEEDS

@@ -111,18 +111,17 @@ def test_files_of_one_name_are_sources_of_their_own_and_each_is_read_once(tmp_pa
         load_samples([specs[0], specs[0] + "@2"], "vqa", "test")
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [("conversations", [HUMAN, GPT, HUMAN], "a list of turns"),
-     ("conversations", [GPT, HUMAN], "human and gpt by turns (not "),
-     ("value", [HUMAN | {"value": "<image>"}, GPT], "must be more than <image>"),
-     ("value", [HUMAN, GPT | {"value": " "}], "a text that is not empty"),
-     ("conversations", [HUMAN, GPT | {"value": "<image> a"}], "one <image> at most, in a question"),
-     ("conversations", [HUMAN | {"value": "<image><image>a"}, GPT], "a sample has one image"),
-     ("image", ["x.jpg", "y.jpg"], "must be one image"), ("image", None, "has <image>"),
-     ("image", "../test.json", "must be inside"), ("image", ..., "as its question has <image>"),
-     ("answer_type", "maybe", "must be one of open, close, closed")],
-)  # fmt: skip
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("conversations", [HUMAN, GPT, HUMAN], "a list of turns"),
+    ("conversations", [GPT, HUMAN], "human and gpt by turns (not "),
+    ("value", [HUMAN | {"value": "<image>"}, GPT], "must be more than <image>"),
+    ("value", [HUMAN, GPT | {"value": " "}], "a text that is not empty"),
+    ("conversations", [HUMAN, GPT | {"value": "<image> a"}], "one <image> at most, in a question"),
+    ("conversations", [HUMAN | {"value": "<image><image>a"}, GPT], "a sample has one image"),
+    ("image", ["x.jpg", "y.jpg"], "must be one image"), ("image", None, "has <image>"),
+    ("image", "../test.json", "must be inside"), ("image", ..., "as its question has <image>"),
+    ("answer_type", "maybe", "must be one of open, close, closed"),
+])  # fmt: skip
 def test_what_is_wrong_with_an_item_is_named_with_its_place(tmp_path, field, value, message):
     item = llava_item("2") | {"conversations" if field == "value" else field: value}
     spec = llava(tmp_path, llava_item(), {k: v for k, v in item.items() if v is not ...})

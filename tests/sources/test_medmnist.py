@@ -59,10 +59,9 @@ def test_the_sets_are_their_owners_and_known_by_their_files_names():
             which(Path("pathmnist") / name)
 
 
-@pytest.mark.parametrize(
-    ("name", "highest", "columns", "dtype", "shape"),
-    [("bloodmnist", 7, 1, "u1", (1, 1, 3)), ("chestmnist", 1, 14, ">i4", (1024, 1024))],
-)
+@pytest.mark.parametrize(("name", "highest", "columns", "dtype", "shape"), [
+    ("bloodmnist", 7, 1, "u1", (1, 1, 3)), ("chestmnist", 1, 14, ">i4", (1024, 1024)),
+])  # fmt: skip
 def test_a_split_is_read_as_written_and_once(tmp_path, name, highest, columns, dtype, shape):
     file, made = tmp_path / f"{name}.npz", {}
     for split in SPLITS:
@@ -88,17 +87,14 @@ def test_what_is_no_sound_zip_is_refused(tmp_path):
     refused(file, "not a zip")
 
 
-@pytest.mark.parametrize(
-    ("member", "content", "reason"),
-    [
-        (IMAGES, np.zeros((6, 28, 29), np.uint8), "is uint8 (6, 28, 29), must be uint8"),
-        (IMAGES, np.zeros((6, 1025, 1025), np.uint8), "S from 1 to 1024"),
-        (IMAGES, np.array([{"a": 1}], dtype=object), "its npy header"),  # a pickle
-        (LABELS, np.zeros((6, 1)), "is float64"),
-        (LABELS, np.zeros((5, 1), int), "must be integers (6, 1) for 6 images"),
-        (LABELS, np.array([[0], [1], [3], [4], [-1], [0]]), "row 3 (from 0) is 4, must be 0 to 3"),
-    ],
-)
+@pytest.mark.parametrize(("member", "content", "reason"), [
+    (IMAGES, np.zeros((6, 28, 29), np.uint8), "is uint8 (6, 28, 29), must be uint8"),
+    (IMAGES, np.zeros((6, 1025, 1025), np.uint8), "S from 1 to 1024"),
+    (IMAGES, np.array([{"a": 1}], dtype=object), "its npy header"),  # a pickle
+    (LABELS, np.zeros((6, 1)), "is float64"),
+    (LABELS, np.zeros((5, 1), int), "must be integers (6, 1) for 6 images"),
+    (LABELS, np.array([[0], [1], [3], [4], [-1], [0]]), "row 3 (from 0) is 4, must be 0 to 3"),
+])  # fmt: skip
 def test_an_array_that_is_a_pickle_or_does_not_fit_is_refused(tmp_path, member, content, reason):
     refused(write(tmp_path / "octmnist.npz", GOOD | {member: content}), member, reason)
 

@@ -9,12 +9,11 @@ from config import UserError
 from sources.records import Record, read_lines, read_records
 
 
-@pytest.mark.parametrize(
-    ("kind", "values"),
-    [("text", (3, " ", None, "\ud83d?")),  # half a surrogate pair
-     ("text_or_number", (None, True, float("nan"), ["b"], 10**5000, "\ud83d?")),
-     ("choice", (3, "PET")), ("image", (3, "../b.jpg", "/etc/hosts", "link.jpg", "a\0b"))],
-)  # fmt: skip
+@pytest.mark.parametrize(("kind", "values"), [
+    ("text", (3, " ", None, "\ud83d?")),  # half a surrogate pair
+    ("text_or_number", (None, True, float("nan"), ["b"], 10**5000, "\ud83d?")),
+    ("choice", (3, "PET")), ("image", (3, "../b.jpg", "/etc/hosts", "link.jpg", "a\0b")),
+])  # fmt: skip
 def test_a_wrong_field_is_named_with_its_record(tmp_path, kind, values):
     (tmp_path / "link.jpg").symlink_to(tmp_path.parent / "outside.jpg")
     more = {"choice": [("CT", "X-ray")], "image": [tmp_path]}.get(kind, ())
@@ -42,12 +41,11 @@ def test_a_link_may_lead_into_the_folder_of_its_file_or_where_it_is_allowed_to(t
                 record.image(name, images)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [('[{"a": 1},\n {"a": 2,}]', "line 2, column"), ("[" * 100_000, "not JSON"),
-     ('[{"a": 1, "b": 2, "b": 3}]', '"b" twice'), ('{"rows": []}', 'list, is {"rows": []}'),
-     ('[{"a": 1}, "x"]', 'record 1 (from 0) is not an object: "x"')],
-)  # fmt: skip
+@pytest.mark.parametrize(("content", "message"), [
+    ('[{"a": 1},\n {"a": 2,}]', "line 2, column"), ("[" * 100_000, "not JSON"),
+    ('[{"a": 1, "b": 2, "b": 3}]', '"b" twice'), ('{"rows": []}', 'list, is {"rows": []}'),
+    ('[{"a": 1}, "x"]', 'record 1 (from 0) is not an object: "x"'),
+])  # fmt: skip
 def test_a_file_that_is_no_list_of_objects_is_refused_with_the_place(tmp_path, content, message):
     file = tmp_path / "x.json"
     file.write_text(content)

@@ -29,10 +29,9 @@ def refused(path, message=""):
         list(open_tensors(path))
 
 
-@pytest.mark.parametrize(
-    ("name", "form"),
-    [("model.safetensors", ""), ("pytorch_model.bin", "zip"), ("pytorch_model.bin", "legacy")],
-)
+@pytest.mark.parametrize(("name", "form"), [
+    ("model.safetensors", ""), ("pytorch_model.bin", "zip"), ("pytorch_model.bin", "legacy"),
+])  # fmt: skip
 def test_each_form_is_read_whole_or_in_shards_and_refused_if_truncated(tmp_path, name, form):
     write(tmp_path / name, TENSORS, form)
     whole = dict(read_tensors(tmp_path))

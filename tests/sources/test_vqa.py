@@ -114,17 +114,14 @@ def test_an_image_that_is_a_link_is_followed_if_allowed(tmp_path, write, row, sp
     assert load_samples([spec], "vqa", split, follow_links=True)[0].image == image
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "not a pickle"),
-        *((pickle.dumps([os.system], p), "does more than hold data: ") for p in PROTOCOLS),
-        (b"]r\xff\xff\xff\x7f.", "numbers its value 2147483647"),  # a table of 16 GiB
-        (pickle.dumps([QA[0], QA[1] | {"image": "../../../x"}]), 'record 1 (from 0): field "im'),
-        ([CONVERTED, CONVERTED | {"labelf": {"pvqa": [{"x": 1}]}}], 'record 1 (from 0): field "se'),
-        ([CONVERTED | {"labelf": {"pvqa": [{"x": 1}, {}]}}], 'record 0 (from 0): field "labelf"'),
-    ],
-)
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "not a pickle"),
+    *((pickle.dumps([os.system], p), "does more than hold data: ") for p in PROTOCOLS),
+    (b"]r\xff\xff\xff\x7f.", "numbers its value 2147483647"),  # a table of 16 GiB
+    (pickle.dumps([QA[0], QA[1] | {"image": "../../../x"}]), 'record 1 (from 0): field "im'),
+    ([CONVERTED, CONVERTED | {"labelf": {"pvqa": [{"x": 1}]}}], 'record 1 (from 0): field "se'),
+    ([CONVERTED | {"labelf": {"pvqa": [{"x": 1}, {}]}}], 'record 0 (from 0): field "labelf"'),
+])  # fmt: skip
 def test_a_malicious_or_broken_file_is_refused_in_one_line(tmp_path, content, message):
     match = rf"test(_qa\.pkl|\.json): [^\n]*{re.escape(message)}[^\n]*$"
     with pytest.raises(UserError, match=match):
