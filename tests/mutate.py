@@ -26,9 +26,11 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Files without a test file of their own name: who tests them.
+# Files whose tests stand elsewhere too: who tests them.
 TESTED_BY = {"engine/processes.py": "tests/engine/test_parallel.py",
+             "engine/published.py": "tests/engine/test_published.py tests/test_checkpoint.py",
              "ops.py": "tests/test_ops.py tests/test_kernels.py",
+             "sources/load.py": "tests/sources/test_load.py tests/sources/test_llava.py",
              "sources/painting.py": "tests/sources/test_phantoms.py"}  # fmt: skip
 PAIRS = "Lt LtE, Gt GtE, Eq NotEq, Is IsNot, In NotIn, Add Sub, Mult Div, BitAnd BitOr, And Or"
 SWAPS = {"FloorDiv": "Mult", "Mod": "Mult", "Pow": "Mult", "MatMult": "Mult"}

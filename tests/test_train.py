@@ -281,6 +281,16 @@ def test_one_command_runs_the_missing_phases_and_each_changes_only_its_own(finis
     assert steps == [(n, i) for n in (1, 2, 3) for i in (0, 1)]
 
 
+def test_lora_is_merged_at_the_end_of_its_phase(finished, tmp_path):
+    before = weights(finished.phases[0])
+    train.main([*ARGV, "--init", str(finished.phases[0]), "--phase", "2", "--lora-rank", "2",
+                "--no-eval", "--out", str(tmp_path)])  # fmt: skip
+    after = weights(tmp_path / "phase2")
+    ffns = {n for n in before if ".mlp." in n and n.endswith("weight")}
+    assert after.keys() == before.keys() and len(ffns) == 6
+    assert not any(torch.equal(before[n], after[n]) for n in ffns)
+
+
 def test_each_phase_reads_its_samples_and_crops_only_the_images_of_captions(finished):
     calls = {name: mock.call_args_list for name, mock in finished.calls.items()}
     tasks = [call.args[1] for call in calls["load_samples"]]

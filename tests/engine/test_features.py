@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import train
-from config import PRESETS, TrainConfig, warn_once
-from engine.features import CachedTower, cache_features
+from config import PRESETS, TrainConfig, UserError, warn_once
+from engine.features import CachedTower, cache_features, check_cache
 from model import autocast
 from tests.conftest import randn
 from tests.mini import losses, mini
@@ -64,6 +64,13 @@ def test_it_grows_no_larger_than_it_may_and_warns_once(model, computed, capsys, 
         computed.clear()
     assert sum(kept.untyped_storage().nbytes() for kept in tower.known.values()) == 3 * NBYTES
     assert capsys.readouterr().err.count("--cache-gb") == 1
+
+
+@pytest.mark.parametrize("flags", [{"cache_gb": 0.0}, {"jitter": True}])
+def test_what_makes_no_sense_is_refused(flags):
+    check_cache(TrainConfig(cache_features=True, jitter=False))
+    with pytest.raises(UserError, match=f"--{next(iter(flags)).replace('_', '-')}"):
+        check_cache(TrainConfig(**{"cache_features": True, "jitter": False} | flags))
 
 
 def test_a_run_computes_every_image_once_and_its_losses_stay(tmp_path, computed, monkeypatch):

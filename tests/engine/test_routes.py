@@ -80,3 +80,5 @@ def test_a_file_keeps_routes_and_what_is_damaged_or_does_not_fit_is_refused(tmp_
             routes.load_routes(file, ids, shape)
     with pytest.raises(UserError, match=f"--record-routes {path / 'r'}"):
         routes.save_routes(path / "r", {"q": Route(values, 5)})
+    with pytest.raises(UserError, match="1 of 2 questions are not in it: s"):
+        routes.load_routes(path, ["q", "s"], (3, 4))
