@@ -160,9 +160,12 @@ class Chat:
     def command(self, line: str) -> None:
         """One of HELP. Raises UserError for any other."""
         name, _, rest = line.partition(" ")
-        if name == "/image" and rest:
+        if name in ("/image", "/show") and not rest:
+            raise UserError(f"{name}: needs a name; /help lists the commands")
+        if name == "/image":
             self.begin(rest.strip())
-        elif name == "/show" and rest:
+            print(f"The image is {rest.strip()}.", file=sys.stderr)
+        elif name == "/show":
             self.show(rest.strip())
         elif line == "/reset":
             self.history = []
@@ -183,8 +186,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--temperature {flags.temperature}: must be 0 or from 0.01 up")
     if not 0 < flags.top_p <= 1:
         raise UserError(f"--top-p {flags.top_p}: must be above 0 and at most 1")
-    if flags.question is not None and not flags.question.strip():
-        raise UserError("--question: is empty")
+    if flags.question is not None and flags.question.strip()[:1] in ("", "/"):
+        raise UserError(f"--question {flags.question!r}: is empty, or a command")
     if flags.show:
         check_png(flags.show, flags.image)
     chat = Chat(flags)
@@ -197,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401  history and arrow keys, where there is one
     with suppress(EOFError, KeyboardInterrupt):
-        while (line := input("> ").strip()) not in ("", "/quit"):
+        while (line := input("> ").strip()) not in ("", "/quit", "quit", "exit"):
             try:
                 chat.command(line) if line.startswith("/") else chat.ask(line)
             except (UserError, OSError) as error:

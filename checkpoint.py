@@ -78,6 +78,8 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict]:
     """config.json of one of our checkpoints -> the model's config and everything else in it."""
     if not directory.is_dir():
         raise UserError(f"checkpoint {directory}: no such directory")
+    if phases := sorted(directory.glob("phase[123]")):  # a run's folder
+        raise UserError(f"checkpoint {directory}: name one of its phases, as {phases[-1]}")
     verify(directory, "config.json")
     info = read_json(file := directory / "config.json", dict)
     try:

@@ -1,6 +1,6 @@
 """Routers: which tokens go to which experts. To write your own, subclass Router, override `gate`.
 
-Shapes: B batch, T positions, D d_model, E experts, k experts per token, R real tokens of a batch.
+Shapes: B batch, T positions, D d_model, E experts, k experts per token, n real tokens.
 """
 
 import importlib.util
@@ -181,7 +181,7 @@ def load_balancing_loss(routing: Routing, mask: Tensor) -> Tensor:
     Fedus et al. 2021, equation 4, over the real tokens of mask (B, T); with k experts per token,
     each of them counts 1/k.
     """
-    gates, logits = routing.gates[mask], routing.logits[mask]  # both (R, E)
+    gates, logits = routing.gates[mask], routing.logits[mask]  # both (n, E)
     routed = (gates != 0).float().sum(dim=0)  # (E,) tokens of each expert
     share = routed / routed.sum().clamp(min=1)
     return gates.shape[-1] * (share * logits.softmax(dim=-1).mean(dim=0)).sum()

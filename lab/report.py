@@ -61,7 +61,7 @@ class ReportConfig(Common):
     limit: int | None = flag(None, "only the first N questions", least=1)
     max_new: int = flag(48, "longest answer, in tokens", least=1)
     ablations: str = flag(str(HERE.parent / "results" / "ablations"), "DIR of tables of ablations")
-    png: str | None = flag(None, "FILE.png: also draw routes on images")
+    png: str | None = flag(None, "draw routes on images to this FILE.png instead")
     router: str | None = flag(None, "replace the router: a name or FILE.py:Class")
 
 
@@ -274,11 +274,12 @@ def main(argv: list[str] | None = None) -> dict:
     predictor = Predictor(model, text, device, dtype, flags.batch_size or 64, flags.max_new)
     numbers, examples = measure(predictor, flags, meta)
     with matplotlib.rc_context(SETTINGS):
-        page = render(numbers, examples, model.config, meta)
-        cli.write_text(Path(flags.out), page, "--out")
-        print(f"{flags.out}  {len(page.encode()) / 1000:,.0f} kB, {numbers['n']:,} questions")
         if flags.png:
             Path(flags.png).write_bytes(png(drawn(overlay_figure(numbers, examples), 120)))
+        else:
+            page = render(numbers, examples, model.config, meta)
+            cli.write_text(Path(flags.out), page, "--out")
+    print(f"{flags.png or flags.out}: {numbers['n']:,} questions")
     if flags.json:
         cli.write_json(Path(flags.json), numbers)
     return numbers

@@ -188,7 +188,8 @@ def show(report: dict) -> str:
     elif pairs:
         lines = ["no image of this split was in training, nor a question with its image"]
     if pairs > seen:
-        lines += [f"{pairs - seen} of {n} questions were, with their answers, about other images"]
+        lines += [f"{pairs - seen} of {n} questions were in training with the same answers, about "
+                  "other images"]  # fmt: skip
     if seen:
         shown = (f"{x['id']} {x['question'][:60]}" for x in report["first"])
         lines += ["seen questions: " + "; ".join(shown)]

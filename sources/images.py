@@ -90,7 +90,8 @@ def open_image(path: str | Path) -> PIL.Image.Image:
             return to_rgb(upright(image), white_is_zero)
     except PIL.UnidentifiedImageError:
         empty = path.stat().st_size == 0
-        reason = "is empty" if empty else f"not a readable image ({', '.join(FORMATS)} are)"
+        reason = f"not a readable image ({', '.join(FORMATS)} are; export DICOM in a window as PNG)"
+        reason = "is empty" if empty else reason
     except Exception as error:  # a broken file makes a decoder raise anything, struct.error too
         reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
     raise UserError(f"image {path}: {reason}")

@@ -89,6 +89,14 @@ def prompts(rows=(0, 1, 2), side="left"):
     return batch._replace(images=torch.cat([*images, batch.images[:0]]), modality=modality)
 
 
+@pytest.fixture(scope="session")
+def phase3(tmp_path_factory):
+    """A checkpoint of two sparse layers and four experts, top-2, which tests only read."""
+    from tests.mini import checkpoint  # which imports this file
+
+    return checkpoint(tmp_path_factory.mktemp("mini") / "phase3")
+
+
 # The same as fixtures.
 _build = pytest.fixture(name="build")(lambda: build)
 _collate = pytest.fixture(name="collate")(lambda: collate)

@@ -116,15 +116,16 @@ def test_commands_change_the_image_show_it_and_help(talk, tmp_path):
                                 "/image phantom:2000000003", "Is it?", f"/image {image}", "Is it?",
                                 f"/show {image}", "/show a.jpg", "/image no.png",
                                 "/image phantom:x", "/image none", "Is it?", "/show a.png",
-                                "/what")  # fmt: skip
+                                "/show", "/what")  # fmt: skip
     assert "/image FILE" in out and all(f"\n{q.question}\n" in out for q in questions(own))
     caption = f"{question.answer}; a CT of the head with three large infarcts in the lower left"
     assert f"\ntruth: {caption}\n" in out and out.count("truth: ") == 2
     assert "\ntruth: an MRI of the brain with no abnormality\n" in out
     first, disclaimer, *messages = messages.splitlines()
     assert "phantom:2000000004" in first and "Not a medical device" in disclaimer
-    wanted = ["a.png: nothing", f"saved {file}", f"{image}: would be", "a.jpg: must", "no.png: no",
-              "--image phantom:x", "a.png: nothing", "/what: no such"]  # fmt: skip
+    wanted = ["a.png: nothing", f"saved {file}", "is phantom:2000000003.", f"is {image}.",
+              f"{image}: would be", "a.jpg: must", "no.png: no", "--image phantom:x", "is none.",
+              "a.png: nothing", "/show: needs", "/what: no such"]  # fmt: skip
     assert all(w in m for w, m in zip(wanted, messages, strict=True))
     sizes = [sum(i < 0 for i in ids) for ids, _ in asked]
     assert sizes == [4, 4, 4, 0] and Image.open(file).size == (1040, 396)
@@ -166,7 +167,7 @@ def test_the_stream_waits_for_whole_characters(capsys):
 
 
 @pytest.mark.parametrize("argv", ["--temperature 0.001", "--top-p 0", "--image phantom:x",
-                                  "--question ", "--show a.jpg"])  # fmt: skip
+                                  "--question ", "--question /help", "--show a.jpg"])  # fmt: skip
 def test_a_setting_that_cannot_be_is_one_line(phase3, argv, capsys):
     with pytest.raises(SystemExit) as stop:
         chat.main([str(phase3), "--question", "Q?", *argv.split(" ")])

@@ -30,20 +30,14 @@ def save(folder, model, own=None, **extra):
     return folder
 
 
-@pytest.fixture(scope="module")
-def mini_checkpoint(tmp_path_factory):
-    return checkpoint(tmp_path_factory.mktemp("mini") / "phase3")
-
-
 @pytest.fixture
-def saved(mini_checkpoint, tmp_path):
-    return shutil.copytree(mini_checkpoint, tmp_path / "copied")
+def saved(phase3, tmp_path):
+    return shutil.copytree(phase3, tmp_path / "copied")
 
 
-@pytest.mark.parametrize(("family", "moe"), [
-    ("phi", None), ("stablelm", {"router": "topk", "top_k": 1}),
-    ("phi", {"residual": True}),  # early TinyMed's layers
-])  # fmt: skip
+@pytest.mark.parametrize(("family", "moe"), [  # residual: early TinyMed's layers
+    ("phi", None), ("phi", {"residual": True}),
+    ("stablelm", {"router": "topk", "top_k": 1})])  # fmt: skip
 def test_a_checkpoint_is_read_back_bit_for_bit_with_its_config(build, tmp_path, family, moe):
     model = build(family, moe)
     folder = tmp_path / "deep" / "phase3"
@@ -88,21 +82,20 @@ def test_weights_are_widened_cast_or_kept_and_routers_are_fp32(build, tmp_path, 
     assert torch.equal(router, before.blocks[0].mlp.router.proj.weight)
 
 
-def test_the_router_and_its_level_can_be_replaced(mini_checkpoint, build, tmp_path):
-    moe = load_model(mini_checkpoint, CPU)[0].config.moe
-    other = load_model(mini_checkpoint, CPU, router="random", level="sequence")[0]
+def test_the_router_and_its_level_can_be_replaced(phase3, build, tmp_path):
+    moe = load_model(phase3, CPU)[0].config.moe
+    other = load_model(phase3, CPU, router="random", level="sequence")[0]
     assert other.config.moe == replace(moe, router="random", level="sequence") != moe
-    assert same(dict(other.named_parameters()), weights(mini_checkpoint))
+    assert same(dict(other.named_parameters()), weights(phase3))
     dense = save(tmp_path / "dense", build())
     assert load_model(dense, CPU, level="sequence")[0].config.moe is None
     with pytest.raises(UserError, match=r"--router topk: .*dense is dense"):
         load_model(dense, CPU, router="topk")
 
 
-def test_a_checkpoints_router_file_runs_only_if_given_again(mini_checkpoint, tmp_path, capsys):
-    (file := tmp_path / "mine.py").write_text(
-        "import pathlib, routers\npathlib.Path(__file__).with_name('ran').touch()\n"
-        "class Mine(routers.TopKRouter): pass\n")  # fmt: skip
+def test_a_checkpoints_router_file_runs_only_if_given_again(phase3, tmp_path, capsys):
+    text = "import pathlib, routers\npathlib.Path(__file__).with_name('ran').touch()\n"
+    (file := tmp_path / "mine.py").write_text(text + "class Mine(routers.TopKRouter): pass\n")
     router, ran, config_file = f"{file}:Mine", tmp_path / "ran", tmp_path / "own" / "config.json"
     folder = checkpoint(tmp_path / "own", replace(MOE, router=router))
     ran.unlink()
@@ -114,7 +107,7 @@ def test_a_checkpoints_router_file_runs_only_if_given_again(mini_checkpoint, tmp
     seal(folder)
     assert load_model(folder, CPU, router=router)[0].config.moe.router == router and ran.exists()
     assert load_model(folder, CPU, router="topk")[0].config.moe.router == "topk"
-    assert load_model(mini_checkpoint, CPU, router=router) and router_hash("topk") is None
+    assert load_model(phase3, CPU, router=router) and router_hash("topk") is None
     assert not capsys.readouterr().err
     file.write_text(file.read_text() + "\n")
     load_model(folder, CPU, router=router)
@@ -122,14 +115,14 @@ def test_a_checkpoints_router_file_runs_only_if_given_again(mini_checkpoint, tmp
 
 
 def test_weights_not_finite_or_too_many_and_tokens_without_a_row_are_named(saved, monkeypatch):
-    tensors, name = weights(saved), "decoder.blocks.1.attn.q.bias"
+    name, file = "decoder.blocks.1.attn.q.bias", saved / "model.safetensors"
+    tensors = weights(saved)
     for value in (float("nan"), float("-inf")):
-        save_file(tensors | {name: torch.full_like(tensors[name], value)},
-                  saved / "model.safetensors")  # fmt: skip
+        save_file(tensors | {name: torch.full_like(tensors[name], value)}, file)
         seal(saved)
         with pytest.raises(UserError, match=rf"model.safetensors: '{name}' .*NaN or infinite"):
             load_model(saved, CPU)
-    save_file(tensors, saved / "model.safetensors")
+    save_file(tensors, file)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="possible model: no room"):
         patch.setattr("checkpoint.MedMoE", Mock(side_effect=RuntimeError("no room")))
         load_model(saved, CPU)
@@ -150,6 +143,13 @@ def test_a_checkpoint_of_another_model_or_with_a_damaged_file_is_refused(build, 
     with pytest.raises(UserError, match=r"tokenizer\.json: damaged or edited"):
         load_checkpoint(model, saved)
     assert same(dict(model.named_parameters()), before)
+
+
+def test_the_folder_of_a_run_is_refused_with_the_name_of_its_last_phase(tmp_path):
+    for number in (1, 3):
+        (tmp_path / f"phase{number}").mkdir()
+    with pytest.raises(UserError, match=f"name one of its phases, as {tmp_path / 'phase3'}"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(("place", "value", "message"), [
@@ -175,8 +175,7 @@ def test_a_checkpoint_of_another_model_or_with_a_damaged_file_is_refused(build, 
        ("moe.start", "warm", "one of preserving"), ("moe.top_k", 9, "at most n_experts, 4"),
        ("moe.router", 5, "a text"), *(("moe.layers", wrong, "null, or ascending numbers below 3")
                                       for wrong in (5, [], [2, 0], [0, 0], [0, 3], [0, "1"], "02"))
-    )),
-])  # fmt: skip
+    ))])  # fmt: skip
 def test_a_broken_config_is_refused_before_memory_is_taken(saved, place, value, message):
     values = json.loads((saved / "config.json").read_text())
     *parents, last = place.split(".")

@@ -16,14 +16,10 @@ if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
 
 # Rows of each expert, and the widths F and D of its matrix.
 CASES = {
-    "ragged, an empty one": ((130, 0, 1, 200), 320, 136),
-    "one row each": ((1, 1, 1, 1), 8, 8),
-    "one expert": ((77,), 136, 200),
-    "one expert has all rows": ((0, 0, 70, 0), 264, 72),
-    "as the slices": ((64, 128, 192, 5), 256, 128),
-    "more than 16 rows of tiles": ((17 * 128, 128 * 18 + 3), 264, 8),
-    "no rows": ((0, 0), 16, 8),
-}
+    "ragged, an empty one": ((130, 0, 1, 200), 320, 136), "one row each": ((1, 1, 1, 1), 8, 8),
+    "one expert": ((77,), 136, 200), "one expert has all rows": ((0, 0, 70, 0), 264, 72),
+    "as the slices": ((64, 128, 192, 5), 256, 128), "no rows": ((0, 0), 16, 8),
+    "more than 16 rows of tiles": ((17 * 128, 128 * 18 + 3), 264, 8)}  # fmt: skip
 
 
 @pytest.fixture(name="machine", params=MACHINES, autouse=True)
@@ -65,15 +61,10 @@ def gates_of(pattern, n, n_experts):
     return gates
 
 
-GATES = [(1, 1, 1), (5, 4, 2), (300, 4, 2), (1001, 7, "any"), (64, 4, "last"), (9, 3, 0),
-         (40, 48, 8), (4096, 4, 2)]  # fmt: skip
-
-
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
-@pytest.mark.parametrize(
-    ("n", "n_experts", "pattern", "d"), [(*gates, 8 * (8 - i)) for i, gates in enumerate(GATES)]
-    + [(37, 4, 2, 2560), (0, 4, 2, 8)],
-)  # fmt: skip
+@pytest.mark.parametrize(("n", "n_experts", "pattern", "d"), [
+    (1, 1, 1, 64), (5, 4, 2, 56), (300, 4, 2, 48), (1001, 7, "any", 40), (64, 4, "last", 32),
+    (9, 3, 0, 24), (40, 48, 8, 16), (4096, 4, 2, 8), (37, 4, 2, 2560), (0, 4, 2, 8)])  # fmt: skip
 def test_routing_permute_unpermute_and_their_gradients(dtype, off, n, n_experts, pattern, d):
     gates, close = gates_of(pattern, n, n_experts), torch.testing.assert_close
     plan, (slot, offs) = ops.dispatch_plan(gates), ops.CALL.route(gates)

@@ -23,8 +23,7 @@ MAX_FUNCTION = 60  # lines
 PACKAGES = {
     "sources": {"config", "vision", "data", "sources"},
     "scoring": {"config", "data", "metrics", "sources", "scoring"},
-    "engine": {*MODULES, "sources", "engine"},
-}
+    "engine": {*MODULES, "sources", "engine"}}  # fmt: skip
 CORE = sorted(file.relative_to(ROOT).as_posix() for folder in ("", *PACKAGES)
               for file in (ROOT / folder).glob("*.py"))  # fmt: skip
 

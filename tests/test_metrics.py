@@ -26,8 +26,7 @@ def test_a_closed_answer_is_right_or_wrong():
     ("left left left", "upper left", 0.5, 1.0, 2 / 5, 1 / 3, False),
     ("left lung", "left upper lobe", 1 / 3, 0.5, 2 / 5, np.exp(-0.5) / 2, False),
     ("", "lung", 0.0, 0.0, 0.0, 0.0, False), ("lung", "", 0.0, 0.0, 0.0, 0.0, False),
-    ("", ",", 1.0, 1.0, 1.0, 1.0, True),
-])  # fmt: skip
+    ("", ",", 1.0, 1.0, 1.0, 1.0, True)])  # fmt: skip
 def test_open_answers_are_scored_by_their_words(answer, truth, recall, precision, f1, bleu1, exact):
     wanted = {"recall": recall, "precision": precision, "f1": f1, "exact_match": float(exact),
               "bleu1": bleu1}  # fmt: skip
@@ -58,8 +57,7 @@ def test_a_router_report_has_the_truth_in_rows_and_f1_by_class():
     assert router_report([0, 1, 1, 2], [0, 1, 0, 2], names) == {
         "n": 4, "accuracy": 3 / 4, "ci95": wilson(3, 4), "labels": names,
         "confusion": [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]],
-        "f1": {"X-ray": 2 / 3, "pathology": 2 / 3, "expert 4": 1.0, "expert 5": None},
-    }  # fmt: skip
+        "f1": {"X-ray": 2 / 3, "pathology": 2 / 3, "expert 4": 1.0, "expert 5": None}}  # fmt: skip
     assert router_report([], [], ["CT"])["accuracy"] == 0.0
 
 
@@ -77,8 +75,7 @@ def test_an_interval_is_never_empty_and_a_question_without_an_image_is_its_own_g
 @pytest.mark.parametrize(("truth", "wrong"), [
     ("Hepatitis A", "Hepatitis B"), ("influenza A", "influenza"), ("type A node", "type B node"),
     ("A", "the"), ("A", ""), ("> 5 mm", "< 5 mm"), ("-5", "5"), ("+", "-"), ("1.5 cm", "15 cm"),
-    ("0.5", "5.0"), ("50 %", "50"), ("grade I", "grade II"), ("CD20+", "CD20"),
-])  # fmt: skip
+    ("0.5", "5.0"), ("50 %", "50"), ("grade I", "grade II"), ("CD20+", "CD20")])  # fmt: skip
 def test_signs_units_comparisons_and_grades_are_part_of_an_answer(truth, wrong):
     assert metrics.is_exact(truth, truth) and metrics.recall(wrong, truth) < 1
     assert words("A left-sided mass, 5-10 mm.") == ["left", "sided", "mass", "5", "10", "mm"]
@@ -88,39 +85,32 @@ def sample(name, answer, answer_type, image, kind="", source="set"):
     return Sample(name, source, "test", image, (("Q?", answer),), None, answer_type, kind)
 
 
-SAMPLES = [
-    sample("1", "yes", "closed", 1, "a"), sample("2", "no", "closed", 1, "b"),
-    sample("3", "left lung", "open", 1, "a"), sample("4", "left", "", 2, "b"),
-    sample("5", "right", "open", 2, "b"),
-]  # fmt: skip
+SAMPLES = [sample("1", "yes", "closed", 1, "a"), sample("2", "no", "closed", 1, "b"),
+           sample("3", "left lung", "open", 1, "a"), sample("4", "left", "", 2, "b"),
+           sample("5", "right", "open", 2, "b")]  # fmt: skip
 ANSWERS = ["yes", "yes", "lung", "left", "left"]
 
 
 def test_a_score_counts_closed_and_open_answers_apart():
     found = metrics.score(SAMPLES, ANSWERS)
     images = ["1", "1", "1", "2", "2"]  # of the closed ones, then of the others
-    wanted = {
-        "closed_accuracy": (1 / 2, wilson(1, 2)),
-        "overall": (2.5 / 5, bootstrap([1, 0, 0.5, 1, 0], images)),
-        "accuracy": (2 / 5, bootstrap([1, 0, 0, 1, 0], images)),
-    }
+    wanted = {"closed_accuracy": (1 / 2, wilson(1, 2)),
+              "overall": (2.5 / 5, bootstrap([1, 0, 0.5, 1, 0], images)),
+              "accuracy": (2 / 5, bootstrap([1, 0, 0, 1, 0], images))}  # fmt: skip
     first = {"recall": 0.5, "precision": 1, "f1": 2 / 3, "exact_match": 0, "bleu1": np.exp(-1)}
     for name, score in first.items():
         values = (score, 1, 0)
         wanted[f"open_{name}"] = sum(values) / 3, bootstrap(values, images[2:])
     assert found.pop("ci95") == {name: interval for name, (_, interval) in wanted.items()}
-    assert found == {"n": 5, "n_closed": 2, "n_open": 3} | {
-        name: pytest.approx(value) for name, (value, _) in wanted.items()
-    }
+    values = {name: pytest.approx(value) for name, (value, _) in wanted.items()}
+    assert found == {"n": 5, "n_closed": 2, "n_open": 3} | values
     assert metrics.score([], [])["overall"] == metrics.score([], [])["closed_accuracy"] == 0.0
 
 
 def test_scores_are_split_by_any_key():
-    groups = {"a": (0, 2), "b": (1, 3, 4)}
-    assert metrics.split_by(SAMPLES, ANSWERS, lambda s: s.kind) == {
-        key: metrics.score([SAMPLES[i] for i in rows], [ANSWERS[i] for i in rows])
-        for key, rows in groups.items()
-    }
+    expected = {key: metrics.score([SAMPLES[i] for i in rows], [ANSWERS[i] for i in rows])
+                for key, rows in {"a": (0, 2), "b": (1, 3, 4)}.items()}  # fmt: skip
+    assert metrics.split_by(SAMPLES, ANSWERS, lambda s: s.kind) == expected
 
 
 def test_the_majority_baseline_is_the_commonest_training_answer_to_this_kind_of_question():

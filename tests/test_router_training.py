@@ -23,9 +23,7 @@ CPU = torch.device("cpu")
 CROWD = [
     Sample(f"{modality}-{image}-{i}", "test", "train", base + image, (("Q?", "a"),), modality)
     for modality, base, images, n in (("CT", 0, 40, 3), ("MRI", 100, 20, 2), (None, 200, 5, 1))
-    for image in range(images)
-    for i in range(n)
-]
+    for image in range(images) for i in range(n)]  # fmt: skip
 
 
 def test_holding_out_splits_by_image_and_takes_from_each_modality():

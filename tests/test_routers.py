@@ -97,8 +97,7 @@ def test_losses_are_their_equations_over_real_tokens_and_reach_the_router(k):
     gates, logits = routing.gates[MASK], routing.logits[MASK]
     for loss, expected in (
         (routers.load_balancing_loss(routing, MASK), reference.load_balancing_loss(gates, logits)),
-        (routers.router_z_loss(routing, MASK), reference.z_loss(logits)),
-    ):
+        (routers.router_z_loss(routing, MASK), reference.z_loss(logits))):  # fmt: skip
         close(loss, expected)
         found, exact = (torch.autograd.grad(value, [*router.parameters()], retain_graph=True)
                         for value in (loss, expected))  # fmt: skip

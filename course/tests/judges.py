@@ -183,8 +183,7 @@ class A5:  # balance without a loss
         check_gates(cls, lambda k: top_k(LOGITS.sigmoid(), k))
         router, scores = make(cls), LOGITS.sigmoid()
         router.bias.copy_(torch.tensor([0.6, 0.0, -0.6, 0.0]))
-        gates = gates_of(router)
-        is_chosen = top_k(scores + router.bias + 1, 2) != 0
+        gates, is_chosen = gates_of(router), top_k(scores + router.bias + 1, 2) != 0
         message = "The bias is added to the scores, not to the logits."
         same_gates((gates != 0).float(), is_chosen.float(), message)
         close(gates, torch.where(gates != 0, scores, 0.0), "The bias is in the gates.")
@@ -266,7 +265,6 @@ class A8:  # ReLU
             close(router.coefficient, 0.5 * router.factor**power, message, 1e-6)
 
 
-CHECKS = {  # assignment -> its checks, by name
-    n: {f"a{n}_{name}": check for name, check in vars(checks).items() if callable(check)}
-    for n, checks in enumerate((A1, A2, A3, A4, A5, A6, A7, A8), 1)
-}
+# Assignment -> its checks, by name.
+CHECKS = {n: {f"a{n}_{name}": check for name, check in vars(checks).items() if callable(check)}
+          for n, checks in enumerate((A1, A2, A3, A4, A5, A6, A7, A8), 1)}  # fmt: skip

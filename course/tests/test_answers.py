@@ -14,6 +14,7 @@ from routers import get_router
 SOLUTIONS = Path(__file__).parent / "solutions"
 NUMBERS = pytest.mark.parametrize("number", CHECKS)
 with_solutions = pytest.mark.skipif(not SOLUTIONS.is_dir(), reason="the solutions are withheld")
+pytestmark = [with_solutions, NUMBERS]
 
 
 def spec_of(number: int) -> str:
@@ -32,8 +33,6 @@ def outcomes(cls: type, number: int) -> dict[str, str]:
     return found
 
 
-@with_solutions
-@NUMBERS
 def test_a_solution_passes_all_checks_and_the_contract(number):
     found = outcomes(get_router(spec_of(number)), number)
     assert set(found.values()) == {"passed"}, found
@@ -41,8 +40,6 @@ def test_a_solution_passes_all_checks_and_the_contract(number):
     assert quick and failures(Case(spec_of(number)), quick) == {}
 
 
-@with_solutions
-@NUMBERS
 def test_a_method_that_is_missing_skips_its_checks_only(number):
     found = outcomes(get_router(stub(number)), number)
     assert set(found.values()) == {"not implemented yet"}, found
@@ -53,8 +50,6 @@ def test_a_method_that_is_missing_skips_its_checks_only(number):
     assert {n for n in found if found[n] == "not implemented yet"} == needs_more < found.keys()
 
 
-@with_solutions
-@NUMBERS
 def test_a_wrong_answer_fails_with_its_sentence_and_every_check_fails_for_one(number):
     table = pytest.importorskip("course.tests.wrong_answers.table", reason="it is withheld")
     solution, failed = get_router(spec_of(number)), set()

@@ -15,26 +15,22 @@ from course.tests.handed_in import GOOD, JOB, _base  # noqa: F401
 
 BODY = "from routers import Router\nclass Mine(Router):\n"
 GATE = BODY + "    def gate(self, logits, mask, x):\n        "
-CHEATS = [  # (a submission, the line, a word of the message)
+
+
+@pytest.mark.parametrize(("text", "line", "word"), [
     (BODY + "    needs: tuple = ('modality',)\n", 3, "modality"),
     (GATE + "return x.hints.modality", 4, "reads the true modality"),
     ("from routers import Router as R\nclass A(R):\n    forward = 1\n", 3, "forward"),
     ("import torch.nn.functional as F\nF.cross_entropy = min\n", 2, "changes F.cross"),
-    (GATE + "open('x', 'w')", 4, "open"),
-    ("import torch\ntorch.save(1, 'x')\n", 2, "save"),
+    (GATE + "open('x', 'w')", 4, "open"), ("import torch\ntorch.save(1, 'x')\n", 2, "save"),
     ("import os\nimport sys\n", 1, "imports os"),  # the first
-    ("().__class__.__base__.__subclasses__()\n", 1, "__"),
+    ("().__class__.__base__.__subclasses__()\n", 1, "__"), ("def f(:\n", 1, "not Python"),
     (GATE + "self.register_forward_hook(1)", 4, "hook"),
     ("from routers import OracleRouter\n", 1, "OracleRouter"),
     ("import routers\nrouters.sys.exit()\n", 2, "uses routers.sys; allowed"),
     ("import dataclasses\ndataclasses.sys.exit()\n", 2, "dataclasses's sys"),
     ("def f(e):\n    return e.f_back\n", 2, "f_back"),
-    (BODY + "    def __call__(self):\n        return 1", 3, "defines __call__"),
-    ("def f(:\n", 1, "not Python"),
-]
-
-
-@pytest.mark.parametrize(("text", "line", "word"), CHEATS)
+    (BODY + "    def __call__(self):\n        return 1", 3, "defines __call__")])  # fmt: skip
 def test_vetting_names_the_line_of_what_is_not_allowed(text, line, word):
     with pytest.raises(UserError, match=rf"^mine.py, line {line}: .*{word}"):
         vet.vet(text, "mine.py")
@@ -53,9 +49,7 @@ ACTIONS = {  # what a child does -> what it is refused for; None: allowed
     "os.rename('inside', OUTSIDE)": ": changes files outside",
     "subprocess.run(['true'])": ": starts a process",
     "os.kill(os.getpid(), 0)": ": sends a signal",
-    "open('inside', 'w').close()": None,
-    "os.rename('inside', 'other')": None,
-}
+    "open('inside', 'w').close()": None, "os.rename('inside', 'other')": None}  # fmt: skip
 
 
 def in_a_child(folder, outside):
@@ -99,17 +93,13 @@ def run_forked(command, folder, limit_s):
     return contain.Outcome(code, "", "training")
 
 
-RUNS = [  # what a submission does that is not vetted, and words of the message
-    ("try:\n    open(FILE, 'w')\nexcept OSError:\n    pass", "line 16: writes a file"),
-    ("import model\nmodel.MedMoE.loss = lambda *a: None", "changed"),
-    ("while True: pass", "stopped after 2 s"),
-]
-
-
 def test_what_vetting_misses_is_caught_at_run_time(base, tmp_path, monkeypatch):
     monkeypatch.setattr(contain, "run", run_forked)
     written = tmp_path / "written"
-    for code, words in RUNS:
+    for code, words in (  # of the message
+        ("try:\n    open(FILE, 'w')\nexcept OSError:\n    pass", "line 16: writes a file"),
+        ("import model\nmodel.MedMoE.loss = lambda *a: None", "changed"),
+        ("while True: pass", "stopped after 2 s")):  # fmt: skip
         text = f"{GOOD}\n{code}\n".replace("FILE", repr(str(written)))
         with pytest.raises(UserError, match=rf"^mine.py.*{words}"):
             score.run_seed(JOB | {"init": str(base)}, text, 2 if "while" in code else 100)

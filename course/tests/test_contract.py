@@ -1,9 +1,13 @@
 """Every check of the contract fails on some router with a bug, and none on a correct one."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from course.tests import conftest
 from course.tests.test_router import CHECKS, Case
 from routers import ROUTERS, Routing, TopKRouter, load_balancing_loss, top_k_gates
 
@@ -54,8 +58,7 @@ BROKEN = [
     ("the_penalty_is_a_scalar_with_a_gradient",
      penalty(lambda g, z, mask: z.logsumexp(dim=-1) * mask)),
     ("update_changes_the_choice_and_not_the_gate_values",
-     {"update": lambda self, load: self.proj.bias.data.sub_(load)}),
-]  # fmt: skip
+     {"update": lambda self, load: self.proj.bias.data.sub_(load)})]  # fmt: skip
 
 
 @pytest.mark.parametrize(("check", "body"), BROKEN, ids=[check for check, _ in BROKEN])
@@ -67,3 +70,9 @@ def test_the_named_check_fails_on_a_broken_router(check, body, monkeypatch):
 def test_every_check_fails_on_some_router():
     named = {check for _, check, _ in museum.ANSWERS.values()}
     assert {c.__name__ for c in CHECKS} == named | {check for check, _ in BROKEN}
+
+
+@pytest.mark.parametrize("spec", ["nofile.py:Top1", f"{__file__}:Top2"])
+def test_a_mistyped_file_or_class_is_one_line_before_any_test(spec):
+    with pytest.raises(pytest.UsageError, match=re.escape(f"--router: {spec!r}")):
+        conftest.pytest_configure(SimpleNamespace(getoption=lambda name: spec))

@@ -12,13 +12,10 @@ from course.judge import Case, Judged
 from course.tests.handed_in import GOOD
 from tests.mini import error_line
 
-STUB = """
-import pytest
-
+STUB = """import pytest
 def test_the_text(request):
     spec = request.config.getoption("--router")
     assert "fails" not in open(spec.rpartition(":")[0]).read(), f"{spec} must not fail"
-
 def test_the_assignment(request):
     pytest.skip(request.config.getoption("--assignment"))
 """
@@ -45,8 +42,7 @@ HANDED_IN = [  # name, text; verdict, passed in the contract and the assignment,
     ("e_good", GOOD + "class Other(Mine):\n    pass\n", "passed", "2/2", "2/2", ""),
     ("f_skips", GOOD + "# skips", "failed", "0/0", "0/0", "no test applied"),
     ("g_two", GOOD + "class B(Router):\n    pass\n", "refused", "-", "-", "one .* has Mine, B"),
-    ("h_wrong", GOOD + "# wrong", "failed", "2/2", "1/2", "test_b: gates fail"),
-]
+    ("h_wrong", GOOD + "# wrong", "failed", "2/2", "1/2", "test_b: gates fail")]  # fmt: skip
 
 
 def judge_by_comment(tests, text, cls, where, limit_s, extra=()):
@@ -59,13 +55,10 @@ def judge_by_comment(tests, text, cls, where, limit_s, extra=()):
     return Judged(cases[2:] if "skips" in text else cases)
 
 
-def score_by_name(spec, flags, contract):
-    return {"val_loss": 0.123456, "hash": f"of {flags.student}, {flags.seeds}, {contract}"}
-
-
 def test_no_submission_stops_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(judge, "judge", judge_by_comment)
-    monkeypatch.setattr(score, "score", score_by_name)
+    monkeypatch.setattr(score, "score", lambda spec, flags, contract: {
+        "val_loss": 0.12346, "hash": f"of {flags.student}, {flags.seeds}, {contract}"})  # fmt: skip
     for name, text, *_ in HANDED_IN:
         (tmp_path / f"{name}.py").write_text(text, errors="surrogateescape")
     table, report = tmp_path / "grades.csv", tmp_path / "grades.xml"

@@ -30,9 +30,6 @@ CPU = torch.device("cpu")
 def _quick(base, monkeypatch, tmp_path):
     """-> a function that scores a submission's text with fixed results, without training."""
 
-    def results(text, cls, where, derived, base, limit_s):
-        return [RESULT | {"val_loss": 1.0 + n} for n, _ in enumerate(derived.seeds)]
-
     def run(text=GOOD, name="mine.py", **flags):
         (tmp_path / name).write_text(text)
         spec = f"{tmp_path / name}:Mine"
@@ -41,7 +38,8 @@ def _quick(base, monkeypatch, tmp_path):
     judged = judge.Judged([judge.Case("a", "passed"), judge.Case("b", "failed")])
     monkeypatch.setattr(judge, "judge", lambda *args: judged)
     monkeypatch.delenv(score.SECRET, raising=False)
-    monkeypatch.setattr(score, "run_seeds", results)
+    monkeypatch.setattr(score, "run_seeds", lambda text, cls, where, derived, *_: [
+        RESULT | {"val_loss": 1.0 + n} for n, _ in enumerate(derived.seeds)])  # fmt: skip
     return run
 
 
@@ -121,8 +119,7 @@ def _watch(base, tmp_path, monkeypatch):
 def test_the_columns_of_a_run_are_those_of_counting_token_by_token(watch, tmp_path):
     gate = "top_k_gates(logits.softmax(dim=-1), self.top_k)"
     text = GOOD.replace("sums_to_one = True", "at_most_k = False").replace(gate, "logits.relu()")
-    found = watch(text)
-    spec = f"{tmp_path / contain.FILE}:Mine"
+    found, spec = watch(text), f"{tmp_path / contain.FILE}:Mine"
     model, text, saved = load_model(tmp_path / "run/phase3", CPU, torch.float32, spec)
     names = ("seed", "steps", "batch_size", "lr", "experts", "top_k")
     assert [saved["flags"][name] for name in names] == [JOB[name] for name in names]

@@ -61,23 +61,21 @@ def test_a_command_line_says_what_differs_from_the_defaults():
 
 
 @pytest.mark.parametrize(("argv", "named"), [
-    (["--preset", "huge"], ["--preset huge", "tiny-stablelm", "phi2"]),
-    (["--preset", "phi2"], ["--preset phi2", "--clip DIR"]),
-    (["--data", "mimic:x"], ["--data mimic:x", "slake:DIR"]),
-    (["--init", "nowhere"], ["nowhere", "no such directory"]),
-    (["--router", "best"], ["--router best", "modality", "FILE.py:Class"]),
-    (["--router", "{tmp}/mine.py:Mine"], ["mine.py:Mine"]),  # no such class
-    (["--top-k", "5"], ["--top-k 5", "--experts, 4"]),
-    (["--cache-features", "--jitter"], ["--cache-features", "--no-jitter"]),
-    (["--out", "{tmp}/mine.py/out"], ["mine.py/out"]),
-    (["--phase", "2", "--preset", "tiny-stablelm", "--init", "{tmp}/mini"],
-     ["mini", "--preset tiny-stablelm"]),
+    ("--preset huge", ["--preset huge", "tiny-stablelm", "phi2"]),
+    ("--preset phi2", ["--preset phi2", "--clip DIR"]),
+    ("--data mimic:x", ["--data mimic:x", "slake:DIR"]),
+    ("--init nowhere", ["nowhere", "no such directory"]),
+    ("--router best", ["--router best", "modality", "FILE.py:Class"]),
+    ("--router {tmp}/mine.py:Mine", ["mine.py:Mine"]),  # no such class
+    ("--top-k 5", ["--top-k 5", "--experts, 4"]), ("--out {tmp}/mine.py/out", ["mine.py/out"]),
+    ("--cache-features --jitter", ["--cache-features", "--no-jitter"]),
+    ("--phase 2 --preset tiny-stablelm --init {tmp}/mini", ["mini", "--preset tiny-stablelm"]),
 ])  # fmt: skip
 def test_train_names_the_mistake_before_it_trains(argv, named, capsys, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("x = 1\n")
     checkpoint(tmp_path / "mini", None)
     monkeypatch.setattr(train, "train", None)
-    argv = [word.format(tmp=tmp_path) for word in ("--out", "{tmp}/out", *argv)]
+    argv = ["--out", tmp_path / "out", *argv.format(tmp=tmp_path).split()]
     line = error_line(capsys, train.main, *argv)
     assert [part for part in named if part not in line] == []
 
@@ -104,8 +102,7 @@ def test_numbers_out_of_their_range_are_refused_by_every_script_in_one_line(name
     {"lora_rank": 4, "trains": "released"}, {"experts": 0, "lora_rank": 4},
     {"experts": 0, "trains": "released"}, {"start": "fresh", "meta": False},
     {"trains": "released", "moe_layers": "all"}, {"router_noise": 1.1},
-    {"resume": True, "overwrite": True},
-])  # fmt: skip
+    {"resume": True, "overwrite": True}])  # fmt: skip
 def test_flags_that_exclude_each_other_are_refused(flags):
     with pytest.raises(UserError, match=r"^(--|/no such folder)"):
         cli.check_training(TrainConfig(**{"device": "cpu"} | flags))
@@ -145,8 +142,7 @@ def test_results_are_written_where_they_can_be_and_over_nothing(tmp_path):
     (UserError("two\nlines"), 2, "error: two lines\n"),
     (KeyboardInterrupt(), 130, "interrupted\n"),
     (OSError(28, "No space", "file"), 2, "error: file: No space\n"),
-    (BrokenPipeError(), 141, "stopped: nobody reads the output any more\n"),
-])  # fmt: skip
+    (BrokenPipeError(), 141, "stopped: nobody reads the output any more\n")])  # fmt: skip
 def test_every_error_of_a_user_is_one_line(capsys, monkeypatch, error, code, line):
     @cli.user_errors
     def main(argv):

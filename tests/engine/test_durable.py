@@ -167,11 +167,9 @@ def test_a_file_is_the_old_or_the_new_at_any_crash(tmp_path, monkeypatch):
 
 def test_what_is_damaged_missing_or_not_listed_is_refused_by_name(tmp_path, capsys):
     for name, text, message in [
-        ("a.bin", "o", r"a\.bin: damaged"),
-        ("b.json", "o" * 99 + "n", r"b\.json: damaged"),
+        ("a.bin", "o", r"a\.bin: damaged"), ("b.json", "o" * 99 + "n", r"b\.json: damaged"),
         (CHECKSUMS, "{", r"checksums\.json: not JSON"),
-        (CHECKSUMS, '{"files": {}, "sha256": "0"}', r"checksums\.json: damaged"),
-    ]:
+        (CHECKSUMS, '{"files": {}, "sha256": "0"}', r"checksums\.json: damaged")]:  # fmt: skip
         save(tmp_path, "o")
         (tmp_path / "x" / name).write_text(text)
         with pytest.raises(UserError, match=message):

@@ -28,8 +28,7 @@ CHANGES = [  # what is done besides, by router r with its argument x, and the me
     (lambda r, x: np.random.rand(), "numpy"), (lambda r, x: x.mul_(2), "argument x"),  # noqa: NPY002
     (lambda r, x: torch.set_default_dtype(torch.half), "default dtype"),
     (lambda r, x: torch.set_grad_enabled(False), "gradient"), (lambda r, x: r.b.add_(1), "self.b"),
-    (lambda r, x: r.register_buffer("c", x), "self.c"),
-]  # fmt: skip
+    (lambda r, x: r.register_buffer("c", x), "self.c")]  # fmt: skip
 
 
 def and_then(does, method=lambda *args: 0.0):
@@ -48,9 +47,8 @@ ROUTERS = [  # the methods of a router, and the message; "": it is correct
     ({"gate": and_then(lambda r, x: torch.rand(1), good)}, ""),  # noise
     ({"gate": lambda self, logits, *_: logits.sigmoid(), "at_most_k": False}, ""),
     ({"gate": lambda self, logits, *_: 0 * logits, "may_drop": True}, ""),
-    ({"update": lambda self, load: self.b.copy_(load.sum())}, ""),
     ({"x": X / 0}, ""),  # gates are NaN, and it is not the router that makes them so
-]
+    ({"update": lambda self, load: self.b.copy_(load.sum())}, "")]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +83,7 @@ def test_the_first_calls_of_a_router_are_checked(body, words):
     ("torch.ones(int('x'))", "", "mine.py, line 2: ValueError: invalid"),  # make_router's
     ("torch.manual_seed(0)", "", "--router .*mine.py:Mine: changes the seed of torch"),
     ("", "raise SystemExit(0)", "mine.py, line 4: SystemExit: 0"),
-    ("", "return -logits", "router Mine, .*mine.py: gate returned negative"),
-])  # fmt: skip
+    ("", "return -logits", "router Mine, .*mine.py: gate returned negative")])  # fmt: skip
 def test_one_line_names_a_router_file_and_its_line(top, gate, words, tmp_path, capsys, monkeypatch):
     text = f"import torch, routers\n{top}\nclass Mine(routers.TopKRouter):\n"
     (tmp_path / "mine.py").write_text(f"{text} def gate(self, logits, mask, x): {gate or 0}")

@@ -14,11 +14,9 @@ from engine.run import Run
 from model import freeze_all_but
 
 IMAGE = [IMAGE_ID] * 4
-SAMPLES = [
-    ([5, *IMAGE, 6, 7, 8, 9, 10], [IGNORE] * 8 + [9, 10]),
-    ([*IMAGE, 11, 12, 13], [IGNORE] * 4 + [11, 12, 13]),
-    ([14, 15, 16, 17, 18], [IGNORE, 15, 16, 17, 18]),
-]
+SAMPLES = [([5, *IMAGE, 6, 7, 8, 9, 10], [IGNORE] * 8 + [9, 10]),
+           ([*IMAGE, 11, 12, 13], [IGNORE] * 4 + [11, 12, 13]),
+           ([14, 15, 16, 17, 18], [IGNORE, 15, 16, 17, 18])]  # fmt: skip
 PAPER = {"router": "modality"}
 
 
@@ -68,11 +66,9 @@ def ours(model, batch, out):
 @pytest.mark.parametrize(("moe", "trains"), [
     (None, PHASES[1].trains), (None, (*PHASES[2].trains, "vision.*")),
     (PAPER, PHASES[3].trains), (PAPER, PHASES[3].trains + RELEASED_EXTRA),
-    (PAPER, ("decoder.*.lora_?",)),
+    (PAPER, ("decoder.*.lora_?",)), ({"layers": (1,), "residual": True}, PHASES[3].trains),
     ({"router": "topk", "level": "sequence", "top_k": 1}, ("decoder.*.mlp.*",)),
-    ({"layers": (0, 1, 2), "top_k": 4, "n_experts": 5}, PHASES[3].trains),
-    ({"layers": (1,), "residual": True}, PHASES[3].trains),
-])  # fmt: skip
+    ({"layers": (0, 1, 2), "top_k": 4, "n_experts": 5}, PHASES[3].trains)])  # fmt: skip
 def test_they_are_what_torch_counts_whatever_is_trained(build, collate, family, moe, trains):
     model = prepared(build, family, moe, trains)
     batch = collate(SAMPLES[:1] * 2)  # of equal lengths: nothing is padded

@@ -78,9 +78,7 @@ def test_a_prepared_model_is_cast_once_and_answers_alike(build, batch, family, k
 
 @pytest.mark.parametrize("moe", [None, {}, {"level": "sequence"}])
 @FAMILIES
-def test_an_option_is_as_likely_as_its_tokens_are_in_the_whole_text(
-    build, collate, batch, family, moe
-):
+def test_an_option_is_as_likely_as_its_tokens_in_the_whole_text(build, collate, batch, family, moe):
     """All prompts together, padded on the left, options from the cache = each text alone, whole."""
     model = build(family, moe)
     found = inference.option_likelihoods(model, batch, OPTIONS)

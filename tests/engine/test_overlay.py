@@ -21,16 +21,14 @@ def test_the_table_counts_the_experts_of_tokens_block_by_block():
     config = SimpleNamespace(moe=MoEConfig(n_experts=3, router="topk", layers=(4, 6)))
     text = SimpleNamespace(decode=lambda ids: f"w{ids[0]}")
     routes = Routes(config, SimpleNamespace(ids=ids), steps)
-    assert routes.table(text).split("\n") == [
-        "",
+    assert routes.table(text).split("\n") == ["",
         "experts             expert 0  expert 1  expert 2",
         "  block 4  image       33.3%     66.7%      0.0%",
         "  block 4  question    33.3%     33.3%     33.3%",
         "  block 6  image        0.0%      0.0%      0.0%",
         "  block 6  question     0.0%      0.0%      0.0%",
         "  answer 'w0'           block 4: expert 0+expert 2  block 6: expert 0+expert 2",
-        "",
-    ]
+        ""]  # fmt: skip
 
 
 def test_a_patch_is_tinted_by_its_first_expert_the_more_the_larger_the_gate():

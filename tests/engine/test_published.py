@@ -70,8 +70,7 @@ def test_every_parameter_has_its_published_name(build, which):
 
 @pytest.mark.parametrize(("form", "family"), [
     ("", "phi"), ("", "stablelm"), ("", "llama"), ("bare", "phi"), ("whole clip", "phi"),
-    ("no biases", "stablelm"), ("tied", "llama"),
-])  # fmt: skip
+    ("no biases", "stablelm"), ("tied", "llama")])  # fmt: skip
 def test_publishing_and_loading_again_is_bitwise_in_every_form(build, tmp_path, form, family):
     """transformers 5's towers and openai/clip's; StableLM-2's norms; a head stored twice."""
     config = replace(build(family).config, decoder=replace(CONFIGS[family], tied=form == "tied"))
@@ -136,8 +135,7 @@ LLAMA = {"model_type": "llama", "hidden_act": "silu"}
     (LLAMA | {"partial_rotary_factor": ..., "rms_norm_eps": 1e-6, "layer_norm_eps": 1.0},
      {"family": "llama", "rotary_dim": 8, "norm_eps": 1e-6}),
     ({"model_type": "stablelm_epoch", "partial_rotary_factor": ..., "rope_pct": 0.25,
-      "norm_eps": 1e-6}, {"family": "stablelm", "rotary_dim": 2, "norm_eps": 1e-6}),
-])  # fmt: skip
+      "norm_eps": 1e-6}, {"family": "stablelm", "rotary_dim": 2, "norm_eps": 1e-6})])  # fmt: skip
 def test_a_decoders_config_is_read(tmp_path, change, ours):
     assert read_decoder(config_of(tmp_path, FIELDS, **change)) == replace(PHI, **ours)
     other = config_of(tmp_path, FIELDS, model_type="llava")

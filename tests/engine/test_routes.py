@@ -9,16 +9,9 @@ from config import UserError
 from engine import routes
 from engine.routes import Route
 from routers import Routing
-from tests import mini
 from tests.mini import same
 
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]).bool()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A checkpoint of two sparse layers and four experts, top-2."""
-    return mini.checkpoint(tmp_path_factory.mktemp("routes") / "phase3")
 
 
 def test_recorded_are_a_samples_own_positions_and_they_are_replayed_to_its_end():
@@ -39,10 +32,10 @@ def test_recorded_are_a_samples_own_positions_and_they_are_replayed_to_its_end()
         next(routes.replay([first, second._replace(n_prompt=3)], MASK))
 
 
-def test_eval_records_and_then_replays_what_the_file_says(folder, tmp_path):
+def test_eval_records_and_then_replays_what_the_file_says(phase3, tmp_path):
     """Every gate in the file is moved to the last expert: all tokens go there."""
     file, moved, again = (tmp_path / f"{name}.safetensors" for name in ("r", "moved", "again"))
-    common = [str(folder), "--limit", "3", "--max-new", "2", "--dtype", "float32"]
+    common = [str(phase3), "--limit", "3", "--max-new", "2", "--dtype", "float32"]
     evaluation.main([*common, "--record-routes", str(file)])
     tensors = load_file(file)
     for values in tensors.values():

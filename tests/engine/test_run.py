@@ -23,16 +23,13 @@ from engine.run import Changed, Run, claim, read_log, unfinished
 from model import MedMoE, freeze_all_but
 from routers import Hints
 from tests.conftest import shake
+from tests.engine.test_durable import Crash
 from tests.mini import losses, mini, same, weights
 
 COMMON = ("--preset", "mini", "--data", "phantoms:16", "--dtype", "float32", "--no-eval",
           "--router-images", "16")  # fmt: skip
 STEPS = ("--steps", "6", "--save-every", "2", "--batch-size", "4", "--accumulate", "2", "--jitter")
 RESUME = (*STEPS, "--resume")
-
-
-class Killed(BaseException):
-    """Nothing in the project catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +53,7 @@ def phase(base, tmp_path, monkeypatch):
     def counted(self, batch):
         one.batches += 1
         if one.batches == one.kill:
-            raise Killed
+            raise Crash
         return loss(self, batch)
 
     def one(number, *argv, out=tmp_path, kill=None):
@@ -65,7 +62,7 @@ def phase(base, tmp_path, monkeypatch):
         argv = [*COMMON, "--phase", str(number), "--out", str(out), *init, *argv]
         if kill is None:
             return train.main(argv)
-        with pytest.raises(Killed):
+        with pytest.raises(Crash):
             train.main(argv)
 
     def ends_like_whole(number):
@@ -109,8 +106,8 @@ def test_another_command_or_a_full_disk_loses_nothing(phase, capsys, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_checkpoint", Mock(side_effect=OSError("disk full")))
         assert f"{tmp_path / 'phase1'}: could not be written: disk full" in refused(*RESUME)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Run, "remove", Mock(side_effect=Killed))  # after the last save
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Run, "remove", Mock(side_effect=Crash))  # after the last save
         phase(1, *RESUME)
     assert unfinished(tmp_path, 1) == found and (tmp_path / "phase1").exists()
     phase(1, *RESUME)

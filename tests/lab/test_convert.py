@@ -21,13 +21,10 @@ from tests.mini import SMALL_TOKENIZER, error_line, same
 from tests.published import decoder_fields, write_published
 
 LAYOUTS = {  # what each published layer has
-    "med-moe": {"meta": True, "top_k": 2},
-    "med-moe, top-1": {"meta": True, "top_k": 1},
-    "moe-llava": {"meta": False, "top_k": 2},
+    "med-moe": {"meta": True, "top_k": 2}, "med-moe, top-1": {"meta": True, "top_k": 1},
+    "moe-llava": {"meta": False, "top_k": 2}, "dense": None,
     "tinymed": {"meta": False, "residual": True, "top_k": 2},
-    "odd layers": {"meta": True, "layers": (1, 2), "top_k": 2},
-    "dense": None,
-}
+    "odd layers": {"meta": True, "layers": (1, 2), "top_k": 2}}  # fmt: skip
 
 
 def their_name(name, family):
@@ -36,12 +33,10 @@ def their_name(name, family):
     for old, new in (
         ("projector.fc1", "model.mm_projector.image_spatial_proj.0"),
         ("projector.fc2", "model.mm_projector.image_spatial_proj.2"),
-        ("decoder.lm_head", "lm_head"),
-        ("decoder.embed", "model.embed_tokens"),
+        ("decoder.lm_head", "lm_head"), ("decoder.embed", "model.embed_tokens"),
         ("decoder.ln_f", "model.final_layernorm" if is_phi else "model.norm"),
-        ("decoder.blocks", "model.layers"),
-        (".ln.", ".input_layernorm."), (".ln_1.", ".input_layernorm."),
-        (".ln_2.", ".post_attention_layernorm."),
+        ("decoder.blocks", "model.layers"), (".ln.", ".input_layernorm."),
+        (".ln_1.", ".input_layernorm."), (".ln_2.", ".post_attention_layernorm."),
         (".attn.o.", ".self_attn.dense." if is_phi else ".self_attn.o_proj."),
         *((f".attn.{x}.", f".self_attn.{x}_proj.") for x in "qkv"),
         (".mlp.router.proj.", ".mlp.deepspeed_moe.gate.wg."),
@@ -73,8 +68,7 @@ def make(build, tmp_path):
         values = decoder_fields(model.config.decoder) | {
             "model_type": f"moe_llava_{family}" if moe else f"llava_{family}",
             "mm_image_tower": "/data/somebody/clip", "mm_hidden_size": 32,
-            "mm_vision_select_layer": -2, "image_projector_type": "mlp2x_gelu",
-        }  # fmt: skip
+            "mm_vision_select_layer": -2, "image_projector_type": "mlp2x_gelu"}  # fmt: skip
         if family == "stablelm":
             values["rope_pct"] = values.pop("partial_rotary_factor")
         if moe:
@@ -126,8 +120,7 @@ def moe(layers, n_experts, top_k=2):
     ("model_type", "llava_mistral", "llava_mistral"),
     ("mm_vision_select_layer", -1, "mm_vision_select_layer -1"), ("mm_hidden_size", 1024, "1024"),
     ("moe", 1, "'moe'"), ("moe", moe([0, 9], [4]), "[0, 9]"), ("moe", moe([0], [4]), "experts[0]"),
-    ("moe", moe([0, 2], [4, 2]), "[4, 2]"), ("moe", moe([0, 2], [4], 9), "top_k 9"),
-])  # fmt: skip
+    ("moe", moe([0, 2], [4, 2]), "[4, 2]"), ("moe", moe([0, 2], [4], 9), "top_k 9")])  # fmt: skip
 def test_what_we_do_not_compute_is_refused_by_name(make, capsys, tmp_path, key, value, named):
     _, clip, stage = make("phi", "med-moe")
     values = json.loads((stage / "config.json").read_text())
@@ -167,8 +160,7 @@ def gguf(build, monkeypatch, tmp_path):
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": ["<|endoftext|>", "a", "b", "ab", "1", *map(str, range(20, 79))],
         "tokenizer.ggml.token_type": [3] + [1] * 63, "tokenizer.ggml.merges": ["a b"],
-        "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 0,
-    }  # fmt: skip
+        "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 0}  # fmt: skip
 
     def reader(file):
         contents = {k: SimpleNamespace(contents=lambda v=v: v) for k, v in fields.items()}

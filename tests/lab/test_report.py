@@ -47,7 +47,7 @@ def show(checkpoint, folder, *argv):
         str(checkpoint), "--out", str(file), "--limit", "24", "--max-new", "4", "--images", "2",
         "--dtype", "float32", "--ablations", str(folder / "tables"), *argv
     ])  # fmt: skip
-    return numbers, file.read_text(encoding="utf-8")
+    return numbers, "" if "--png" in argv else file.read_text(encoding="utf-8")
 
 
 class Page(HTMLParser):
@@ -130,10 +130,14 @@ def test_whatever_comes_from_data_or_files_is_escaped(run, tmp_path, monkeypatch
     (tmp_path / "tables").mkdir()
     table = f"{EVIL}\n\n| {EVIL} | b |\n|---|---|\n| {EVIL} | 92 |\n"
     (tmp_path / "tables" / "a.md").write_text(table)
-    _, text = show(checkpoint, tmp_path, "--png", str(tmp_path / "routes.png"))
+    _, text = show(checkpoint, tmp_path)
     Page(text)
     assert "<script" not in text and text.count("&lt;script&gt;alert(1)") > 8
-    assert Image.open(tmp_path / "routes.png").width > 1000
+    (tmp_path / "page.html").unlink()
+    show(checkpoint, tmp_path, "--png", str(tmp_path / "routes.png"))  # the figure alone
+    assert (
+        Image.open(tmp_path / "routes.png").width > 1000 and not (tmp_path / "page.html").exists()
+    )
 
 
 def test_a_dense_checkpoint_has_notes_in_place_of_its_routing(run, tmp_path):

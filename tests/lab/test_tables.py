@@ -21,8 +21,7 @@ def result(seed=1, closed=0.7, opened=0.6, interval=0.03, flags="", data="slake:
         "trained_with": f"python train.py --data {data} --out runs/x --seed {seed} --jitter{flags}",
         "preset": "tiny", "split": "test", "device": "cpu", "n": 1000, "phase": 3,
         "params": {"total": 1_900_000, "activated": 1_240_000, "dense_base": 900_000},
-        "protocols": protocols,
-    } | more  # fmt: skip
+        "protocols": protocols} | more  # fmt: skip
 
 
 def show(folder, *results):
@@ -76,8 +75,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_of_their_own(tmp_path):
 
 @pytest.mark.parametrize(("values", "named"), [
     (result(seed=True), "seed"), (result(2), "two of"),
-    (result(closed=72.4), "protocols.med-moe.closed_accuracy"),
-])  # fmt: skip
+    (result(closed=72.4), "protocols.med-moe.closed_accuracy")])  # fmt: skip
 def test_a_bad_field_or_a_second_result_of_a_seed_is_refused(values, named, tmp_path):
     with pytest.raises(UserError, match=f"1.json.*{named}"):
         show(tmp_path, result(2), values)

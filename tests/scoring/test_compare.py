@@ -58,11 +58,9 @@ def test_predictions_are_joined_by_id_and_not_by_order(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("ending", "lines", "named"), [
-    ("jsonl", [GOOD], "1 of 2 answers are missing: 7"),
-    ("jsonl", [GOOD, GOOD], 'line 2: field "question_id"'),
-    ("jsonl", [{"question_id": "b", "text": None}], 'line 1: field "text"'),
-    ("json", [[1]], 'no "answers"'), ("json", [{"answers": {"7": 1}}], ""),
-])  # fmt: skip
+    ("jsonl", [GOOD], "1 of 2 answers are missing: 7"), ("json", [{"answers": {"7": 1}}], ""),
+    ("jsonl", [GOOD, GOOD], 'line 2: field "question_id"'), ("json", [[1]], 'no "answers"'),
+    ("jsonl", [{"question_id": "b", "text": None}], 'line 1: field "text"')])  # fmt: skip
 def test_what_is_wrong_with_predictions_is_reported_with_its_line(tmp_path, ending, lines, named):
     file = write(tmp_path / f"x.{ending}", *lines)
     with pytest.raises(UserError, match=f"^{file}: {named}"):

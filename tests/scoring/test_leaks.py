@@ -124,8 +124,8 @@ def test_a_leak_is_said_loudly_and_nothing_shared_plainly(tmp_path, files):
     tested = [qa(file, "What\nis\x1b shown?", "lung") for file in (like, *files[1:])]
     message = show(check(tested, seen_by([qa(file) for file in files[:6]])))
     assert message.startswith("LEAK: 5 of 8 images were in training, 1 of 8 look like")
-    assert "seen questions: " in message and "2 of 8 questions were, with their" in message
+    assert "seen questions: " in message and "2 of 8 questions were in training with" in message
     elsewhere = show(check([qa(files[0])], seen_by([qa(files[2])])))
-    assert "1 of 1 questions were, with their answers, about other images" in elsewhere
+    assert "1 of 1 questions were in training with the same answers, about other" in elsewhere
     assert "seen questions: " not in elsewhere
     assert "all/1.png" in message and message.replace("\n", "").isprintable()

@@ -35,8 +35,7 @@ def read_weights(file):  # shapes are checked against the model's, a weight has 
 @pytest.mark.parametrize(("name", "write", "read"), [
     ("octmnist.npz", write_npz, read_npz),
     ("x.bin", lambda file: torch.save(TENSORS, file), read_weights),
-    ("x.safetensors", lambda file: save_file(TENSORS, file), read_weights),
-])  # fmt: skip
+    ("x.safetensors", lambda file: save_file(TENSORS, file), read_weights)])  # fmt: skip
 def test_any_damage_is_refused_in_one_line_or_does_no_harm(tmp_path, name, write, read):
     file, generator, n_refused = tmp_path / name, random.Random(0), 0
     write(file)

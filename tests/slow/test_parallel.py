@@ -23,7 +23,6 @@ STEPS = 20
 FLAGS = ["--data", "phantoms:15", "--steps", str(STEPS), "--batch-size", "7", "--no-eval",
          "--router-images", "15", "--dtype", "float32", "--save-every", "100"]  # fmt: skip
 EXPERTS = ["--expert-parallel", "2"]
-WAYS = pytest.mark.parametrize("more", [[], EXPERTS], ids=["fsdp", "experts"])
 SAME = [[], EXPERTS, ["--activation-checkpointing"], ["--cache-features"], ["--accumulate", "4"]]
 OTHER = [["--lora-rank", "4"], ["--preset", "tiny-stablelm"],
          ["--weights", "bf16", "--dtype", "bfloat16"]]  # fmt: skip
@@ -81,7 +80,7 @@ def test_two_processes_train_what_one_trains_in_every_phase(one, tmp_path, more)
 
 
 @pytest.mark.parametrize("first", [1, 2], ids=["one-then-two", "two-then-one"])
-@WAYS
+@pytest.mark.parametrize("more", [[], EXPERTS], ids=["fsdp", "experts"])
 def test_each_resumes_from_the_others_checkpoint(one, tmp_path, first, more):
     phase_3 = ["--phase", "3", "--init", str(one / "phase2")]
     argv = {1: phase_3, 2: [*phase_3, *more]}

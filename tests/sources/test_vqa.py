@@ -42,13 +42,11 @@ def test_vqa_rads_rows_are_split_and_framed_questions_join_training(tmp_path, ca
     image = tmp_path / images / "source.jpg"
     sample = Sample("0", "vqa-rad", "train", image, (("How many?", "4"),), None, "open", "pres")
     assert first == (sample, "an image of the abdomen.") and second[1] == "an image of the foot."
-    questions = [
-        [(s.id, s.turns[0][0]) for s in load_samples([f"{kind}:{tmp_path}"], "vqa", split)]
-        for kind in ("vqa-rad", "vqa-rad-3515") for split in ("train", "test")
-    ]  # fmt: skip
+    found = [[(s.id, s.turns[0][0]) for s in load_samples([f"{kind}:{tmp_path}"], "vqa", split)]
+             for kind in ("vqa-rad", "vqa-rad-3515") for split in ("train", "test")]  # fmt: skip
     framed = [("0", "How many?"), ("1", "B?"), ("1-frame", "Framed B?"), ("2-frame", "F C?")]
     assert load_samples([f"vqa-rad:{tmp_path}"], "vqa", "val") == []  # it has none
-    assert questions == [[framed[0], framed[1]], [("2", "C?")], framed, [("2", "C?")]]
+    assert found == [[framed[0], framed[1]], [("2", "C?")], framed, [("2", "C?")]]
     assert "1 of the framed questions in training restate" in capsys.readouterr().err
 
 
@@ -77,8 +75,7 @@ QA = [
 ]
 CONVERTED = {
     "img_id": "t_1", "sentf": {"pvqa": ["What is it?", "Is it large, é?"]},
-    "labelf": {"pvqa": [{"x": "?", "lesion": 0.3, "a lesion": 1}, {"No": 1}]},
-}  # fmt: skip
+    "labelf": {"pvqa": [{"x": "?", "lesion": 0.3, "a lesion": 1}, {"No": 1}]}}  # fmt: skip
 
 
 def pathvqa(folder, content):
@@ -97,9 +94,7 @@ def test_pathvqa_is_read_from_its_pickles_and_from_its_conversion(tmp_path, cont
         Sample(name, "pathvqa", "test", image, (turn,), "pathology", answer_type, kind)
         for name, turn, answer_type, kind in (
             ("t_1-0", ("What is it?", "a lesion"), "open", "what"),
-            ("t_1-1", ("Is it large, é?", "No"), "closed", "yes/no"),
-        )
-    ]
+            ("t_1-1", ("Is it large, é?", "No"), "closed", "yes/no"))]  # fmt: skip
 
 
 @pytest.mark.parametrize(("write", "row", "split"), [

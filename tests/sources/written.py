@@ -8,13 +8,11 @@ from PIL import Image
 SLAKE = {
     "img_name": "xmlab0/source.jpg", "question": "Is this a CT?", "answer": "Yes", "q_lang": "en",
     "location": "Brain_Tissue", "modality": "X-Ray", "answer_type": "CLOSED ",
-    "content_type": "Modality", "qid": 11,
-}  # fmt: skip
+    "content_type": "Modality", "qid": 11}  # fmt: skip
 RAD = {
     "image_name": "source.jpg", "phrase_type": "freeform", "question_type": "PRES, POS",
     "question": " How many? ", "answer": 4, "answer_type": "OPEN", "image_organ": "ABD", "qid": "0",
-    "question_frame": "NULL",
-}  # fmt: skip
+    "question_frame": "NULL"}  # fmt: skip
 
 
 def save_image(path):
