@@ -40,7 +40,7 @@ class ChatConfig(Common):
     lacks = ("data", "batch_size", "max_missing", "max_bad", "follow_links", "image_folder",
              "router_labels", "lang", "json")  # fmt: skip
     checkpoint: str = argument("DIR of a finished phase")
-    image: str | None = flag(None, f"FILE, phantom:SEED or none (where trained on them: {DEMO})")
+    image: str | None = flag(None, f"FILE, phantom:SEED or none (default of phantoms: {DEMO})")
     question: str | None = flag(None, "what to ask (default: read questions from the terminal)")
     show: str | None = flag(None, "save image and experts, as /show does, to this FILE.png")
     max_new: int = flag(64, "longest answer, in tokens", least=1)

@@ -193,7 +193,7 @@ def load_questions(flags: Any, known: dict) -> tuple[Any, list[Sample]]:
 def show_parameters(p: dict) -> str:
     total, activated, base = p["total"], p["activated"], p["dense_base"]
     return (
-        f"parameters: {total:,} in all, {activated:,} activated with as many experts as --top-k = "
+        f"parameters: {total:,} in all, {activated:,} activated per token (--top-k experts) = "
         f"{activated / total:.1%} of its own total, {activated / base:.1%} of the dense model it "
         f"was made from ({base:,}), {activated / SEVEN_B:.2%} of 7 B"
     )

@@ -75,7 +75,7 @@ def wrong_gates(router: Router, gates: Any, shape: tuple[int, ...], mask: Tensor
         return f"{gates.dtype}, which must be torch.float32"
     if gates.device != mask.device:
         return f"gates on {gates.device}, which must be on {mask.device}"
-    gates = gates[mask]  # (R, E)
+    gates = gates[mask]  # (n, E)
     if not gates.isfinite().all():
         return "gates that are NaN or infinite"
     if gates.lt(0).any():

@@ -120,7 +120,7 @@ class RouteRecorder:
             for i, n in zip(rows, n_tokens, strict=True):
                 if n > self.routes[i].values.shape[1] - self.routes[i].n_prompt:
                     raise UserError(f"--replay-routes: the answer to {self.ids[i]} became longer "
-                                    "than it was: another model or precision")  # fmt: skip
+                                    "than its route: another model or precision")  # fmt: skip
         if self.file:
             taken = record([step.routings for step in steps], batch.mask)
             self.taken |= dict(zip(rows, taken, strict=True))

@@ -39,7 +39,7 @@ def expert_load(samples: Sequence[Sample], predictions: Sequence[Any]) -> dict[s
 
 def show_load(load: dict[str, list], names: Sequence[str], blocks: Sequence[int]) -> str:
     """Expert load per sparse block and modality, in percent of the routed tokens."""
-    lines = ["each expert's share of the routed tokens; with k experts a token at most 1/k",
+    lines = ["each expert's share of the routed tokens; with k experts per token at most 1/k",
              " " * 26 + "".join(f"{name:>10}" for name in names)]  # fmt: skip
     for layer, block in enumerate(blocks):
         for name, table in load.items():

@@ -121,12 +121,13 @@ def test_the_log_is_on_the_disk_before_a_checkpoint_of_its_steps(phase, monkeypa
         act(operation, *args)
         if (operation, args) == (durable.fsync, (tmp_path / "log.jsonl",)):
             on_disk[:] = losses(tmp_path)
-        if operation is os.rename and args[1].name.startswith("phase1-step"):
-            named.append((args[1].name[-1], len(on_disk)))
+        if operation is os.rename and args[1].name.startswith("phase1"):
+            named.append((args[1].name, len(on_disk)))
 
     monkeypatch.setattr(durable, "act", noted)
     phase(1, *STEPS)
-    assert named == [("2", 2), ("4", 4)]
+    steps = [(f"phase1-step{n:07}", n) for n in (2, 4)]
+    assert named == [*steps, ("phase1", 6)]
 
 
 # Checkpoints of a run without a loop: its projector holds the number of the last step.
