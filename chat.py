@@ -20,11 +20,11 @@ from data import Encoded, Sample, Text, collate, encode_prompt
 from engine import familiar
 from engine.cli import parse, user_errors
 from engine.overlay import Routes, check_png
-from metrics import is_exact
 from model import autocast, choose_device, generate
-from sources import phantoms
+from sources import phantoms, signs
 from sources.images import Images
 from sources.load import MAX_TURNS
+from sources.questions import about_image, about_signs, answer
 
 DEMO = "phantom:2000000004"  # held out, with a finding
 HELP = """/image FILE, phantom:SEED or none   another image, and a new conversation
@@ -62,8 +62,8 @@ def find_image(name: str) -> Path | int | None:
 def truth(seed: int, question: str) -> str:
     """What is true of an embedded image; first the answer, to one of its own questions."""
     phantom = phantoms.draw(seed)
-    answers = [q.answer for q in phantoms.questions(phantom) if is_exact(q.question, question)]
-    return "truth: " + "; ".join([*answers, phantoms.caption(phantom)])
+    right = answer(phantom, question)
+    return "truth: " + "; ".join([right] * bool(right) + [phantoms.caption(phantom)])
 
 
 class Stream:
@@ -172,7 +172,9 @@ class Chat:
         elif line == "/help":
             examples = map(one_line, self.questions)
             if self.is_phantom():
-                examples = (q.question for q in phantoms.questions(phantoms.draw(self.image)))
+                phantom = phantoms.draw(self.image)
+                asked = about_image(phantom) + about_signs(phantom, signs.known(8), 4)
+                examples = (q.question for q in asked)
             print(HELP, "It understands questions like these of its training data:", *examples,
                   sep="\n")  # fmt: skip
         else:

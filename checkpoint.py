@@ -124,7 +124,7 @@ def load_model(
     dtype    of its matmuls: torch.float32 widens weights that are stored in less; bfloat16 casts
              those that only matmuls read; None leaves all as stored
     router   replaces the checkpoint's; same parameters. One of the user's own must be given again
-    level    "token" or "sequence" replaces the one it was trained with
+    level    "token", "sequence" or "once" replaces the one it was trained with
     """
     config, info = read_config(directory)
     if router is not None and config.moe is None:

@@ -55,6 +55,7 @@ class Sample:
     weight: float = 1.0  # times an epoch in training
     image_turn: int = 0  # the turn whose question the image comes before
     fault: str = ""  # why it cannot be asked: it counts as wrong in an evaluation
+    wording: str = ""  # "seen" in training or "new", for reports
 
 
 class Text:

@@ -187,6 +187,7 @@ class Decoder(nn.Module):
             x, routing = block(x, mask, attn_mask, cos, sin, layer, hints)
             if routing is not None:
                 routings.append(routing)
+                hints = hints._replace(first=routings[0])
                 if layer is not None:
                     layer.routing = Routing(routing.gates[:, -1:], routing.logits[:, -1:])
         if cache is not None:

@@ -27,6 +27,7 @@ from checkpoint import load_model, read_seen
 from config import Common, TrainConfig, UserError, argument, flag, warn_once
 from data import Batch, Encoded, Sample, Text, collate, encode_all, encode_prompt
 from engine import cli
+from engine.experts import facts_by_expert, show_facts, show_information
 from engine.inference import option_likelihoods
 from engine.processes import ALONE, Processes, join_processes
 from engine.routes import RouteRecorder
@@ -66,7 +67,7 @@ class EvalConfig(Common):
     limit: int | None = flag(None, "only the first N questions", least=1)
     max_new: int = flag(48, "longest answer, in tokens", least=1)
     router: str | None = flag(None, "replace the router: a name or FILE.py:Class")
-    router_level: Literal["trained", "token", "sequence"] = flag("trained", "replace its level")
+    router_level: Literal["trained", "token", "sequence", "once"] = flag("trained", "replaces it")
     record_routes: str | None = flag(None, "write every routing to this FILE.safetensors")
     replay_routes: str | None = flag(None, "use the routings of this FILE instead of the router")
 
@@ -233,11 +234,13 @@ def report_scores(samples: list[Sample], answers: list[str], flags: EvalConfig) 
         "protocols": under_all(samples, answers),
         "by_modality": split_by(samples, answers, lambda s: s.modality or "unknown"),
         "by_kind": split_by(samples, answers, lambda s: f"{s.kind} ({s.answer_type})"),
+        "by_wording": split_by(samples, answers, lambda s: f"{s.wording or 'all'} wordings"),
         "answers": dict(zip(question_ids(samples), answers, strict=True)),
     }  # fmt: skip
     print(HEADER)
     print(show("all", result["protocols"]["strict"]))
-    for name, part in (result["by_modality"] | result["by_kind"]).items():
+    wordings = result["by_wording"] if len(result["by_wording"]) > 1 else {}
+    for name, part in (result["by_modality"] | result["by_kind"] | wordings).items():
         print(show(name, part))
     print(show_protocols(result["protocols"]))
     return result
@@ -306,6 +309,11 @@ def report(predictor: Predictor, samples: list[Sample], flags: EvalConfig, info:
             print(format_confusion(result["router"]))
         names = expert_names(moe.n_experts, moe.router)
         print(show_load(result["load"], names, sparse_layers(model.config, moe)))
+        if bits := info.get("information"):
+            print(show_information(bits))
+        result["facts"] = facts_by_expert(predictor, samples, answers)
+        if facts := result["facts"]:
+            print(show_facts(facts))
     print(show_parameters(result["params"]))
     show_examples(samples, answers, flags)
     return result

@@ -28,6 +28,7 @@ class Hints(NamedTuple):
     modality: Tensor | None = None  # (B,) int64 index into config.MODALITIES, -1 unknown
     ids: Tensor | None = None  # (B, T) int64 tokens, config.IMAGE_ID for a patch
     previous: Routing | None = None  # (B, 1, E) of the position before, while an answer is made
+    first: Routing | None = None  # (B, T, E) of the first sparse block, in the later ones
 
 
 class Router(nn.Module):
@@ -36,8 +37,9 @@ class Router(nn.Module):
     `penalty` and `update` are there to balance the load, by a loss or without one. `gate` and
     `penalty` must not change the router: activation checkpointing computes them twice.
 
-    level "token" decides for each position; "sequence" once per sample, on the mean of its prompt,
-    and keeps that decision while the answer is generated: its tokens all go to the same k experts.
+    level "token" decides for each position; "sequence" once per sample and block, on the mean of
+    its prompt, and keeps that decision while the answer is generated: its tokens all go to the same
+    k experts. "once" keeps the first sparse block's decision in the later ones too.
     """
 
     frozen = False  # True: phase 3 does not train it
@@ -72,12 +74,14 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, hints: Hints = Hints()) -> Routing:
         """x (B, T, D), mask (B, T) True on real tokens -> the routing, 0 on padding."""
-        if self.level == "sequence" and hints.previous is not None:  # decided on the prompt
+        if self.level != "token" and hints.previous is not None:  # decided on the prompt
             gates, logits, _ = hints.previous
             return Routing(*(t.expand(-1, x.shape[1], -1) for t in (gates, logits)))
+        if self.level == "once" and hints.first is not None:
+            return Routing(hints.first.gates, hints.first.logits)
         with torch.autocast(x.device.type, enabled=False):  # fp32: bf16 rounding flips close calls
             h, real = x.float(), mask  # (B, T, D), for a decision at each position
-            if self.level == "sequence":  # (B, 1, D), for one on the mean of the prompt
+            if self.level != "token":  # (B, 1, D), for one on the mean of the prompt
                 h = pool(h, mask if hints.prompt is None else mask & hints.prompt)
                 real = torch.ones_like(mask[:, :1])
             logits = F.linear(h, self.proj.weight.float(), self.proj.bias.float())  # (B, T or 1, E)
@@ -85,7 +89,7 @@ class Router(nn.Module):
             # Not a product: gates on padding may be anything, even NaN, and must become 0.
             gates = self.gate(logits, real, h, **extra).masked_fill(~real[..., None], 0.0)
             penalty = self.penalty(gates, logits, real, h) if self.training else 0.0
-        if self.level == "sequence":  # the same decision at all positions
+        if self.level != "token":  # the same decision at all positions
             logits = logits.expand(-1, x.shape[1], -1)
             gates = gates.expand_as(logits).masked_fill(~mask[..., None], 0.0)
         return Routing(gates, logits, penalty)

@@ -18,11 +18,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import load_checkpoint, read_config, read_seen
 from config import (
     IGNORE,
+    IMAGE_ID,
     PHASES,
     RELEASED_EXTRA,
     ModelConfig,
@@ -36,6 +38,7 @@ from config import (
 )
 from data import Batch, Dataset, Text
 from engine import cli, familiar, lora
+from engine.experts import information, show_information
 from engine.features import check_cache
 from engine.first_gate import unchanged
 from engine.optim import cast_weights, make_optimizer
@@ -44,7 +47,7 @@ from engine.published import load_published, with_router
 from engine.run import Run, claim, refuse_changed_flags, seed_all, unfinished
 from model import Loss, MedMoE, autocast, freeze_all_but, make_router, make_sparse, sparse_layers
 from router_training import learn_router
-from routers import ROUTERS, get_router, load_balancing_loss, router_z_loss
+from routers import ROUTERS, Routing, get_router, load_balancing_loss, router_z_loss
 from scoring import leaks
 from sources.images import Images, jitter
 from sources.load import has_splits, load_samples, reading
@@ -60,16 +63,26 @@ def lr_scale(step: int, n_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, n_steps - warm)))
 
 
-def router_losses(out: Loss, mask: Tensor, flags: TrainConfig) -> Tensor | float:
+def router_losses(out: Loss, batch: Batch, flags: TrainConfig) -> Tensor | float:
     """What the routers add to the loss, a mean over the sparse layers. 0 by default."""
     total = 0.0
     for routing in out.routings:
         total = total + routing.penalty
         if flags.balance:
-            total = total + flags.balance * load_balancing_loss(routing, mask)
+            total = total + flags.balance * load_balancing_loss(routing, batch.mask)
         if flags.z_loss:
-            total = total + flags.z_loss * router_z_loss(routing, mask)
+            total = total + flags.z_loss * router_z_loss(routing, batch.mask)
+        if flags.modality_loss:
+            total = total + flags.modality_loss * modality_loss(routing, batch)
     return total / max(1, len(out.routings))
+
+
+def modality_loss(routing: Routing, batch: Batch) -> Tensor:
+    """Phase 2's loss of the router, on the positions from the image on, where it is known."""
+    seen = batch.prompt() & ((batch.ids == IMAGE_ID).cumsum(dim=1) > 0)
+    seen = seen & (batch.modality >= 0)[:, None]  # (B, T)
+    truth = batch.modality[:, None].expand_as(seen)[seen] % routing.logits.shape[-1]
+    return F.cross_entropy(routing.logits[seen], truth) if len(truth) else 0.0
 
 
 def micro_batches(data: Dataset, rows: list[int], accumulate: int, run: Run) -> list[Batch]:
@@ -114,7 +127,7 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
                 batch = batch._replace(images=jitter(batch.images))
             with autocast(run.device, run.dtype):
                 out = model.loss(batch)
-            router_loss = router_losses(out, batch.mask, flags)  # a mean; out.total is a sum
+            router_loss = router_losses(out, batch, flags)  # a mean; out.total is a sum
             part = (out.total + out.n_tokens * router_loss) / n_tokens
             if part.requires_grad:  # in phase 1 text alone reaches nothing that is trained
                 part.backward()
@@ -145,8 +158,10 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
 
 def sparse_config(flags: TrainConfig, config: ModelConfig) -> MoEConfig:
     layers = named_layers(flags.moe_layers, config.decoder.n_layers)
+    level = "once" if flags.router == "modality" else "token"
+    level = level if flags.router_level == "auto" else flags.router_level
     return MoEConfig(n_experts=flags.experts, top_k=flags.top_k, router=flags.router, layers=layers,
-                     level=flags.router_level, start=flags.start, meta=flags.meta)  # fmt: skip
+                     level=level, start=flags.start, meta=flags.meta)  # fmt: skip
 
 
 def pretrained(flags: TrainConfig) -> tuple[Path, Path]:
@@ -206,7 +221,7 @@ def trained_patterns(flags: TrainConfig, number: int, config: ModelConfig) -> tu
         trains = tuple(pattern for pattern in trains if ".meta." not in pattern)
     if flags.trains == "released":
         trains += RELEASED_EXTRA
-    if not get_router(config.moe.router).frozen:
+    if flags.modality_loss or not get_router(config.moe.router).frozen:
         trains += ("decoder.*.mlp.router.*",)
     return trains
 
@@ -277,8 +292,13 @@ def run_phase(
     if before is not None:
         extra["seen"] = {"rows": leaks.merge(before, leaks.seen_by(samples))}
     path, info = run.folder / f"phase{number}", {"questions": examples}
+    bits = {"before": information(model, data, run.device, run.dtype)}
     with run.interruptible():  # Ctrl-C lets a step finish, and after the last one the phase
         train(model, data, flags, recipe, run)
+        if bits["before"]:
+            bits["after"] = information(model, data, run.device, run.dtype)
+            info["information"] = bits
+            print(show_information(bits))
         if number == 2:
             questions = load_samples(flags.data, "vqa", "train", **reading(flags))
             layers = sparse_layers(model.config, sparse_config(flags, model.config))
@@ -297,7 +317,7 @@ def run_phase(
 def not_read_by(number: int, flags: TrainConfig) -> set[str]:
     """Flags that phase `number` does not read: a later phase may have others."""
     names = {"init", "router", "router_level", "top_k", "meta", "start", "trains", "balance",
-             "z_loss"}  # fmt: skip
+             "z_loss", "modality_loss"}  # fmt: skip
     if number == 1 or flags.router != "modality":  # phase 2 ends with the router's training
         names |= {"experts", "moe_layers", "router_images", "router_noise"}
     return names | ({"lora_rank"} if number == 1 else set())

@@ -309,7 +309,7 @@ LIMITS = {
 }  # fmt: skip
 CHOICES = {
     "family": tuple(DECODERS), "tied": (False, True), "meta": (False, True),
-    "level": ("token", "sequence"), "start": ("preserving", "released", "fresh"),
+    "level": ("token", "sequence", "once"), "start": ("preserving", "released", "fresh"),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ and after a kill only what is missing is trained. The table has the paired diffe
 row with two 95 % intervals: a bootstrap over images, for these seeds; Student's over the seeds.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -33,7 +34,6 @@ from sources.load import how_read, load_samples
 from sources.records import read_json
 
 ROOT = Path(__file__).parent.parent
-VERSION = 1  # to be raised when a change of the code changes what the same flags train
 SKIP = "--lr 0 --steps 1"  # a phase that changes nothing; phase 2 still trains its router
 EVERYONE = "--router lab/controls.py:Everyone --start fresh --experts"
 BALANCED = "--router topk --balance 0.01"
@@ -71,7 +71,9 @@ CORE = {
     "dense-flops": Row("dense, steps for equal FLOPs", phase3="--experts 0 --steps 192"),
     "dense-activated": Row("dense, equal activated parameters", phase3=f"{EVERYONE} 2 --top-k 2"),
     "dense-total": Row("dense, equal total parameters", phase3=f"{EVERYONE} 4 --top-k 4"),
-    "sequence": Row("Med-MoE, routed by sequence", phase3="--router-level sequence"),
+    "token": Row("Med-MoE, one decision per token", phase3="--router-level token"),
+    "sequence": Row("Med-MoE, one per sample and block", phase3="--router-level sequence"),
+    "joint": Row("Med-MoE, router trained on", phase3="--modality-loss 0.1"),
     "learned": Row("learned with the experts", phase3="--router topk"),
     "learned-balanced": Row("learned, balance loss 0.01", phase3=BALANCED),
     "moe-llava": Row("learned, balance 0.01, no meta (MoE-LLaVA)", phase3=f"{BALANCED} --no-meta"),
@@ -91,30 +93,49 @@ HARD = {  # phase 2 changes nothing: what differs between the domains is left to
         ("no-meta", "without meta expert", "--no-meta"),
         ("dense-activated", "dense, equal activated", f"{EVERYONE} 2 --top-k 2"))
 }
-EXPERTS = {  # 1 to 8 experts, k up to 4, on phantoms of 2, 4 and 8 domains; the router is learned
-    f"d{d}-e{e}-k{k}": Row(f"{d} domains, {e} experts, top-{k}", common=f"--data phantoms:4000/{d}",
-                           phase3=f"{BALANCED} --experts {e} --top-k {k}", against=f"d{d}-e4-k2")
-    for d in (2, 4, 8) for e in (1, 2, 4, 6, 8) for k in (1, 2, 4) if k <= e
+EXPERTS = {  # 1 to 8 learned experts, and worlds of few and many signs
+    f"s{s}-e{e}": Row(f"{s} signs, {e} experts, top-1", common=f"--data phantoms:4000/{s}",
+                      phase3=f"--router topk --top-k 1 --experts {e}", against=f"s{s}-e1")
+    for s in (60, 120, 240) for e in (1, 2, 4, 8)
 }
 # fmt: on
 ROWS = CORE | HARD | EXPERTS
-SETS = {"core": tuple(CORE), "hard": ("no-phase-2", *HARD), "experts": tuple(EXPERTS)}
+FACTS = (
+    "medmoe",
+    "token",
+    "no-router-training",
+    "dense-activated",
+    "dense-total",
+    "oracle",
+    "asked-wrong",
+    "oracle-asked-wrong",
+)
+SETS = {"core": tuple(CORE), "facts": FACTS, "hard": ("no-phase-2", *HARD),
+        "experts": tuple(EXPERTS)}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class AblateConfig:
     """Train and score rows; write a table, its numbers and a plot."""
 
-    names: tuple[str, ...] = argument("core, hard or experts; or rows of lab/ablate.py")
+    names: tuple[str, ...] = argument("core, facts, hard or experts; or rows of lab/ablate.py")
     seeds: int = flag(3, "seeds 0 to N - 1 of every row", least=1)
     jobs: int = flag(2, "rows at a time, one thread each", least=1)
     flags: str = flag("", "flags of train.py for all rows, as one word: '--steps 20'")
     out: str = flag("runs/ablations", "DIR of what is kept, the table, numbers and plot")
 
 
+@functools.cache
+def code() -> str:
+    """A hash of the code that trains and scores: of every file but lab, course, tests and cuda."""
+    files = [f for folder in (ROOT, *map(ROOT.joinpath, ("sources", "scoring", "engine")))
+             for f in sorted(folder.glob("*.py"))]  # fmt: skip
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def key(*parts: object) -> str:
     """12 hex digits of what a result depends on."""
-    text = json.dumps([VERSION, torch.__version__, *parts]).encode()
+    text = json.dumps([code(), torch.__version__, *parts]).encode()
     return hashlib.sha256(text).hexdigest()[:12]
 
 
@@ -209,8 +230,8 @@ def paired(scores: np.ndarray, others: np.ndarray, images: Sequence[str]) -> dic
     return {"difference": mean, "ci95": by_image, "ci95_seeds": ends}
 
 
-def summarise(rows: dict[str, Row], found: dict[str, list[Path]]) -> list[dict]:
-    """One entry a row: rates, parameters, and the difference to the row it is compared with."""
+def summarise(rows: dict[str, Row], found: dict[str, list[Path]]) -> tuple[list[dict], dict]:
+    """-> an entry a row: rates, parameters, the difference to another; every score (S, Q)."""
     scores, entries = {}, []
     for name, row in rows.items():
         results = [read_json(path) for path in found[name]]
@@ -221,28 +242,31 @@ def summarise(rows: dict[str, Row], found: dict[str, list[Path]]) -> list[dict]:
         values = [[value(s, result["answers"][i], None) for s, i in pairs] for result in results]
         values = scores[name] = np.array(values)  # (S, Q)
         closed, against = np.array([s.answer_type == "closed" for s in samples]), None
+        signs = np.array([s.kind == "sign" for s in samples])
+        facts = signs & ~closed if signs.any() else np.ones_like(signs)  # other data: everything
         if row.against != name:
-            images = images_of(samples)
-            against = {"row": row.against} | paired(values, scores[row.against], images)
+            images, other = images_of([samples[i] for i in facts.nonzero()[0]]), row.against
+            gain = paired(values[:, facts], scores[other][:, facts], images)
+            against = {"row": other} | gain
         entries.append({
-            "row": name, "title": row.title,
-            "closed": over_seeds(values[:, closed]), "open": over_seeds(values[:, ~closed]),
-            "together": over_seeds(values), "parameters": results[0]["params"], "against": against,
+            "row": name, "title": row.title, "closed": over_seeds(values[:, closed & ~signs]),
+            "open": over_seeds(values[:, ~closed & ~signs]), "facts": over_seeds(values[:, facts]),
+            "parameters": results[0]["params"], "against": against,
         })  # fmt: skip
-    return entries
+    return entries, scores
 
 
 def table(result: dict) -> str:
     """Markdown, with the command and the hash that made it."""
     lines = [
         f"`{result['command']}`, hash {result['hash']}: percent, mean ± standard deviation over "
-        f"{len(result['seeds'])} seeds; the difference of all answers to another row, with 95 % "
-        "intervals by images and by seeds\n",
-        "| row | closed | open | together | less | difference | by images | by seeds "
+        f"{len(result['seeds'])} seeds; closed and open without signs; the difference of facts to "
+        "another row, with 95 % intervals by images and by seeds\n",
+        "| row | closed | open | facts | minus | difference | by images | by seeds "
         "| activated / total |\n" + 9 * "|---" + "|",
     ]
     for entry in result["rows"]:
-        parts, size = [entry[p] for p in ("closed", "open", "together")], entry["parameters"]
+        parts, size = [entry[p] for p in ("closed", "open", "facts")], entry["parameters"]
         sds = ["" if p["sd"] is None else f" ± {p['sd'] * 100:.1f}" for p in parts]
         cells = [f"{p['mean'] * 100:.1f}{sd}" for p, sd in zip(parts, sds, strict=True)]
         cells = [entry["title"], *cells, "", "", "", ""]
@@ -269,10 +293,10 @@ def plot(result: dict, file: Path) -> None:
             if other[name]:
                 axes.plot([100 * end for end in other[name]], [y, y], "C0", linewidth=width)
         axes.plot(100 * other["difference"], y, "oC0")
-    axes.set_yticks(range(len(rows)), [f"{title} (less {other['row']})" for title, other in rows])
+    axes.set_yticks(range(len(rows)), [f"{title} (minus {other['row']})" for title, other in rows])
     axes.invert_yaxis()
     axes.axvline(0, color="black")
-    axes.set_xlabel("all answers, percentage points; thick: 95 % by images, thin: by seeds")
+    axes.set_xlabel("facts, percentage points; thick: 95 % by images, thin: by seeds")
     figure.savefig(file, dpi=100)
 
 
@@ -281,16 +305,19 @@ def main(argv: Sequence[str] | None = None) -> dict:
     flags = parse(AblateConfig, argv, "python -m lab.ablate")
     Path(flags.out).mkdir(parents=True, exist_ok=True)
     found = run_all(flags, rows := chosen_rows(flags.names))
+    entries, scores = summarise(rows, found)
     words = ["python", "-m", "lab.ablate", *flags.names, "--seeds", str(flags.seeds)]
     words += ["--flags", flags.flags] if flags.flags else []
     result = {
         "command": shlex.join(words),
         "hash": key(*[(name, vars(row)) for name, row in rows.items()], flags.seeds, flags.flags),
-        "seeds": list(range(flags.seeds)), "rows": summarise(rows, found),
+        "seeds": list(range(flags.seeds)), "rows": entries,
     }  # fmt: skip
     print(f"\n{table(result)}")
     file = Path(flags.out, "-".join(flags.names) + ".json")
     write_json(file, result)
+    # Every question's score: from them each interval can be computed again.
+    np.savez_compressed(file.with_suffix(".npz"), **scores)
     write_text(file.with_suffix(".md"), table(result), "--out")
     plot(result, file.with_suffix(".png"))
     return result

@@ -10,6 +10,7 @@ from pathlib import Path
 from config import UserError, flag
 from engine.cli import parse, user_errors
 from sources import phantoms
+from sources.questions import Question, about_image
 
 # Each image of the sheet: its organ, how many findings it has, the kind of question below it.
 SHOWN = [("head", 2, "location"), ("abdomen", 1, "size"), ("brain", 3, "count"),
@@ -24,13 +25,13 @@ class FiguresConfig:
     out: str = flag("figures", "folder to write to")
 
 
-def pick(organ: str, count: int, kind: str) -> tuple[phantoms.Phantom, phantoms.Question]:
+def pick(organ: str, count: int, kind: str) -> tuple[phantoms.Phantom, Question]:
     """The first test seed with this organ, this many findings and a question of this kind."""
     for seed in phantoms.SPLITS["test"]:
         truth = phantoms.plan(seed)[1]
         if (truth["organ"], truth["count"]) == (organ, count):
             phantom = phantoms.draw(seed, 224)
-            for question in phantoms.questions(phantom):
+            for question in about_image(phantom):
                 if question.kind == kind:
                     return phantom, question
     raise AssertionError("the split has a billion seeds")

@@ -30,8 +30,10 @@ from engine.cli import parse, user_errors
 from engine.published import CLIP, DECODERS
 from lab.convert import publish
 from routers import Hints
+from sources import signs
 from sources.images import Images
 from sources.load import load_samples
+from sources.questions import SIGN, word
 from vision import VisionBlock, VisionTower, normalise
 
 LM_BATCH = 32  # texts a step of a decoder
@@ -46,7 +48,7 @@ class PretrainConfig:
     data: tuple[str, ...] = flag((), "sources, as in train.py (default: phantoms:16000)")
     out: str = flag(str(ASSETS), "output DIR")
     clip_steps: int = flag(1000, "contrastive steps for the tower")
-    lm_steps: int = flag(2000, "steps for each decoder")
+    lm_steps: int = flag(4000, "steps for each decoder")
     batch_size: int = flag(128, "images a contrastive step")
     seed: int = flag(0, "seeds weights and order")
 
@@ -84,9 +86,15 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 def make_decoders(flags: PretrainConfig, captions: list[Sample], log: Path) -> None:
     """The tokenizer, then both decoders, on each caption followed by questions about it."""
     dialogues, out = load_samples(flags.data, "instructions", "train"), Path(flags.out)
-    raw = [f"{q} {a}" for sample in captions + dialogues for q, a in sample.turns]
+    turns = [turn for sample in captions + dialogues for turn in sample.turns]
+    raw = [f"USER: {q} ASSISTANT: {a}" for q, a in turns if " sign" not in q]
     words = [f"{before}{word}" for word in WORDS.read_text().split() for before in (" ", "")]
-    tokenizer = train_tokenizer([*raw, *4 * words, "USER: \n ASSISTANT:"], PHI_TINY.vocab_size)
+    # All signs alike, few times: their syllables become tokens, but no name a token of its own.
+    named = [word(random.Random(i), SIGN["open"], i % 2, sign=name)[0]
+             for i, name in enumerate([*signs.names(), *signs.names()])]  # fmt: skip
+    meanings = [f"ASSISTANT: {name}" for name in 4 * signs.MEANINGS]
+    texts = [*raw, *4 * words, *named, *meanings]
+    tokenizer = train_tokenizer(texts, PHI_TINY.vocab_size)
     for config in (PHI_TINY, STABLELM_TINY):
         directory = out / config.family
         directory.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from checkpoint import load_model
 from config import IMAGE_ID, MODALITIES, Common, UserError, argument, flag
 from data import Batch, Dataset, Sample
 from engine.cli import check_writable, parse, user_errors, write_json
+from engine.experts import mutual_information
 from eval import Predictor, load_questions
 from lab.controls import Alone, ByModality, forced
 from metrics import bootstrap, expert_names, router_report, wilson
@@ -104,13 +105,6 @@ def macro_f1(truth: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> 
     """Mean F1 over the classes that occur as truth or as prediction."""
     scores = router_report(truth, predicted, names)["f1"].values()
     return float(np.mean([score for score in scores if score is not None]))
-
-
-def mutual_information(joint: np.ndarray) -> float:
-    """I(row; column) in bits of a table of counts (M, E)."""
-    p = joint / joint.sum()
-    apart = p.sum(axis=1, keepdims=True) * p.sum(axis=0)
-    return float((p * np.log2(np.where(p > 0, p / np.maximum(apart, 1e-300), 1.0))).sum())
 
 
 def confidences(logits: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What --data names -> samples: captions, dialogues or single questions, of one split.
 
-    phantoms  phantoms:N  phantoms:N+FIRST  phantoms:N/D  slake:DIR  vqa-rad:DIR  vqa-rad-3515:DIR
+    phantoms  phantoms:N  phantoms:N+FIRST  phantoms:N/S  slake:DIR  vqa-rad:DIR  vqa-rad-3515:DIR
     pathvqa:DIR  medmnist:FILE.npz  llava:FILE.json  llava:DIR
 
 SOURCE@W takes its samples W times an epoch. Whatever is wrong with a file is found here, before
@@ -18,13 +18,17 @@ from typing import Any
 
 from config import MODALITIES, Common, UserError, tolerate, warn_once
 from data import Image, Packed, Sample
-from sources import medmnist, phantoms
+from sources import medmnist, phantoms, signs
 from sources.images import unreadable
 from sources.llava import entries, read_llava
+from sources.questions import about_image, about_signs
 from sources.records import Entry, read_json, shown
 from sources.vqa import Row, read_pathvqa, read_slake, read_vqa_rad
 
 N_TRAIN, N_VAL, N_TEST = 4000, 200, 500  # phantoms
+N_SIGNS = 120  # of phantoms, beside those that phase 2 teaches
+N_TAUGHT, N_FACTS = 4, 8  # open questions about signs, an image, in phase 2 and in phase 3
+N_TURNS = 8  # questions in a dialogue about an embedded image
 MAX_TURNS = 4  # questions in one dialogue
 N_ORDERS = 3  # dialogues that a real question takes part in
 MAX_FACTS = 6  # question-answer pairs in a caption made from them
@@ -41,27 +45,42 @@ READING = {"data": (list, tuple), "lang": str, "max_missing": int, "max_bad": in
            "limit": int}  # fmt: skip
 
 
-def read_phantoms(where: str, split: str) -> Iterator[Entry]:
+def read_phantoms(where: str, split: str, together: bool) -> Iterator[Entry]:
     """Images drawn from seeds (phantoms.py); N of them, N_TRAIN if left out, in training.
 
-    "N+FIRST" takes other images, in every split: those from its seed number FIRST on. "N/D" is a
-    world of D domains, 1, 2, 4 or 8: phantoms.convention.
+    "N+FIRST" takes other images, in every split: those from its seed number FIRST on. "N/S" has S
+    signs (signs.py).
+    together: an image's questions as two dialogues, which are read in a third of the time.
     """
-    found = re.fullmatch(r"([0-9]{1,9})(?:\+([0-9]{1,9}))?(?:/([1248]))?", where or str(N_TRAIN))
-    n_train, first, domains = map(int, found.groups("0")) if found else (0, 0, 0)
-    if not 0 < n_train <= 10**6 or first > 9 * 10**8:
-        allowed = "N from 1 to 1000000, FIRST up to 900000000, of 1, 2, 4 or 8 domains"
-        raise UserError(f"--data phantoms:{where}: must be phantoms:N+FIRST/D, {allowed}")
+    pattern = r"([0-9]{1,9})(?:\+([0-9]{1,9}))?(?:/([0-9]{1,3}))?"
+    found = re.fullmatch(pattern, where or str(N_TRAIN))
+    n_train, first, n_signs = found.groups() if found else (0, 0, 0)
+    n_train, first = int(n_train), int(first or 0)
+    n_signs = N_SIGNS if n_signs is None else int(n_signs)
+    if not 0 < n_train <= 10**6 or first > 9 * 10**8 or not 16 <= n_signs <= signs.N_MOST:
+        allowed = f"N from 1 to 1000000, FIRST up to 900000000, S from 16 to {signs.N_MOST}"
+        raise UserError(f"--data phantoms:{where}: must be phantoms:N+FIRST/S, {allowed}")
     n = {"train": n_train, "val": N_VAL, "test": N_TEST}[split]
-    for seed in phantoms.seeds(split, n, first, domains or 4):
+    n_facts, new = (N_FACTS, 0.0) if split == "train" else (2, 1 / 3)
+    for seed in phantoms.seeds(split, n, first):
         phantom = phantoms.Phantom(None, seed, **phantoms.plan(seed)[1])
         base = Sample(str(seed), "phantoms", split, seed, (), phantom.modality)
-        questions = [
-            replace(base, id=f"{seed}-{i}", turns=((q, a),), answer_type=answer_type, kind=kind)
-            for i, (q, a, answer_type, kind) in enumerate(phantoms.questions(phantom))
-        ]
-        chosen = random.Random(seed).sample(questions, min(MAX_TURNS, len(questions)))
-        yield base, phantoms.caption(phantom), tuple(s.turns[0] for s in chosen), questions
+        rng, seen = random.Random(seed), about_image(phantom, new)
+        asked = [*seen, *about_signs(phantom, signs.known(n_signs), n_facts, new)]
+        taught = [*seen, *about_signs(phantom, signs.TAUGHT, N_TAUGHT)]
+        dialogue = [q.turn() for q in rng.sample(taught, N_TURNS)]
+        if together:
+            rng.shuffle(asked)
+            turns = tuple(q.turn() for q in asked)
+            parts = turns[::2], turns[1::2]
+            questions = [replace(base, id=f"{seed}-{i}", turns=p) for i, p in enumerate(parts)]
+        else:
+            questions = [
+                replace(base, id=f"{seed}-{i}", turns=(q.turn(),), answer_type=q.answer_type,
+                        kind=q.kind, wording=q.wording)
+                for i, q in enumerate(asked)
+            ]  # fmt: skip
+        yield base, phantoms.caption(phantom), tuple(dialogue), questions
 
 
 def read_medmnist(file: Path, split: str) -> Iterator[Entry]:
@@ -222,9 +241,11 @@ def read_source(
     follow_links: bool, image_folder: str | None, open_images: bool,
 ) -> list[Sample]:  # fmt: skip
     kind, where, weight = parse_spec(spec)
+    together = what == "tuning"
+    what = "vqa" if together else what
     keep = what == "vqa" and split != "train"
     if kind == "phantoms":
-        samples = list(shape(read_phantoms(where, split), what))
+        samples = list(shape(read_phantoms(where, split, together), what))
     elif kind == "medmnist":
         samples = list(shape(read_medmnist(Path(where), split), what))
     elif kind == "llava":
@@ -255,7 +276,8 @@ def load_samples(
 ) -> list[Sample]:  # fmt: skip
     """The samples of one split ("train", "val", "test") of every source that --data names.
 
-    what         "captions" (one an image), "instructions" (dialogues), "vqa" (one a question)
+    what         "captions" (one an image), "instructions" (dialogues), "vqa" (one a question),
+                 "tuning" (phase 3's: "vqa", but an embedded image's questions together)
     open_images  whether every image file is decoded once, to find those that cannot be read
     Only vqa-rad's "val", which does not exist, may be empty. Raises UserError.
     """

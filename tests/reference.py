@@ -90,8 +90,8 @@ def top_k_gates(probs, k):
 
 
 def router_gates(router, x, mask, prompt):
-    """Of a TopKRouter, x (B, T, D) -> (B, T, E); level "sequence": on the mean of the prompt."""
-    if router.level == "sequence":
+    """Of a TopKRouter, x (B, T, D) -> (B, T, E); of a sample: on the mean of the prompt."""
+    if router.level != "token":
         seen = mask & prompt
         means = [x[b, seen[b]].sum(dim=0) / max(1, int(seen[b].sum())) for b in range(len(x))]
         x = torch.stack(means)[:, None].expand_as(x)
@@ -167,13 +167,16 @@ def tower(vision, image, n_heads):
 
 def decoder(model, x, real, prompt):
     """x (T, D) -> (T, D). Phi-2 runs attention and FFN side by side, on one norm."""
+    decided = []
     for block in model.blocks:
         is_phi = model.config.family == "phi"
         first, second = (block.ln, block.ln) if is_phi else (block.ln_1, block.ln_2)
         y = x + self_attention(block.attn, norm(first, x), real, model.config)
         h = norm(second, x if is_phi else y)
         if hasattr(block.mlp, "router"):
-            gates = router_gates(block.mlp.router, h[None], real[None], prompt[None])
+            if not decided or block.mlp.router.level != "once":
+                decided = [router_gates(block.mlp.router, h[None], real[None], prompt[None])]
+            (gates,) = decided
             x = y + sparse_layer(block.mlp, h[None], gates)[0]
         else:
             x = y + ffn(dict(block.mlp.named_parameters()), h)

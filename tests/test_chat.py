@@ -13,14 +13,11 @@ from config import MoEConfig, warn_once
 from data import Sample, collate, encode_prompt, encode_sample
 from engine import familiar
 from model import generate
+from sources import signs
 from sources.images import Images
-from sources.phantoms import draw, questions
+from sources.phantoms import draw
+from sources.questions import about_image, about_signs
 from tests.mini import checkpoint
-
-
-@pytest.fixture(scope="module")
-def phase3(tmp_path_factory):
-    return checkpoint(tmp_path_factory.mktemp("mini") / "phase3")
 
 
 def generated(folder, image, pad=True, *how):
@@ -90,13 +87,11 @@ def talk(phase3, monkeypatch, capsys):
     return session
 
 
-@pytest.mark.parametrize(
-    ("lines", "max_new", "kept", "forgotten"),
-    [(["Q0", "Q1", "Q2", "Q3"], 2, [0, 1, 2], []),
-     (["Q0", "Q1", "Q2", "Q3", "Q4"], 2, [1, 2, 3], ["Q0"]),
-     (["Q0", "left " * 380, "Q2"], 60, [], ["Q0", "left"]),
-     (["Q0", "/reset", "Q1"], 2, [], []), (["Q0", "/image phantom:7", "Q1"], 2, [], [])],
-)  # fmt: skip
+@pytest.mark.parametrize(("lines", "max_new", "kept", "forgotten"), [
+    (["Q0", "Q1", "Q2", "Q3"], 2, [0, 1, 2], []), (["Q0", "/reset", "Q1"], 2, [], []),
+    (["Q0", "Q1", "Q2", "Q3", "Q4"], 2, [1, 2, 3], ["Q0"]),
+    (["Q0", "left " * 380, "Q2"], 60, [], ["Q0", "left"]),
+    (["Q0", "/image phantom:7", "Q1"], 2, [], [])])  # fmt: skip
 def test_a_question_follows_others_as_in_phase_2(phase3, talk, lines, max_new, kept, forgotten):
     model, text, _ = load_model(phase3, torch.device("cpu"))
     _, messages, asked = talk(*lines, max_new=max_new)
@@ -111,13 +106,14 @@ def test_a_question_follows_others_as_in_phase_2(phase3, talk, lines, max_new, k
 def test_commands_change_the_image_show_it_and_help(talk, tmp_path):
     image, file, own = tmp_path / "x.png", tmp_path / "routes.png", draw(2000000004)
     Image.effect_noise((60, 30), 90).save(image)
-    question = questions(own)[0]
-    out, messages, asked = talk("/help", "/show a.png", question.question.lower(), f"/show {file}",
-                                "/image phantom:2000000003", "Is it?", f"/image {image}", "Is it?",
-                                f"/show {image}", "/show a.jpg", "/image no.png",
-                                "/image phantom:x", "/image none", "Is it?", "/show a.png",
-                                "/show", "/what")  # fmt: skip
-    assert "/image FILE" in out and all(f"\n{q.question}\n" in out for q in questions(own))
+    examples = about_image(own) + about_signs(own, signs.known(8), 4)
+    question = examples[0]
+    out, messages, asked = talk(
+        "/help", "/show a.png", question.question.lower(), f"/show {file}",
+        "/image phantom:2000000003", "Is it?", f"/image {image}", "Is it?", f"/show {image}",
+        "/show a.jpg", "/image no.png", "/image phantom:x", "/image none", "Is it?", "/show a.png",
+        "/show", "/what")  # fmt: skip
+    assert "/image FILE" in out and all(f"\n{q.question}\n" in out for q in examples)
     caption = f"{question.answer}; a CT of the head with three large infarcts in the lower left"
     assert f"\ntruth: {caption}\n" in out and out.count("truth: ") == 2
     assert "\ntruth: an MRI of the brain with no abnormality\n" in out
@@ -151,7 +147,7 @@ def test_an_image_unlike_those_of_training_is_called_that(phase3, monkeypatch, c
         argv = ["--question", "left " * 470, "--max-new", "600", "--show", str(file)]
         chat.main([str(phase3), "--image", "phantom:1", *argv])
         out, error = capsys.readouterr()
-        assert out.count("\n  answer ") == 8 and out.endswith("\n  ... and 10 more tokens\n")
+        assert out.count("\n  answer ") == 8 and out.endswith(" more tokens\n")
         assert error.count("unlike the images that the model was trained on") == count
         assert file.is_file() and "Not a medical device" in error
         assert ("--max-new 600: the model reads 512" in error) == count  # once

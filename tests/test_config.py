@@ -11,12 +11,11 @@ from config import PRESETS, DecoderConfig, MoEConfig, Recipe, TrainConfig, UserE
 CLIP_L = VisionConfig(336, 14, 1024, 24, 16, 4096)
 CLIP_TINY = VisionConfig(112, 16, 128, 6, 4, 512)
 DECODERS = {  # rotary_dim, rope_theta, max_len, dropout, n_kv_heads, norm_eps, tied
-    "tiny": ("phi", 1024, 128, 4, 4, 512, 12, 1e4, 512, 0.0, None, 1e-5, False),
-    "tiny-stablelm": ("stablelm", 1024, 128, 4, 4, 344, 8, 1e4, 512, 0.0, None, 1e-5, False),
+    "tiny": ("phi", 1024, 128, 4, 4, 128, 12, 1e4, 512, 0.0, None, 1e-5, False),
+    "tiny-stablelm": ("stablelm", 1024, 128, 4, 4, 88, 8, 1e4, 512, 0.0, None, 1e-5, False),
     "phi2": ("phi", 51200, 2560, 32, 32, 10240, 32, 1e4, 2048, 0.1, None, 1e-5, False),
     "stablelm2": ("stablelm", 100352, 2048, 24, 32, 5632, 16, 1e4, 4096, 0.0, None, 1e-5, False),
-    "smollm2": ("llama", 49152, 576, 30, 9, 1536, 64, 1e5, 8192, 0.0, 3, 1e-5, True),
-}
+    "smollm2": ("llama", 49152, 576, 30, 9, 1536, 64, 1e5, 8192, 0.0, 3, 1e-5, True)}  # fmt: skip
 PAPER = [(1e-3, 1, 64), (2e-5, 3, 64), (2e-5, 9, 64)]  # Table 11
 
 
@@ -42,7 +41,7 @@ def test_phases_and_special_ids_are_those_of_the_paper_and_llava():
     assert config.MODALITIES == ("CT", "MRI", "X-ray", "pathology")
     assert MoEConfig() == MoEConfig(4, 2, "modality", "token", "preserving", None, True)
     phases = {n: (p.task, p.plain) for n, p in config.PHASES.items()}
-    assert phases == {1: ("captions", True), 2: ("instructions", False), 3: ("vqa", False)}
+    assert phases == {1: ("captions", True), 2: ("instructions", False), 3: ("tuning", False)}
 
 
 def test_configs_cannot_be_changed_and_every_flag_has_a_help_in_a_group():

@@ -120,9 +120,9 @@ def test_long_samples_are_cut_with_a_warning_and_named_if_nothing_is_left_to_lea
     cut = data.encode_sample(sample, text, reads(P, max_len=n - 1))
     assert cut == (ids[:-1], labels[:-1])
     assert f"cut to {n - 1} positions" in capsys.readouterr().err
-    assert len(data.encode_prompt("Q?", False, text, reads(P, max_len=20))[0]) == 19
-    with pytest.raises(UserError, match=r"begins .Q.. takes 19 positions; the model reads 19"):
-        data.encode_prompt("Q?", False, text, reads(P, max_len=19))
+    assert len(data.encode_prompt("Q?", False, text, reads(P, max_len=8))[0]) == 7
+    with pytest.raises(UserError, match=r"begins .Q.. takes 7 positions; the model reads 7"):
+        data.encode_prompt("Q?", False, text, reads(P, max_len=7))
     with pytest.raises(UserError, match="test train sample a: nothing to learn"):
         data.encode_sample(sample, text, reads(P, max_len=12))
     with pytest.raises(UserError, match="nothing to learn"):  # a newline, the very first token

@@ -17,6 +17,7 @@ from tests.conftest import DECODERS, FAMILIES, PROMPTS, build, close, prompts, r
 from tests.golden.make import ours, outputs
 
 DENSE, TOP_2, SEQUENCE = None, {"router": "topk"}, {"level": "sequence", "top_k": 1}
+ONCE = {"level": "once"}
 
 
 @torch.no_grad()
@@ -28,7 +29,8 @@ def logits_of(model, ids, mask, images=None, hints=Hints(), cache=None):
 
 @FAMILIES
 @pytest.mark.parametrize(
-    ("moe", "padding"), [(DENSE, "between"), (TOP_2, "left"), (SEQUENCE, "left"), (TOP_2, "right")]
+    ("moe", "padding"),
+    [(DENSE, "between"), (TOP_2, "left"), (SEQUENCE, "left"), (ONCE, "left"), (TOP_2, "right")],
 )
 def test_logits_equal_the_equations_whatever_padding_there_is(family, moe, padding):
     model, batch = build(family, moe), prompts(side="left" if padding == "left" else "right")

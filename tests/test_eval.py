@@ -14,6 +14,7 @@ from checkpoint import load_model, read_seen
 from config import UserError
 from data import collate, encode_prompt, encode_sample
 from engine.durable import seal
+from engine.experts import facts_by_expert
 from engine.processes import Processes
 from model import Generated, count_parameters, generate
 from routers import Routing
@@ -22,7 +23,8 @@ from scoring.compare import under_all
 from scoring.router import expert_load, judge_router
 from sources.images import Images
 from sources.load import load_samples
-from tests.mini import checkpoint
+from tests.mini import checkpoint, error_line
+from tests.sources import written
 
 CPU, EOS = torch.device("cpu"), 9
 
@@ -44,11 +46,6 @@ def test_unpack_counts_routed_tokens_of_prompt_and_answer_but_not_of_padding_or_
     assert [p.load.tolist() for p in found] == [[[1, 0, 2]] * 2, [[1, 3, 1]] * 2]
     votes = [*found[0].votes.tolist(), *found[1].votes.tolist()]  # per position, of two layers
     assert votes == pytest.approx([7, 0, 7, 14 / 3, 28 / 3, 0])
-
-
-@pytest.fixture(scope="module")
-def phase3(tmp_path_factory):
-    return checkpoint(tmp_path_factory.mktemp("mini") / "phase3")
 
 
 @pytest.fixture
@@ -131,14 +128,15 @@ def test_evaluation_writes_everything_it_measured(phase3, predictor, scored):
     blind = [p.answer for p in predictor.answer(samples, predictor.mean_image(samples))]
     assert said != blind
     wanted = {
-        "data": ["phantoms:8"], "n": 24, "split": "test", "limit": 24,
+        "data": ["phantoms:8"], "n": 24, "split": "test", "limit": 24, "device": "cpu",
         "preset": "tiny", "phase": 3, "seed": 0, "dtype": "torch.float32", "classification": {},
-        "checkpoint": str(phase3), "device": "cpu",
-        "answers": dict(zip([s.id for s in samples], said, strict=True)),
+        "checkpoint": str(phase3), "answers": dict(zip([s.id for s in samples], said, strict=True)),
         "protocols": under_all(samples, said), "blind": {"protocols": under_all(samples, blind)},
         "majority": {"protocols": under_all(samples, metrics.majority(samples, train))},
         "by_modality": metrics.split_by(samples, said, lambda s: s.modality),
         "by_kind": metrics.split_by(samples, said, lambda s: f"{s.kind} ({s.answer_type})"),
+        "by_wording": metrics.split_by(samples, said, lambda s: f"{s.wording} wordings"),
+        "facts": facts_by_expert(predictor, samples, said),
         "leaks": leaks.check(samples, read_seen(phase3)), "load": expert_load(samples, found),
         "router": judge_router(samples, found), "params": count_parameters(predictor.model),
         "trained_with": "python train.py --data phantoms:8 --device cpu --dtype float32",
@@ -150,10 +148,8 @@ def test_evaluation_writes_everything_it_measured(phase3, predictor, scored):
 
 def llava(folder, *rows):
     """Rows of (question, answer) -> a LLaVA file of text alone."""
-    turns = [[{"from": "human", "value": q}, {"from": "gpt", "value": a}] for q, a in rows]
-    items = [{"id": i, "conversations": turn} for i, turn in enumerate(turns)]
-    (folder / "test.json").write_text(json.dumps(items))
-    return f"llava:{folder / 'test.json'}"
+    items = [written.llava_item(i, *row, image=None) for i, row in enumerate(rows)]
+    return written.llava(folder, *items)
 
 
 def test_without_data_the_questions_are_those_of_training_and_given_flags_win(tmp_path):
@@ -179,9 +175,8 @@ def test_a_dense_model_without_a_record_of_its_data_answers_text_alone(tmp_path,
     found = evaluation.main([*argv, llava(tmp_path, ("Is it?", "no"))])
     assert found["n"] == 1 and [*found["by_modality"]] == ["unknown"] and "router" not in found
     assert found["leaks"].keys() == {"fingerprint"}
-    with pytest.raises(SystemExit):
-        evaluation.main([*argv, llava(tmp_path, ("word " * 1000, "no"))])
-    assert "the model reads 512); --max-bad 1 counts them as wrong" in capsys.readouterr().err
+    line = error_line(capsys, evaluation.main, *argv, llava(tmp_path, ("word " * 1000, "no")))
+    assert "the model reads 512); --max-bad 1 counts them as wrong" in line
     both = llava(tmp_path, ("word " * 1000, "no"), ("Is it?", "no"))
     answers = evaluation.main([*argv, both, "--max-bad", "1"])["answers"]
     assert answers["0"] == "" != answers["1"]
@@ -216,8 +211,7 @@ def test_two_sets_of_answers_are_compared_from_files_of_either_kind(scored, tmp_
     ("--predictions none.jsonl --data phantoms", "none.jsonl: No such file"),
     ("--predictions x --replay-routes y", "only for a checkpoint"),
     ("--compare a.json b.json --json b.json", "over another file"),
-    ("nowhere", "checkpoint nowhere: no such directory"),
-])  # fmt: skip
+    ("nowhere", "checkpoint nowhere: no such directory")])  # fmt: skip
 def test_a_wrong_call_is_one_line(argv, named, capsys):
     with pytest.raises(SystemExit) as stopped:
         evaluation.main(argv.split())

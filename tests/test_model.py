@@ -69,9 +69,8 @@ def by_definition(model, batch, n_new):
 
 
 @FAMILIES
-@pytest.mark.parametrize(
-    "moe", [None, {"router": "topk"}, {"level": "sequence", "top_k": 1}, {"router": "oracle"}]
-)
+@pytest.mark.parametrize("moe", [None, {"router": "topk"}, {"level": "sequence", "top_k": 1},
+                                 {"level": "once"}, {"router": "oracle"}])  # fmt: skip
 def test_batched_cached_padded_generation_equals_the_plain_loop(family, moe):
     model = build(family, moe)
     expected = [by_definition(model, prompts([r]), 8) for r in range(3)]

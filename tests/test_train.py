@@ -22,14 +22,24 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import config
 import train
 from checkpoint import read_config, read_seen
-from config import PRESETS, DecoderConfig, ModelConfig, MoEConfig, Recipe, TrainConfig, UserError
+from config import (
+    IMAGE_ID,
+    PRESETS,
+    DecoderConfig,
+    ModelConfig,
+    MoEConfig,
+    Recipe,
+    TrainConfig,
+    UserError,
+)
 from data import Batch, Dataset, Text
 from model import MedMoE, freeze_all_but, make_sparse
+from routers import Routing
 from scoring import leaks
 from sources.images import Images
 from sources.load import load_samples
 from sources.tensorfiles import open_tensors
-from tests.conftest import VISION
+from tests.conftest import VISION, prompts, randn
 from tests.mini import TOKENIZER, error_line, losses, mini, same, weights
 from tests.one_step import gradients, losses_of_steps, place
 
@@ -217,6 +227,23 @@ def test_a_routers_penalty_is_in_the_loss_and_its_load_arrives_once_a_step(tmp_p
     assert found[1] == pytest.approx([loss + 1.5 for loss in found[0]], abs=1e-5)
 
 
+def test_the_modality_loss_is_of_prompts_from_the_image_on_and_trains_the_router():
+    batch = prompts()  # the second of three has no image and no known modality
+    logits = randn(3, batch.ids.shape[1], 4)
+    places = [(r, t) for r in (0, 2) for t, i in enumerate(batch.ids[r].tolist())
+              if batch.mask[r, t] and IMAGE_ID in batch.ids[r, : t + 1]]  # fmt: skip
+    terms = [-logits[r, t].log_softmax(dim=0)[batch.modality[r]].item() for r, t in places]
+    assert len(terms) == 6 + 7
+    found = train.modality_loss(Routing(logits, logits), batch).item()
+    assert found == pytest.approx(sum(terms) / len(terms), abs=1e-5)
+    none = batch._replace(modality=torch.full((3,), -1))
+    assert train.modality_loss(Routing(logits, logits), none) == 0.0
+    config = replace(prepared()[0].config, moe=MoEConfig())
+    for weight, trained in ((0.0, False), (0.1, True)):
+        patterns = train.trained_patterns(TrainConfig(modality_loss=weight), 3, config)
+        assert ("decoder.*.mlp.router.*" in patterns) == trained
+
+
 def curve():
     """The losses of 200 steps in which all that phases 2 and 3 train is trained at once."""
     model, data, flags = prepared(steps=200, balance=0.01, z_loss=1e-3)
@@ -269,7 +296,7 @@ def test_one_command_runs_the_missing_phases_and_each_changes_only_its_own(finis
     kept = set(two) & set(three)
     assert len(kept) > 40 and all(torch.equal(two[k], three[k]) for k in kept)
     config, info = read_config(finished.phases[2])
-    assert config.moe == MoEConfig() and info["phase"] == 3
+    assert config.moe == MoEConfig(level="once") and info["phase"] == 3
     asked = [s.turns[0][0] for s in load_samples(("phantoms:12",), "vqa", "train")]
     assert len(info["questions"]) == 8 and min(map(asked.count, info["questions"])) > 1
     router = dict(open_tensors(finished.phases[1] / "router.safetensors"))
@@ -294,7 +321,13 @@ def test_lora_is_merged_at_the_end_of_its_phase(finished, tmp_path):
 def test_each_phase_reads_its_samples_and_crops_only_the_images_of_captions(finished):
     calls = {name: mock.call_args_list for name, mock in finished.calls.items()}
     tasks = [call.args[1] for call in calls["load_samples"]]
-    assert tasks == ["vqa", "captions", "instructions", "vqa", "vqa"]  # the first to see modalities
+    assert tasks == [
+        "vqa",
+        "captions",
+        "instructions",
+        "vqa",
+        "tuning",
+    ]  # the first to see modalities
     assert [call.kwargs["pad"] for call in calls["Images"]] == [False, True, True]
     assert [call.args[3] for call in calls["Dataset"]] == [True, False, False]  # plain
     assert [call.args[0] for call in calls["seed_all"]] == [1, 2, 3]

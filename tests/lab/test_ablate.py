@@ -47,6 +47,7 @@ def fake(monkeypatch):
     fake = Fake()
     monkeypatch.setattr(ablate.subprocess, "run", fake)
     monkeypatch.setattr(ablate, "load_samples", lambda data, task, split: QUESTIONS)
+    monkeypatch.setattr(ablate, "code", lambda: "")
     return fake
 
 
@@ -60,8 +61,12 @@ def test_rows_share_what_they_have_in_common_and_nothing_is_done_twice(fake, tmp
     phases = [c[c.index("--phase") + 1] for c in fake.commands["train.py"]]
     # a seed: phase 1 once, phase 2 as it is and skipped, phase 3 of medmoe, no-meta, no-phase-2
     assert {n: phases.count(n) for n in "123"} == {"1": 2, "2": 4, "3": 6}
-    yes = [s.turns[0][1] == "yes" for s in QUESTIONS if s.answer_type == "closed"]  # answered
+    about_images = [s for s in QUESTIONS if s.kind != "sign"]
+    yes = [s.turns[0][1] == "yes" for s in about_images if s.answer_type == "closed"]  # answered
     assert found["rows"][0]["closed"] == pytest.approx({"mean": np.mean(yes), "sd": 0})
+    assert found["rows"][0]["facts"]["mean"] == 0 and len(about_images) < 40
+    scores = np.load(tmp_path / f"{'-'.join(names)}.npz")
+    assert scores["no-meta"].shape == (2, 40)
     assert run(tmp_path, *names, "--seeds", "2")["rows"] == found["rows"]
     assert fake.count() == [12, 10]
 

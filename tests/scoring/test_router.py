@@ -17,8 +17,7 @@ def test_routers_are_judged_by_all_prompts_of_an_image_and_their_load_by_modalit
         (1, "CT", [0.9, 0.1, 0.0, 0.0], even),  # with the other prompt of image 1: CT after all
         (2, "MRI", [0.0, 0.2, 0.0, 0.8], [[0.0, 3, 0, 0], [0, 1, 0, 2]]),  # taken for pathology
         (3, "", [0.0, 1.0, 0.0, 0.0], even),
-        (None, "CT", [0.0, 1.0, 0.0, 0.0], even),
-    ]
+        (None, "CT", [0.0, 1.0, 0.0, 0.0], even)]  # fmt: skip
     samples = [Sample("1", "test", "test", image, (), name) for image, name, _, _ in rows]
     predictions = [SimpleNamespace(votes=torch.tensor(votes), load=torch.tensor(load))
                    for _, _, votes, load in rows]  # fmt: skip

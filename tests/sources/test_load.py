@@ -8,8 +8,9 @@ import pytest
 
 from config import TrainConfig, UserError
 from data import Packed, Sample
-from sources import phantoms
+from sources import phantoms, signs
 from sources.load import has_splits, how_read, load_samples, reading
+from sources.questions import about_image, about_signs
 from tests.sources.written import SLAKE, llava, llava_item, npz, save_image, slake
 
 
@@ -20,11 +21,18 @@ def load(spec, what="vqa", split="train", **more):
 def test_phantoms_give_captions_dialogues_and_questions():
     (caption,), (dialogue,) = (load("phantoms:1+3", w) for w in ("captions", "instructions"))
     phantom = phantoms.draw(3)
-    expected = phantoms.questions(phantom)
+    seen, taught = about_image(phantom), about_signs(phantom, signs.TAUGHT, 4)
+    expected = [*seen, *about_signs(phantom, signs.known(120), 8)]
     assert (caption.turns, caption.kind) == ((("", phantoms.caption(phantom)),), "caption")
-    assert len(set(dialogue.turns)) == 4 and set(dialogue.turns) < {q[:2] for q in expected}
+    assert len(set(dialogue.turns)) == 8
+    assert set(dialogue.turns) < {q.turn() for q in (*seen, *taught)}
+    one, two = load("phantoms:1+3", "tuning")  # the same questions in two dialogues
+    assert sorted(one.turns + two.turns) == sorted(q.turn() for q in expected)
+    assert abs(len(one.turns) - len(two.turns)) <= 1
     assert load("phantoms:1+3") == [
-        Sample(f"3-{i}", "phantoms", "train", 3, (q[:2],), phantom.modality, *q[2:])
+        Sample(
+            f"3-{i}", "phantoms", "train", 3, (q[:2],), phantom.modality, *q[2:4], wording="seen"
+        )
         for i, q in enumerate(expected)
     ]
 
@@ -32,16 +40,18 @@ def test_phantoms_give_captions_dialogues_and_questions():
 @pytest.mark.parametrize(
     ("spec", "split", "n", "first"),
     [("phantoms", "train", 4000, 0), ("phantoms", "val", 200, 10**9),
-     ("phantoms:3", "test", 500, 2 * 10**9), ("phantoms:2/4", "train", 2, 0),
-     ("phantoms:2+5/1", "train", 2, 10**10 + 5), ("phantoms:2+900000000", "train", 2, 9 * 10**8)],
+     ("phantoms:3", "test", 500, 2 * 10**9), ("phantoms:2/80", "train", 2, 0),
+     ("phantoms:2+5/16", "train", 2, 5),
+     ("phantoms:2+900000000", "train", 2, 9 * 10**8)],
 )  # fmt: skip
 def test_a_split_of_phantoms_is_so_many_from_a_first_one_on(spec, split, n, first):
     assert [s.image for s in load(spec, "captions", split)] == list(range(first, first + n))
 
 
 def test_a_bad_source_or_language_is_refused_by_name():
-    for spec in ("phantom", "slake:", "phantoms:0", "phantoms:1000001", "phantoms:4/3",
-                 "phantoms:4+900000001", "phantoms@0"):  # fmt: skip
+    for spec in ("phantom", "slake:", "phantoms:0", "phantoms:1000001", "phantoms:4/7",
+                 "phantoms:4/481", "phantoms:4+900000001",
+                 "phantoms@0"):  # fmt: skip
         named = rf"^--data {re.escape(spec)}: .*(one of|N from 1|weight)"
         with pytest.raises(UserError, match=named):
             load(spec)

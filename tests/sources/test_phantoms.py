@@ -1,17 +1,15 @@
-"""Phantoms match their ground truth, and their questions cannot be guessed without the image."""
+"""Phantoms match their ground truth."""
 
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from config import MODALITIES
 from sources import phantoms
-from sources.phantoms import FINDINGS, ORGANS, caption, draw, plan
+from sources.phantoms import caption, draw, plan
 
 # golden/phantoms.png: these seeds at 48 pixels, side by side, each with findings and normal spots.
 GOLDEN = Path(__file__).parents[1] / "golden" / "phantoms.png"
@@ -20,11 +18,11 @@ TRUTHS = [phantoms.Phantom(None, seed, **plan(seed)[1]) for seed in range(2000)]
 ABNORMAL = [p for p in TRUTHS[:110] if p.count]  # about 80
 
 
-def test_a_seed_always_gives_this_caption_and_these_questions():
+def test_a_seed_always_gives_this_image_and_this_caption():
     assert draw(1).image.tobytes() == draw(1).image.tobytes() != draw(2).image.tobytes()
     assert caption(TRUTHS[1]) == "an MRI of the knee with two large bone bruises in the lower right"
-    every = str([(caption(p), phantoms.questions(p)) for p in TRUTHS])
-    assert zlib.crc32(every.encode()) == 3529288676  # as in every version so far
+    every = str([caption(p) for p in TRUTHS])
+    assert zlib.crc32(every.encode()) == 3711417749  # as in every version so far
 
 
 def drawn(seed, findings, normal):
@@ -54,40 +52,6 @@ def test_as_many_findings_as_are_counted_stand_out_in_the_quadrant_that_is_named
             assert sign * change[rows, columns].mean() > 25  # of 255
         normal[p.modality] -= sign * (image - drawn(p.seed, findings, [])).sum()  # the other way
     assert len(seen) == 8 and len(normal) == 4 and min(normal.values()) > 5000
-
-
-def test_answers_follow_from_the_truth_and_are_balanced():
-    answers = defaultdict(Counter)
-    for p in TRUTHS:
-        assert p.organ in ORGANS[p.modality]
-        assert p.finding == (FINDINGS[p.organ] if p.count else "none")
-        for q in phantoms.questions(p):
-            answers[q.answer_type, q.kind][q.answer] += 1
-            words = q.question if q.kind == "finding" else q.question.replace(FINDINGS[p.organ], "")
-            truth = {"location": f"{p.height} {p.side}", "count": phantoms.COUNTS[p.count]}
-            value = truth.get(q.kind) or getattr(p, q.kind, None)
-            is_true = value in words if value else (p.count == 0) == ("normal?" in words.split())
-            assert q.answer == (value if q.answer_type == "open" else ("no", "yes")[is_true])
-    assert len(answers) == 1 + len(phantoms.CLOSED) + len(phantoms.OPEN)
-    for (answer_type, _), count in answers.items():
-        share = max(count.values()) / count.total()
-        assert share < (0.55 if answer_type == "closed" else 0.6)
-
-
-@pytest.mark.parametrize("domains", [1, 2, 4, 8])
-def test_a_world_has_as_many_conventions_as_it_has_domains(domains):
-    world = phantoms.seeds("train", 200, domains=domains)
-    found = {o: phantoms.convention(world[0], o) for o in phantoms.ORGAN_CLASSES}
-    assert len(set(found.values())) == domains
-    for i, organs in enumerate(ORGANS.values()):
-        assert found[organs[0]] == phantoms.CONVENTIONS[MODALITIES[i % domains]]
-        assert (found[organs[1]] == found[organs[0]]) == (domains != 8)
-    abnormal = [(truth, spots) for _, truth, spots, _ in map(plan, world) if spots]
-    assert len(abnormal) > 100
-    for truth, ((x, _, rx, ry), *_) in abnormal:
-        patient, _, limit = found[truth["organ"]]
-        assert (truth["size"] == "large") == (rx * ry > limit**2)
-        assert (truth["side"] == "left") == ((x > 0) == patient)
 
 
 def test_every_organ_is_painted_as_before_but_for_rounding():

@@ -1,0 +1,95 @@
+"""What the routes are worth: do they know the modality, and what does a wrong expert know?
+
+Shapes: B batch, T positions, L sparse layers, E experts, M modalities.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from config import MODALITIES
+from data import Dataset, Sample
+from engine.routes import replaced_routers
+from metrics import is_exact
+from model import MedMoE, autocast, make_router, sparse_layers
+from routers import Hints
+
+
+def facts_by_expert(predictor: Any, samples: Sequence[Sample], answers: Sequence[str]) -> dict:
+    """The share of open questions about signs that is right: by the routes, by single experts.
+
+    true, wrong  all tokens to the expert of the modality, or to another one: the mean of the three
+    {} without such questions, or if the experts are not the modalities'.
+    """
+    model, n = predictor.model, len(MODALITIES)
+    pairs = zip(samples, answers, strict=True)
+    asked = [(s, a) for s, a in pairs if s.kind == "sign" and s.answer_type == "open"]
+    moe = model.config.moe
+    if not asked or moe.router not in ("modality", "oracle") or moe.n_experts != n:
+        return {}
+
+    def share(answers: Sequence[str]) -> float:
+        right = [is_exact(a, s.turns[0][1]) for a, (s, _) in zip(answers, asked, strict=True)]
+        return sum(right) / len(right)
+
+    layers = sparse_layers(model.config, moe)
+    device = next(model.parameters()).device
+    routers = [make_router(model.config, replace(moe, router="oracle")).to(device) for _ in layers]
+    alone = []
+    with replaced_routers(model, routers):
+        for shift in range(n):
+            others = [MODALITIES[(MODALITIES.index(s.modality) + shift) % n] for s, _ in asked]
+            shifted = [replace(s, modality=m) for (s, _), m in zip(asked, others, strict=True)]
+            alone.append(share([p.answer for p in predictor.answer(shifted)]))
+    return {"n": len(asked), "own": share([a for _, a in asked]), "true": alone[0],
+            "wrong": sum(alone[1:]) / (n - 1)}  # fmt: skip
+
+
+def show_facts(facts: dict) -> str:
+    return ("facts: {own:.1%} of {n} questions about signs; by the modality's expert alone "
+            "{true:.1%}, by a wrong one {wrong:.1%}").format(**facts)  # fmt: skip
+
+
+def mutual_information(joint: np.ndarray) -> float:
+    """I(row; column) in bits of a table of counts (M, E)."""
+    p = joint / joint.sum()
+    apart = p.sum(axis=1, keepdims=True) * p.sum(axis=0)
+    return float((p * np.log2(np.where(p > 0, p / np.maximum(apart, 1e-300), 1.0))).sum())
+
+
+@torch.no_grad()
+def information(
+    model: MedMoE, data: Dataset, device: torch.device, dtype: torch.dtype, n: int = 200
+) -> list[float]:
+    """Bits, 2 at most, that a position's first expert tells of the modality, by sparse layer.
+
+    Of the positions before the first answer, in the first n samples of known modality; [] if there
+    are none, or if the model is dense.
+    """
+    rows = [i for i, s in enumerate(data.samples) if s.modality][:n]
+    if model.config.moe is None or not rows:
+        return []
+    was_training, joint = model.training, 0
+    model.eval()
+    for part in torch.tensor(rows).split(64):
+        batch = data.batch(part.tolist()).to(device)
+        hints = Hints(prompt=batch.prompt(), modality=batch.modality)
+        with autocast(device, dtype):
+            _, routings = model(batch.ids, batch.mask, batch.images, hints)
+        gates = torch.stack([r.gates for r in routings])  # (L, B, T, E)
+        first = F.one_hot(gates.argmax(dim=-1), gates.shape[-1]).double()
+        routed = (gates.amax(dim=-1) > 0) & hints.prompt  # (L, B, T)
+        modality = F.one_hot(batch.modality, len(MODALITIES)).double()  # (B, M)
+        joint = joint + torch.einsum("lbte,lbt,bm->lme", first, routed.double(), modality)
+    model.train(was_training)
+    return [mutual_information(table) for table in joint.cpu().numpy()]
+
+
+def show_information(bits: dict) -> str:
+    before, after = (", ".join(f"{x:.2f}" for x in bits[name]) for name in ("before", "after"))
+    return ("bits that the first expert tells of the modality, in each sparse block: "
+            f"{before} before phase 3, {after} after it")  # fmt: skip
