@@ -63,7 +63,7 @@ class EvalConfig(Common):
     compare: tuple[str, str] | None = flag(None, "two files of answers: JSONL, or --json's")
     answers: str | None = flag(None, "write the answers to this FILE.jsonl")
     split: Literal["test", "val", "train"] = flag("test", "which questions")
-    blind: bool = flag(False, "ask again with every image replaced by the mean image")
+    blind: bool = flag(False, "controls: the mean image for every image; wrong experts")
     limit: int | None = flag(None, "only the first N questions", least=1)
     max_new: int = flag(48, "longest answer, in tokens", least=1)
     router: str | None = flag(None, "replace the router: a name or FILE.py:Class")
@@ -292,6 +292,7 @@ def report(predictor: Predictor, samples: list[Sample], flags: EvalConfig, info:
         "params": count_parameters(model),
     }  # fmt: skip
     result["classification"] = classification(predictor, samples, answers)
+    blind = []
     if flags.blind:
         blind = [p.answer for p in predictor.answer(samples, predictor.mean_image(samples))]
         result["blind"] = {"protocols": under_all(samples, blind)}
@@ -311,9 +312,10 @@ def report(predictor: Predictor, samples: list[Sample], flags: EvalConfig, info:
         print(show_load(result["load"], names, sparse_layers(model.config, moe)))
         if bits := info.get("information"):
             print(show_information(bits))
-        result["facts"] = facts_by_expert(predictor, samples, answers)
-        if facts := result["facts"]:
-            print(show_facts(facts))
+            result["information"] = bits
+    result["facts"] = facts_by_expert(predictor, samples, answers, blind)
+    if facts := result["facts"]:
+        print(show_facts(facts, info["flags"]))
     print(show_parameters(result["params"]))
     show_examples(samples, answers, flags)
     return result

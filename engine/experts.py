@@ -5,6 +5,7 @@ Shapes: B batch, T positions, L sparse layers, E experts, M modalities.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,41 +18,66 @@ from engine.routes import replaced_routers
 from metrics import is_exact
 from model import MedMoE, autocast, make_router, sparse_layers
 from routers import Hints
+from sources import signs
+from sources.records import read_json
+
+MEASURED = Path(__file__).parent.parent / "results/ablations/facts.json"
 
 
-def facts_by_expert(predictor: Any, samples: Sequence[Sample], answers: Sequence[str]) -> dict:
-    """The share of open questions about signs that is right: by the routes, by single experts.
+def facts_by_expert(
+    predictor: Any, samples: Sequence[Sample], answers: Sequence[str], blind: Sequence[str] = ()
+) -> dict:
+    """The share of open questions about signs that is right: of these answers, by single experts.
 
+    majority     of what each sign means in most modalities
+    blind        of the answers without the image; with them also, if the experts are modalities':
     true, wrong  all tokens to the expert of the modality, or to another one: the mean of the three
-    {} without such questions, or if the experts are not the modalities'.
+    {} without such questions.
     """
     model, n = predictor.model, len(MODALITIES)
-    pairs = zip(samples, answers, strict=True)
-    asked = [(s, a) for s, a in pairs if s.kind == "sign" and s.answer_type == "open"]
-    moe = model.config.moe
-    if not asked or moe.router not in ("modality", "oracle") or moe.n_experts != n:
+    rows = [i for i, s in enumerate(samples) if s.kind == "sign" and s.answer_type == "open"]
+    asked = [samples[i] for i in rows]
+    if not asked:
         return {}
 
     def share(answers: Sequence[str]) -> float:
-        right = [is_exact(a, s.turns[0][1]) for a, (s, _) in zip(answers, asked, strict=True)]
+        right = [is_exact(a, s.turns[0][1]) for a, s in zip(answers, asked, strict=True)]
         return sum(right) / len(right)
 
+    found: dict[str, Any] = {"n": len(asked), "own": share([answers[i] for i in rows])}
+    found["majority"] = share([signs.majority(signs.find(s.turns[0][0])) for s in asked])
+    if not blind:
+        return found
+    found["blind"] = share([blind[i] for i in rows])
+    moe = model.config.moe
+    if moe is None or moe.router not in ("modality", "oracle") or moe.n_experts != n:
+        return found
     layers = sparse_layers(model.config, moe)
     device = next(model.parameters()).device
     routers = [make_router(model.config, replace(moe, router="oracle")).to(device) for _ in layers]
     alone = []
     with replaced_routers(model, routers):
         for shift in range(n):
-            others = [MODALITIES[(MODALITIES.index(s.modality) + shift) % n] for s, _ in asked]
-            shifted = [replace(s, modality=m) for (s, _), m in zip(asked, others, strict=True)]
+            others = [MODALITIES[(MODALITIES.index(s.modality) + shift) % n] for s in asked]
+            shifted = [replace(s, modality=m) for s, m in zip(asked, others, strict=True)]
             alone.append(share([p.answer for p in predictor.answer(shifted)]))
-    return {"n": len(asked), "own": share([a for _, a in asked]), "true": alone[0],
-            "wrong": sum(alone[1:]) / (n - 1)}  # fmt: skip
+    return found | {"true": alone[0], "wrong": sum(alone[1:]) / (n - 1)}
 
 
-def show_facts(facts: dict) -> str:
-    return ("facts: {own:.1%} of {n} questions about signs; by the modality's expert alone "
-            "{true:.1%}, by a wrong one {wrong:.1%}").format(**facts)  # fmt: skip
+def show_facts(facts: dict, flags: dict) -> str:
+    """flags: the checkpoint's; what dense FFNs know was measured with those of the default run."""
+    text = "facts: {own:.1%} of {n} questions about signs".format(**facts)
+    if "blind" in facts:
+        text += f" (without the image {facts['blind']:.1%})"
+    text += f"; the commonest meaning of each sign: {facts['majority']:.1%}"
+    if "true" in facts:
+        text += f"\n  by the modality's expert alone {facts['true']:.1%}, "
+        text += f"by a wrong one {facts['wrong']:.1%}"
+    if flags["preset"] == "tiny" and list(flags["data"]) == ["phantoms"] and MEASURED.is_file():
+        row = next(r for r in read_json(MEASURED)["rows"] if r["row"] == "dense-activated")
+        text += f"\n  dense FFNs with as many activated parameters: {row['facts']['mean']:.1%} "
+        text += "(results/ablations/facts.md)"
+    return text
 
 
 def mutual_information(joint: np.ndarray) -> float:

@@ -5,6 +5,9 @@
 Each phase and evaluation is kept in --out under a hash of all that it depends on: rows share them,
 and after a kill only what is missing is trained. The table has the paired difference to another
 row with two 95 % intervals: a bootstrap over images, for these seeds; Student's over the seeds.
+Both also wide enough to hold for all rows of the table at once (Bonferroni): only a difference
+that both of these leave on one side of 0 "stands". The scores of every question and seed are kept
+beside the table, from which --scores computes it again.
 """
 
 import functools
@@ -20,8 +23,9 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -37,9 +41,7 @@ ROOT = Path(__file__).parent.parent
 SKIP = "--lr 0 --steps 1"  # a phase that changes nothing; phase 2 still trains its router
 EVERYONE = "--router lab/controls.py:Everyone --start fresh --experts"
 BALANCED = "--router topk --balance 0.01"
-WRONG = "--router lab/controls.py:Wrong"
-# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+WRONG = tuple(f"--router lab/controls.py:Wrong{n}" for n in (1, 2, 3))
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Row:
     phase1: str = ""
     phase2: str = ""
     phase3: str | None = ""  # None: phase 2's model is evaluated
-    answers: str = ""  # flags of eval.py
+    answers: tuple[str, ...] = ("",)  # flags of eval.py; of several evaluations the mean
     against: str = "medmoe"  # the row it is compared with, question by question; itself: none
     common: str = ""  # flags of all phases
 
@@ -58,10 +60,10 @@ class Row:
 # fmt: off
 CORE = {
     "medmoe": Row("Med-MoE: modality router, top-2 and meta expert"),
-    "no-phase-1": Row("without phase 1", phase1=SKIP),
-    "no-phase-2": Row("without phase 2, but for its router", phase2=SKIP),
-    "no-phase-3": Row("without phase 3: phase 2's dense model", phase3=None),
-    "no-router-training": Row("router randomly initialised, not trained", phase3="--router random"),
+    "no-phase-1": Row("without phase 1 (63 steps of the projector)", phase1=SKIP),
+    "no-phase-2": Row("without phase 2 (157 of projector and decoder)", phase2=SKIP),
+    "no-phase-3": Row("without phase 3 (125 of two blocks' FFNs)", phase3=None),
+    "no-router-training": Row("router as initialised", phase3="--router random"),
     "no-meta": Row("without meta expert", phase3="--no-meta"),
     "no-meta-top-1": Row("without meta expert, top-1", phase3="--no-meta --top-k 1"),
     "top-1": Row("top-1 and meta expert", phase3="--top-k 1"),
@@ -73,56 +75,72 @@ CORE = {
     "dense-total": Row("dense, equal total parameters", phase3=f"{EVERYONE} 4 --top-k 4"),
     "token": Row("Med-MoE, one decision per token", phase3="--router-level token"),
     "sequence": Row("Med-MoE, one per sample and block", phase3="--router-level sequence"),
-    "joint": Row("Med-MoE, router trained on", phase3="--modality-loss 0.1"),
-    "learned": Row("learned with the experts", phase3="--router topk"),
+    "joint": Row("one per token, router trained on",
+                 phase3="--router-level token --modality-loss 0.1"),
+    "learned": Row("learned with the experts, per token", phase3="--router topk"),
     "learned-balanced": Row("learned, balance loss 0.01", phase3=BALANCED),
     "moe-llava": Row("learned, balance 0.01, no meta (MoE-LLaVA)", phase3=f"{BALANCED} --no-meta"),
     "hash": Row("by token, fixed (hash)", phase3="--router lab/controls.py:Hash"),
-    "oracle": Row("oracle: the true modality's expert", phase3="--router oracle"),
-    "asked-oracle": Row("Med-MoE, evaluated with the true expert", answers="--router oracle"),
-    "asked-wrong": Row("Med-MoE, evaluated with a wrong expert", answers=WRONG),
-    "oracle-asked-wrong": Row("oracle, evaluated with a wrong expert", phase3="--router oracle",
-                              answers=WRONG, against="oracle"),
+    "oracle": Row("oracle: the true modality's expert", phase3="--router oracle --top-k 1"),
+    "asked-oracle": Row("Med-MoE, asked with the true expert", answers=("--router oracle",)),
+    "asked-wrong": Row("Med-MoE, asked with each wrong expert", answers=WRONG),
+    "oracle-asked-wrong": Row("oracle, asked with each wrong expert", answers=WRONG,
+                              phase3="--router oracle --top-k 1", against="oracle"),
 }
 HARD = {  # phase 2 changes nothing: what differs between the domains is left to phase 3's FFNs
     f"hard-{n}": Row(f"no phase 2: {title}", phase2=SKIP, phase3=flags, against="no-phase-2")
     for n, title, flags in (
-        ("oracle", "oracle", "--router oracle"),
-        ("random", "router randomly initialised", "--router random"),
+        ("oracle", "oracle", "--router oracle --top-k 1"),
+        ("random", "router as initialised", "--router random"),
         ("fresh-start", "experts re-initialised, output 0", "--start fresh"),
         ("no-meta", "without meta expert", "--no-meta"),
         ("dense-activated", "dense, equal activated", f"{EVERYONE} 2 --top-k 2"))
 }
-EXPERTS = {  # 1 to 8 learned experts, and worlds of few and many signs
-    f"s{s}-e{e}": Row(f"{s} signs, {e} experts, top-1", common=f"--data phantoms:4000/{s}",
-                      phase3=f"--router topk --top-k 1 --experts {e}", against=f"s{s}-e1")
+LAYERS = {f"layers-{n}": Row(f"sparse blocks: {n}", phase3=f"--moe-layers {n}")
+          for n in ("first-half", "second-half", "all")}
+TRAINS = {"released-trains": Row("phase 3 trains projector and dense FFNs too",
+                                 phase3="--trains released"),
+          "lora-16": Row("LoRA of rank 16 in phase 3", phase3="--lora-rank 16")}
+LABELS = {
+    **{f"labels-{n}": Row(f"{n} labels for the router", phase2=f"--router-images {n}")
+       for n in (20, 100)},
+    **{f"noise-{n}": Row(f"{n} % of the labels wrong", phase2=f"--router-noise {n / 100}")
+       for n in (30, 60)},
+}
+BACKBONES = {
+    f"stablelm-{name}": Row(f"StableLM: {row.title}", phase3=row.phase3, against="stablelm-medmoe",
+                            common="--preset tiny-stablelm")
+    for name, row in CORE.items()
+    if name in ("medmoe", "token", "no-router-training", "dense-activated", "dense-total", "oracle")
+}
+EXPERTS = {  # learned experts, in worlds of few and many signs
+    f"s{s}-e{e}": Row(f"{s} signs, {e} experts, top-1", against=f"s{s}-e1",
+                      phase3=f"--router topk --top-k 1 --experts {e} --data phantoms:4000/{s}")
     for s in (60, 120, 240) for e in (1, 2, 4, 8)
 }
+K = {f"e{e}-k{k}": Row(f"{e} experts, top-{k}", phase3=f"--router topk --experts {e} --top-k {k}",
+                       against="s120-e1") for e, k in ((2, 2), (4, 2), (4, 4), (8, 2), (8, 4))}
 # fmt: on
-ROWS = CORE | HARD | EXPERTS
-FACTS = (
-    "medmoe",
-    "token",
-    "no-router-training",
-    "dense-activated",
-    "dense-total",
-    "oracle",
-    "asked-wrong",
-    "oracle-asked-wrong",
-)
-SETS = {"core": tuple(CORE), "facts": FACTS, "hard": ("no-phase-2", *HARD),
-        "experts": tuple(EXPERTS)}  # fmt: skip
+ROWS = CORE | HARD | LAYERS | TRAINS | LABELS | BACKBONES | EXPERTS | K
+FACTS = ("medmoe", "token", "sequence", "joint", "learned", "no-router-training", "dense",
+         "dense-activated", "dense-total", "oracle", "asked-wrong",
+         "oracle-asked-wrong")  # fmt: skip
+SETS = {"facts": FACTS, "core": tuple(CORE), "hard": ("no-phase-2", *HARD),
+        "layers": ("medmoe", *LAYERS), "trains": ("medmoe", *TRAINS),
+        "labels": ("medmoe", *LABELS), "backbones": tuple(BACKBONES),
+        "experts": tuple(EXPERTS), "k": ("s120-e1", *K)}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class AblateConfig:
     """Train and score rows; write a table, its numbers and a plot."""
 
-    names: tuple[str, ...] = argument("core, facts, hard or experts; or rows of lab/ablate.py")
+    names: tuple[str, ...] = argument("sets of rows, or rows, of lab/ablate.py: facts")
     seeds: int = flag(3, "seeds 0 to N - 1 of every row", least=1)
     jobs: int = flag(2, "rows at a time, one thread each", least=1)
     flags: str = flag("", "flags of train.py for all rows, as one word: '--steps 20'")
     out: str = flag("runs/ablations", "DIR of what is kept, the table, numbers and plot")
+    scores: str | None = flag(None, "FILE.npz of an earlier run: only its table, computed again")
 
 
 @functools.cache
@@ -183,26 +201,27 @@ class Runner:
                                 *stages[-1]])  # fmt: skip
         return path
 
-    def result(self, row: Row, seed: int) -> Path:
-        """-> the --json of eval.py for this row and seed."""
-        checkpoint = self.phase(2 if row.phase3 is None else 3, row, seed)
-        path = checkpoint.parent / f"answers-{key(row.answers)}.json"
-        with self.locks.setdefault(path, threading.Lock()):
-            if not path.is_file():
-                part = path.with_suffix(".part")  # a kill leaves no half file
-                # A router of one's own is named again; the last --router counts.
-                own = " ".join(re.findall(r"--router \S+\.py:\S+", row.phase3 or ""))
-                self.call(row, ["eval.py", str(checkpoint), "--json", str(part),
-                                *shlex.split(f"{own} {row.answers}")])  # fmt: skip
-                os.replace(part, path)
-        return path
+    def results(self, row: Row, seed: int) -> list[Path]:
+        """-> the --json of each of this row's evaluations."""
+        checkpoint, paths = self.phase(2 if row.phase3 is None else 3, row, seed), []
+        for answers in row.answers:
+            paths.append(path := checkpoint.parent / f"answers-{key(answers)}.json")
+            with self.locks.setdefault(path, threading.Lock()):
+                if not path.is_file():
+                    part = path.with_suffix(".part")  # a kill leaves no half file
+                    # A router of one's own is named again; the last --router counts.
+                    own = " ".join(re.findall(r"--router \S+\.py:\S+", row.phase3 or ""))
+                    self.call(row, ["eval.py", str(checkpoint), "--json", str(part),
+                                    *shlex.split(f"{own} {answers}")])  # fmt: skip
+                    os.replace(part, path)
+        return paths
 
 
-def run_all(flags: AblateConfig, rows: dict[str, Row]) -> dict[str, list[Path]]:
-    """-> row -> its results, a seed each."""
+def run_all(flags: AblateConfig, rows: dict[str, Row]) -> dict[str, list[list[Path]]]:
+    """-> row -> seed -> the results of its evaluations."""
     runner, found = Runner(flags), {}
     with ThreadPoolExecutor(flags.jobs) as pool:
-        futures = [(name, pool.submit(runner.result, row, seed))
+        futures = [(name, pool.submit(runner.results, row, seed))
                    for name, row in rows.items() for seed in range(flags.seeds)]  # fmt: skip
         try:
             for name, future in futures:
@@ -215,108 +234,186 @@ def run_all(flags: AblateConfig, rows: dict[str, Row]) -> dict[str, list[Path]]:
 
 def over_seeds(scores: np.ndarray) -> dict[str, float | None]:
     """(S seeds, Q questions) -> mean and standard deviation of the seeds' means, if several."""
-    means = scores.mean(axis=1)
+    means = scores.mean(axis=1, dtype=float)
     return {"mean": float(means.mean()), "sd": float(means.std(ddof=1)) if len(means) > 1 else None}
 
 
-def paired(scores: np.ndarray, others: np.ndarray, images: Sequence[str]) -> dict:
-    """(S, Q) minus (S, Q), same seeds and questions -> the mean, intervals by images, by seeds."""
-    gain = scores - others
-    n, (mean, sd), ends = len(gain), over_seeds(gain).values(), None
+@functools.cache
+def quantile(p: float, df: float) -> float:
+    """Of Student's t with df degrees of freedom; of the normal distribution for infinitely many."""
+    if math.isinf(df):
+        return NormalDist().inv_cdf(p)
+    angle = np.linspace(-math.pi / 2, math.pi / 2, 10**6)  # t = sqrt(df) tan(angle)
+    area = np.cumsum(np.cos(angle) ** (df - 1))
+    return math.sqrt(df) * math.tan(np.interp(p * area[-1], area, angle))
+
+
+def paired(scores: np.ndarray, others: np.ndarray, images: Sequence[str], n_rows: int) -> dict:
+    """(S, Q) minus (S, Q), same seeds and questions -> the mean, and its 95 % intervals.
+
+    ci95 by images, ci95_seeds by seeds; all_images, all_seeds hold for n_rows at once.
+    """
+    gain = np.asarray(scores, float) - others
+    n, (mean, sd) = len(gain), over_seeds(gain).values()
+    low, high = bootstrap(gain.mean(axis=0), images, least=-1.0)
+    every = 1 - 0.025 / n_rows
+    wider = quantile(every, math.inf) / quantile(0.975, math.inf)
+    found = {
+        "difference": mean,
+        "ci95": (low, high),
+        "ci95_seeds": None,
+        "all_seeds": None,
+        "all_images": (mean - wider * (mean - low), mean + wider * (high - mean)),
+    }
     if n > 1:
-        half = T975[min(n - 2, len(T975) - 1)] * sd / math.sqrt(n)
-        ends = mean - half, mean + half
-    by_image = bootstrap(gain.mean(axis=0), images, least=-1.0)
-    return {"difference": mean, "ci95": by_image, "ci95_seeds": ends}
+        for name, p in (("ci95_seeds", 0.975), ("all_seeds", every)):
+            half = quantile(p, n - 1) * sd / math.sqrt(n)
+            found[name] = mean - half, mean + half
+    ends = [found["all_images"], found["all_seeds"] or (-1.0, 1.0)]
+    return found | {"stands": all(a > 0 for a, _ in ends) or all(b < 0 for _, b in ends)}
 
 
-def summarise(rows: dict[str, Row], found: dict[str, list[Path]]) -> tuple[list[dict], dict]:
-    """-> an entry a row: rates, parameters, the difference to another; every score (S, Q)."""
-    scores, entries = {}, []
-    for name, row in rows.items():
-        results = [read_json(path) for path in found[name]]
-        known = how_read(results[0], found[name][0])
+def collect(rows: dict[str, Row], found: dict[str, list[list[Path]]]) -> dict[str, np.ndarray]:
+    """Every score: row -> (S, Q). And "images" and "kinds" of the questions; of the rows
+    "sizes" (activated, total), "bits" (first and last sparse block, before and after phase 3).
+    """
+    scores, sizes, bits = {}, [], []
+    for name in rows:
+        files = [file for seed in found[name] for file in seed]
+        results = {file: read_json(file) for file in files}
+        known = how_read(results[files[0]], files[0])
         known.pop("limit", None)
         samples = load_samples(known.pop("data"), "vqa", known.pop("split", "test"), **known)
         pairs = list(zip(samples, question_ids(samples), strict=True))
-        values = [[value(s, result["answers"][i], None) for s, i in pairs] for result in results]
-        values = scores[name] = np.array(values)  # (S, Q)
-        closed, against = np.array([s.answer_type == "closed" for s in samples]), None
-        signs = np.array([s.kind == "sign" for s in samples])
-        facts = signs & ~closed if signs.any() else np.ones_like(signs)  # other data: everything
+        scores[name] = np.array(
+            [np.mean([[value(s, results[file]["answers"][i], None) for s, i in pairs]
+                      for file in seed], axis=0) for seed in found[name]], np.float32)  # fmt: skip
+        size = results[files[0]]["params"]
+        sizes.append([size["activated"], size["total"]])
+        told = [result.get("information") for result in results.values()]
+        blocks = [[np.mean([t[when][i] for t in told]) for when in ("before", "after")]
+                  for i in (0, -1)] if all(told) else [[math.nan] * 2] * 2  # fmt: skip
+        bits.append(blocks)
+    kinds = [f"{s.kind} ({s.answer_type})" for s in samples]  # all rows' questions are alike
+    return scores | {"images": np.array(images_of(samples)), "kinds": np.array(kinds),
+                     "sizes": np.array(sizes), "bits": np.array(bits)}  # fmt: skip
+
+
+def summarise(rows: dict[str, Row], scores: dict[str, np.ndarray]) -> list[dict]:
+    """-> an entry a row: rates, parameters, the difference to another."""
+    images, kinds, entries = scores["images"], scores["kinds"], []
+    closed, signs = np.char.endswith(kinds, "(closed)"), np.char.startswith(kinds, "sign ")
+    facts = signs & ~closed if signs.any() else np.ones_like(signs)  # other data: everything
+    n_rows = sum(row.against != name for name, row in rows.items())
+    of_rows = zip(rows.items(), scores["sizes"].tolist(), scores["bits"].tolist(), strict=True)
+    for (name, row), size, bits in of_rows:
+        values, against = scores[name], None
+        parts = {"closed": closed & ~signs, "open": ~closed & ~signs, "facts": facts}
         if row.against != name:
-            images, other = images_of([samples[i] for i in facts.nonzero()[0]]), row.against
-            gain = paired(values[:, facts], scores[other][:, facts], images)
-            against = {"row": other} | gain
+            other = scores[row.against]
+            against = {"row": row.against} | {
+                part: paired(values[:, which], other[:, which], images[which], n_rows)
+                for part, which in (("facts", facts), ("images", ~signs)) if which.any()
+            }  # fmt: skip
         entries.append({
-            "row": name, "title": row.title, "closed": over_seeds(values[:, closed & ~signs]),
-            "open": over_seeds(values[:, ~closed & ~signs]), "facts": over_seeds(values[:, facts]),
-            "parameters": results[0]["params"], "against": against,
+            "row": name, "title": row.title,
+            **{part: over_seeds(values[:, which]) for part, which in parts.items()},
+            "seeds": values[:, facts].mean(axis=1, dtype=float).tolist(),
+            "activated": size[0], "total": size[1], "against": against,
+            "bits": None if math.isnan(bits[0][0]) else bits,
         })  # fmt: skip
-    return entries, scores
+    return entries
 
 
 def table(result: dict) -> str:
     """Markdown, with the command and the hash that made it."""
     lines = [
-        f"`{result['command']}`, hash {result['hash']}: percent, mean ± standard deviation over "
-        f"{len(result['seeds'])} seeds; closed and open without signs; the difference of facts to "
-        "another row, with 95 % intervals by images and by seeds\n",
-        "| row | closed | open | facts | minus | difference | by images | by seeds "
-        "| activated / total |\n" + 9 * "|---" + "|",
+        f"`{result['command']}`, code and flags {result['hash']}, {len(result['seeds'])} seeds: "
+        "percent, mean ± standard deviation over seeds; closed and open without signs. Differences "
+        "to another row in points, with 95 % intervals: by images; by seeds. Bold: stands, both "
+        "intervals for all rows of the table at once are on one side of 0. Bits: what a position's "
+        "first expert tells of the modality (2 at most), before > after phase 3, in the first and "
+        "the last sparse block\n",
+        "| row | closed | open | facts | minus | facts | for all rows at once | closed and open "
+        "| bits | activated / total |\n" + 10 * "|---" + "|",
     ]
+
+    def ends(*pairs: Sequence[float] | None) -> str:
+        return "; ".join(f"[{100 * e[0]:+.1f}, {100 * e[1]:+.1f}]" if e else "-" for e in pairs)
+
     for entry in result["rows"]:
-        parts, size = [entry[p] for p in ("closed", "open", "facts")], entry["parameters"]
+        parts = [entry[p] for p in ("closed", "open", "facts")]
         sds = ["" if p["sd"] is None else f" ± {p['sd'] * 100:.1f}" for p in parts]
         cells = [f"{p['mean'] * 100:.1f}{sd}" for p, sd in zip(parts, sds, strict=True)]
         cells = [entry["title"], *cells, "", "", "", ""]
         if other := entry["against"]:
-            ends = [other[name] for name in ("ci95", "ci95_seeds")]
-            cells[4:] = [other["row"], f"{other['difference'] * 100:+.1f}"]
-            cells += [f"[{e[0] * 100:+.1f}, {e[1] * 100:+.1f}]" if e else "-" for e in ends]
-        cells.append(f"{size['activated'] / 1e6:.2f} M / {size['total'] / 1e6:.2f} M")
+            cells[4] = other["row"]
+            for column, part in ((5, "facts"), (7, "images")):
+                gain = other[part]
+                bold = "**" * gain["stands"]
+                cells[column] = (f"{bold}{gain['difference'] * 100:+.1f}{bold} "
+                                 f"{ends(gain['ci95'], gain['ci95_seeds'])}")  # fmt: skip
+            cells[6] = ends(other["facts"]["all_images"], other["facts"]["all_seeds"])
+        cells.append("; ".join(f"{a:.2f} > {b:.2f}" for a, b in entry["bits"] or []))
+        cells.append(f"{entry['activated'] / 1e6:.2f} M / {entry['total'] / 1e6:.2f} M")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def plot(result: dict, file: Path) -> None:
-    """Points of difference to the row that each is compared with."""
+    """Facts known, a bar for each row with its seeds; experts and signs as lines."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"{file}: no plot without matplotlib: pip install -r requirements-lab.txt")
         return
-    rows = [(row["title"], row["against"]) for row in result["rows"] if row["against"]]
-    axes = (figure := Figure((10, 1 + 0.27 * len(rows)), layout="constrained")).subplots()
-    for y, (_, other) in enumerate(rows):
-        for name, width in (("ci95_seeds", 1), ("ci95", 4)):
-            if other[name]:
-                axes.plot([100 * end for end in other[name]], [y, y], "C0", linewidth=width)
-        axes.plot(100 * other["difference"], y, "oC0")
-    axes.set_yticks(range(len(rows)), [f"{title} (minus {other['row']})" for title, other in rows])
-    axes.invert_yaxis()
-    axes.axvline(0, color="black")
-    axes.set_xlabel("facts, percentage points; thick: 95 % by images, thin: by seeds")
-    figure.savefig(file, dpi=100)
+    rows = result["rows"]
+    grid = [re.fullmatch(r"s(\d+)-e(\d+)", row["row"]) for row in rows]
+    lines = all(grid)
+    axes = Figure((7, 4) if lines else (9, 1 + 0.3 * len(rows)), layout="constrained").subplots()
+    if lines:
+        for signs in dict.fromkeys(m[1] for m in grid):
+            part = [(int(m[2]), row) for m, row in zip(grid, rows, strict=True) if m[1] == signs]
+            at = [n for n, _ in part]
+            axes.plot(at, [100 * row["facts"]["mean"] for _, row in part], label=f"{signs} signs")
+            for n, row in part:
+                axes.plot([n] * len(row["seeds"]), [100 * x for x in row["seeds"]], "k.", ms=4)
+        axes.set(xscale="log", xlabel="experts, learned, one a token", ylim=(0, 100),
+                 ylabel="facts known, percent")  # fmt: skip
+        axes.set_xticks(at, at)
+        axes.minorticks_off()
+        axes.legend()
+    else:
+        means = [100 * row["facts"]["mean"] for row in rows]
+        axes.barh(range(len(rows)), means, color="C0", alpha=0.5)
+        for y, row in enumerate(rows):
+            axes.plot([100 * x for x in row["seeds"]], [y] * len(row["seeds"]), "k.", ms=4)
+        axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
+        axes.invert_yaxis()
+        axes.set(xlim=(0, 100), xlabel="facts known, percent; a point for each seed")
+    axes.figure.savefig(file, dpi=100)
 
 
 @user_errors
 def main(argv: Sequence[str] | None = None) -> dict:
     flags = parse(AblateConfig, argv, "python -m lab.ablate")
     Path(flags.out).mkdir(parents=True, exist_ok=True)
-    found = run_all(flags, rows := chosen_rows(flags.names))
-    entries, scores = summarise(rows, found)
+    rows = chosen_rows(flags.names)
+    if flags.scores:
+        scores = dict(np.load(flags.scores))
+        flags = replace(flags, seeds=len(scores[next(iter(rows))]))
+    else:
+        scores = collect(rows, run_all(flags, rows))
     words = ["python", "-m", "lab.ablate", *flags.names, "--seeds", str(flags.seeds)]
     words += ["--flags", flags.flags] if flags.flags else []
     result = {
         "command": shlex.join(words),
         "hash": key(*[(name, vars(row)) for name, row in rows.items()], flags.seeds, flags.flags),
-        "seeds": list(range(flags.seeds)), "rows": entries,
+        "seeds": list(range(flags.seeds)), "rows": summarise(rows, scores),
     }  # fmt: skip
     print(f"\n{table(result)}")
     file = Path(flags.out, "-".join(flags.names) + ".json")
     write_json(file, result)
-    # Every question's score: from them each interval can be computed again.
     np.savez_compressed(file.with_suffix(".npz"), **scores)
     write_text(file.with_suffix(".md"), table(result), "--out")
     plot(result, file.with_suffix(".png"))

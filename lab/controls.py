@@ -45,13 +45,23 @@ class Hash(Router):
         return sum(chosen) / self.top_k
 
 
-class Wrong(OracleRouter):
-    """The next modality's expert with gate 1, in place of the true one's."""
+class Wrong1(OracleRouter):
+    """Another modality's expert with gate 1, in place of the true one's."""
+
+    shift = 1
 
     def gate(self, logits: Tensor, mask: Tensor, x: Tensor, modality: Tensor | None) -> Tensor:
         if modality is not None:
-            modality = torch.where(modality >= 0, modality + 1, modality)
+            modality = torch.where(modality >= 0, modality + self.shift, modality)
         return super().gate(logits, mask, x, modality)
+
+
+class Wrong2(Wrong1):
+    shift = 2
+
+
+class Wrong3(Wrong1):
+    shift = 3
 
 
 class Forced(Router):

@@ -27,8 +27,7 @@ from sources.vqa import Row, read_pathvqa, read_slake, read_vqa_rad
 
 N_TRAIN, N_VAL, N_TEST = 4000, 200, 500  # phantoms
 N_SIGNS = 120  # of phantoms, beside those that phase 2 teaches
-N_TAUGHT, N_FACTS = 4, 8  # open questions about signs, an image, in phase 2 and in phase 3
-N_TURNS = 8  # questions in a dialogue about an embedded image
+N_TAUGHT, N_FACTS = 2, 8  # open questions about signs, an image, in phase 2 and in phase 3
 MAX_TURNS = 4  # questions in one dialogue
 N_ORDERS = 3  # dialogues that a real question takes part in
 MAX_FACTS = 6  # question-answer pairs in a caption made from them
@@ -68,7 +67,8 @@ def read_phantoms(where: str, split: str, together: bool) -> Iterator[Entry]:
         rng, seen = random.Random(seed), about_image(phantom, new)
         asked = [*seen, *about_signs(phantom, signs.known(n_signs), n_facts, new)]
         taught = [*seen, *about_signs(phantom, signs.TAUGHT, N_TAUGHT)]
-        dialogue = [q.turn() for q in rng.sample(taught, N_TURNS)]
+        rng.shuffle(taught)
+        dialogue = [q.turn() for q in taught]
         if together:
             rng.shuffle(asked)
             turns = tuple(q.turn() for q in asked)

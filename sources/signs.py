@@ -71,3 +71,8 @@ def another(rng: random.Random, sign: int, domain: int) -> str:
     elsewhere = [m for d in range(len(MODALITIES)) if (m := meaning(sign, d)) != right]
     wrong = elsewhere if elsewhere and rng.random() < 0.5 else [m for m in MEANINGS if m != right]
     return rng.choice(wrong)
+
+
+def majority(sign: int) -> str:
+    """What it means in most modalities."""
+    return MEANINGS[np.bincount(table()[:, sign]).argmax()]

@@ -1,7 +1,9 @@
 """Bits about the modality, and facts that single experts know, on made cases."""
 
+import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,14 +54,31 @@ def test_facts_are_asked_of_the_true_expert_and_of_each_wrong_one():
                     for s in samples]  # fmt: skip
 
     known = signs.known(64)
-    asked = [Sample(str(i), "", "", None, (("", signs.meaning(i, 1)),), "MRI", "open", "sign")
-             for i in known]  # fmt: skip
+    asked = [Sample(str(i), "", "", None, ((signs.name(i), signs.meaning(i, 1)),), "MRI", "open",
+                    "sign") for i in known]  # fmt: skip
     answers = [s.turns[0][1] if i % 2 else "x" for i, s in enumerate(asked)]
     other = Sample("y", "", "", None, (("", "yes"),), "CT", "closed", "sign")
     found = experts.facts_by_expert(Predictor(), [*asked, other], [*answers, "yes"])
     table = signs.table()[:, known]
+    common = [np.bincount(column).argmax() for column in table.T]
+    assert found == {"n": 64, "own": 0.5, "majority": pytest.approx((common == table[1]).mean())}
+    found = experts.facts_by_expert(Predictor(), [*asked, other], [*answers, "yes"], 65 * ["x"])
     wrong = (table[[0, 2, 3]] == table[1]).mean()
-    assert found == {"n": 64, "own": 0.5, "true": 1.0, "wrong": pytest.approx(wrong)}
-    assert "50.0% of 64" in experts.show_facts(found) and 0.12 < wrong < 0.2
+    assert found["wrong"] == pytest.approx(wrong) and 0.12 < wrong < 0.2
+    assert (found["true"], found["blind"]) == (1, 0) and 0.2 < found["majority"] < 0.6
     assert type(Predictor.model.decoder.blocks[0].mlp.router) is not OracleRouter
     assert experts.facts_by_expert(Predictor(), [other], ["yes"]) == {}
+
+
+def test_the_dense_models_number_stands_beside_those_of_the_default_run_only(monkeypatch, tmp_path):
+    rows = [{"row": "dense-activated", "facts": {"mean": 0.123}}]
+    (tmp_path / "facts.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(experts, "MEASURED", tmp_path / "facts.json")
+    facts = {"n": 64, "own": 0.5, "majority": 0.4}
+    said = experts.show_facts(facts, {"preset": "tiny", "data": ["phantoms"]})
+    assert "50.0% of 64" in said and "12.3%" in said
+    for flags in (
+        {"preset": "tiny", "data": ["phantoms:9"]},
+        {"preset": "x", "data": ["phantoms"]},
+    ):
+        assert "12.3%" not in experts.show_facts(facts, flags)

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,6 +70,8 @@ def test_rows_share_what_they_have_in_common_and_nothing_is_done_twice(fake, tmp
     assert scores["no-meta"].shape == (2, 40)
     assert run(tmp_path, *names, "--seeds", "2")["rows"] == found["rows"]
     assert fake.count() == [12, 10]
+    kept = shutil.copy(tmp_path / f"{'-'.join(names)}.npz", tmp_path / "kept.npz")
+    assert run(tmp_path / "again", *names, "--scores", str(kept)) == found and fake.count() == [12, 10]
 
 
 def test_after_an_error_what_is_done_stays_and_rows_have_their_flags(fake, tmp_path, capsys):
@@ -80,9 +83,10 @@ def test_after_an_error_what_is_done_stays_and_rows_have_their_flags(fake, tmp_p
     fake.fails = ""
     run(tmp_path, *argv)
     oracle = fake.commands["train.py"][-1]
-    assert fake.count() == [5, 3] and oracle[-4:] == ["--steps", "9", "--router", "oracle"]
+    assert fake.count() == [5, 5] and oracle[-5:] == ["9", "--router", "oracle", "--top-k", "1"]
     assert oracle[oracle.index("--init") + 1].endswith("phase2")
-    assert fake.commands["eval.py"][-1][-2:] == ["--router", "lab/controls.py:Wrong"]
+    asked = [c[-1] for c in fake.commands["eval.py"][-3:]]
+    assert asked == [f"lab/controls.py:Wrong{n}" for n in (1, 2, 3)]
 
 
 def test_all_rows_are_in_a_set_and_have_flags_of_train():
@@ -97,8 +101,14 @@ def test_all_rows_are_in_a_set_and_have_flags_of_train():
 def test_the_paired_interval_by_hand():
     scores = np.array([[1.0, 1, 0, 1], [1, 1, 1, 1], [1, 0, 1, 1]])
     others = np.array([[0.0, 1, 0, 1], [1, 0, 0, 1], [1, 0, 1, 0]])
-    found = ablate.paired(scores, others, ["a", "a", "b", "b"])
-    half = 4.303 * np.std([1 / 4, 2 / 4, 1 / 4], ddof=1) / 3**0.5
+    found = ablate.paired(scores, others, ["a", "a", "b", "b"], 10)
+    sd = np.std([1 / 4, 2 / 4, 1 / 4], ddof=1) / 3**0.5
+    low, high = found["ci95"]
     assert found["difference"] == pytest.approx(1 / 3)
-    assert found["ci95_seeds"] == pytest.approx((1 / 3 - half, 1 / 3 + half))
-    assert found["ci95"] == pytest.approx((-0.3243, 0.9910), abs=1e-4)  # both images the same
+    assert (low, high) == pytest.approx((-0.3243, 0.9910), abs=1e-4)  # both images the same
+    # two-sided quantiles of Student's t with 2 degrees of freedom, and of the normal distribution
+    for name, t in (("ci95_seeds", 4.3027), ("all_seeds", 14.089)):
+        assert found[name] == pytest.approx((1 / 3 - t * sd, 1 / 3 + t * sd), rel=1e-3), name
+    ratio = (found["all_images"][1] - 1 / 3) / (high - 1 / 3)
+    assert ratio == pytest.approx(2.807 / 1.960, rel=1e-3) and not found["stands"]
+    assert ablate.paired(1 + 0 * scores, 0 * scores, list("abcd"), 1)["stands"]

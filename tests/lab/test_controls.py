@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from config import IMAGE_ID
-from lab.controls import Alone, ByModality, Everyone, Hash, Wrong, forced
+from lab.controls import Alone, ByModality, Everyone, Hash, Wrong1, Wrong2, Wrong3, forced
 from model import generate
 from routers import Hints, TopKRouter
 
@@ -16,9 +16,11 @@ def test_everyone_has_gate_1_and_wrong_routes_no_token_to_the_true_expert():
     x, mask = torch.randn(5, 3, 8), torch.ones(5, 3, dtype=torch.bool)
     assert Everyone(8, 4, top_k=4)(x, mask).gates.eq(1).all()
     assert Everyone(8, 4, top_k=4).at_most_k and not Everyone(8, 4, top_k=2).at_most_k
-    gates = Wrong(8, 4)(x, mask, Hints(modality=torch.tensor([0, 1, 2, 3, -1]))).gates
-    assert gates[:4].eq(torch.eye(4).roll(1, dims=1)[:, None]).all()
-    assert gates[4].eq(0.25).all()  # unknown: all alike
+    hints = Hints(modality=torch.tensor([0, 1, 2, 3, -1]))
+    gates = [wrong(8, 4)(x, mask, hints).gates for wrong in (Wrong1, Wrong2, Wrong3)]
+    assert sum(gates)[:4].eq(1 - torch.eye(4)[:, None]).all()  # each other expert once
+    assert gates[1][:4].eq(torch.eye(4).roll(2, dims=1)[:, None]).all()
+    assert gates[0][4].eq(0.25).all()  # unknown: all alike
 
 
 def test_hash_is_by_token_id_and_of_a_patch_by_its_place_and_uses_all_experts_alike():
