@@ -136,7 +136,7 @@ def test_evaluation_writes_everything_it_measured(phase3, predictor, scored):
         "by_modality": metrics.split_by(samples, said, lambda s: s.modality),
         "by_kind": metrics.split_by(samples, said, lambda s: f"{s.kind} ({s.answer_type})"),
         "by_wording": metrics.split_by(samples, said, lambda s: f"{s.wording} wordings"),
-        "facts": facts_by_expert(predictor, samples, said),
+        "facts": facts_by_expert(predictor, samples, said, blind),
         "leaks": leaks.check(samples, read_seen(phase3)), "load": expert_load(samples, found),
         "router": judge_router(samples, found), "params": count_parameters(predictor.model),
         "trained_with": "python train.py --data phantoms:8 --device cpu --dtype float32",

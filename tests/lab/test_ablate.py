@@ -71,7 +71,10 @@ def test_rows_share_what_they_have_in_common_and_nothing_is_done_twice(fake, tmp
     assert run(tmp_path, *names, "--seeds", "2")["rows"] == found["rows"]
     assert fake.count() == [12, 10]
     kept = shutil.copy(tmp_path / f"{'-'.join(names)}.npz", tmp_path / "kept.npz")
-    assert run(tmp_path / "again", *names, "--scores", str(kept)) == found and fake.count() == [12, 10]
+    assert run(tmp_path / "again", *names, "--scores", str(kept)) == found and fake.count() == [
+        12,
+        10,
+    ]
 
 
 def test_after_an_error_what_is_done_stays_and_rows_have_their_flags(fake, tmp_path, capsys):
