@@ -28,7 +28,7 @@ from config import MODALITIES, UserError, one_line
 from course import contain
 from data import Dataset, Sample, Text
 from eval import Predictor
-from metrics import score
+from metrics import split_by
 from model import MedMoE, count_parameters
 from routers import Router, get_router
 from sources.images import Images
@@ -125,13 +125,15 @@ def measure(job: dict, checkpoint: Path, spec: str) -> dict:
             for split in ("val", "test")}  # fmt: skip
     found = validate(model, text, part["val"])
     routers = [block.mlp.router for block in model.decoder.blocks if block.is_sparse]
-    found |= {"closed": None, "open": None}
+    found |= {"facts": None, "closed": None, "open": None}
     if all(router.causal for router in routers):  # generate() refuses the others
         answers = [
             p.answer for p in Predictor(model, text, CPU, torch.float32).answer(part["test"])
         ]
-        scores = score(part["test"], answers)
-        found |= {"closed": scores["closed_accuracy"], "open": scores["open_recall"]}
+        parts = split_by(part["test"], answers, lambda s: f"{s.kind == 'sign'} {s.answer_type}")
+        found |= {"facts": parts["True open"]["open_recall"],
+                  "closed": parts["False closed"]["closed_accuracy"],
+                  "open": parts["False open"]["open_recall"]}  # fmt: skip
     return found | {"activated": activated(model, found["experts_per_token"])}
 
 
@@ -148,10 +150,11 @@ def watch(job: dict, folder: Path) -> dict:
     found, _ = read_config(Path(job["init"]))
     config.PRESETS["scored"] = replace(config.PRESETS["tiny"], model=replace(found, moe=None))
     refusals, before = contain.guard(folder, file), contain.snapshot()
-    spec = f"{file}:{job['class']}"
+    spec = f"{file}:{job['class']}" if file.read_text() else job["class"]  # or one of ours
     try:
         write_stage(folder, "importing the submission")
-        check_class(get_router(spec))
+        if spec != job["class"]:
+            check_class(get_router(spec))
         write_stage(folder, "training")
         checkpoint = train_phase_3(job, folder, spec)
         write_stage(folder, "measuring")

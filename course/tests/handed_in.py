@@ -22,9 +22,14 @@ class Mine(Router):
         # top-k
         return top_k_gates(logits.softmax(dim=-1), self.top_k)
 '''
-BUDGET = score.Budget(preset="mini", base_images=8, base_steps=2, train_images=8, steps=2,
+BUDGET = score.Budget(preset="mini", base_images=8, base_steps=2, train_images=8, steps=2, signs=16,
                       batch_size=4, lr=1e-2, eval_images=3)  # fmt: skip
-JOB = asdict(BUDGET) | {"class": "Mine", "seed": 1, "where": "mine.py", "data": "phantoms:8+10000"}
+JOB = asdict(BUDGET) | {
+    "class": "Mine",
+    "seed": 1,
+    "where": "mine.py",
+    "data": "phantoms:8+10000/16",
+}
 
 
 @pytest.fixture(name="base", scope="module")

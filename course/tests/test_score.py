@@ -21,8 +21,19 @@ from tests.conftest import build
 from tests.mini import error_line
 
 LOAD = [[0.0] * 4, [1.0, 1.0, 2.0, 0.0], [0.0, 4.0, 0.0, 0.0], [3.0, 1.0, 0.0, 0.0]]  # (M, E)
-RESULT = {"closed": 0.5, "open": None, "load_cv": 0.1, "max_vio": 0.2, "dead": 1, "experts": 8,
-          "dropped": 0.25, "activated": 12345, "tokens_per_s": 2000.0, "load": LOAD}  # fmt: skip
+RESULT = {
+    "facts": 0.25,
+    "closed": 0.5,
+    "open": None,
+    "load_cv": 0.1,
+    "max_vio": 0.2,
+    "dead": 1,
+    "experts": 8,
+    "dropped": 0.25,
+    "activated": 12345,
+    "tokens_per_s": 2000.0,
+    "load": LOAD,
+}
 CPU = torch.device("cpu")
 
 
@@ -74,7 +85,9 @@ def test_a_row_holds_means_over_the_seeds_and_shares_of_the_load(quick):
     assert (row["closed"], row["open"], row["lines"], row["contract"]) == (0.5, None, 6, "1/2")
     shares = [[0.0] * 4, [0.25, 0.25, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0], [0.75, 0.25, 0.0, 0.0]]
     assert row["load_by_modality"] == dict(zip(MODALITIES, shares, strict=True))
-    assert "\n| mine.py:Mine | anna/b | 2.0000 ± 1.0000 | 50.0% | - |" in score.show(row)
+    assert "\n| mine.py:Mine | anna/b | 25.0% ± 0.0% | 2.0000 ± 1.0000 | 50.0% | - |" in score.show(
+        row
+    )
     assert f"\n{MODALITIES[3]:<12}     75.0%     25.0%      0.0%      0.0%" in score.show(row)
 
 
@@ -137,12 +150,18 @@ def test_the_columns_of_a_run_are_those_of_counting_token_by_token(watch, tmp_pa
                 dropped += int(not gates.any())
                 load[batch.modality[0], layer] += gates != 0
     answers = [p.answer for p in Predictor(model, text, CPU, torch.float32).answer(test)]
-    scores = metrics.score(test, answers)
+    signs = [s.kind == "sign" for s in test]
+    apart = {which: [(s, a) for s, a, is_sign in zip(test, answers, signs, strict=True)
+                     if is_sign == which] for which in (True, False)}  # fmt: skip
+    scores = {which: metrics.score(*zip(*pairs, strict=True)) for which, pairs in apart.items()}
     balance = trial.balance(load, n_real, dropped)
     assert dropped > 0 and found["val_loss"] == pytest.approx(total / n_tokens, abs=1e-5)
     assert found["load"] == balance.pop("load")
     assert {k: found[k] for k in balance} == pytest.approx(balance)
-    assert (found["closed"], found["open"]) == (scores["closed_accuracy"], scores["open_recall"])
+    assert found["facts"] == scores[True]["open_recall"]
+    assert [found["closed"], found["open"]] == [
+        scores[False][name] for name in ("closed_accuracy", "open_recall")
+    ]
     assert found["activated"] == trial.activated(model, balance["experts_per_token"])
 
 
@@ -160,6 +179,24 @@ def test_cv_and_max_vio_are_0_at_balance_and_largest_for_a_single_expert():
 
 def test_a_router_that_looks_ahead_has_no_accuracy_and_a_mistake_is_one_sentence(watch):
     found = watch(GOOD.replace("sums_to_one = True", "causal = False"))
-    assert found["closed"] is found["open"] is None and found["val_loss"] > 0
+    assert found["facts"] is found["closed"] is None and found["val_loss"] > 0
     refused = watch(GOOD.replace("# top-k", "1 / 0"))["refused"]
     assert refused == ", line 12: ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize("name", ["constant", "oracle"])
+def test_a_name_stands_for_a_router_of_ours_to_compare_with(name, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(contain, "guard", lambda folder, file: [])
+    monkeypatch.setitem(PRESETS, "scored", None)
+
+    def run(text, cls, where, derived, base, limit_s):
+        (tmp_path / contain.FILE).write_text(text)
+        return [trial.watch(JOB | {"init": str(base), "class": cls}, tmp_path)]
+
+    monkeypatch.setattr(score, "run_seeds", run)
+    row = score.score(name, score.ScoreConfig(init=str(base), seeds=1))
+    of = {MODALITIES.index(m): shares for m, shares in row["load_by_modality"].items()}
+    expected = {m: [0.5, 0.5, 0, 0] if name == "constant" else torch.eye(4)[m].tolist()
+                for m, shares in of.items() if any(shares)}  # fmt: skip
+    assert (row["router"], row["contract"]) == (name, "-") and len(expected) > 1
+    assert {m: of[m] for m in expected} == expected
