@@ -82,9 +82,9 @@ CORE = {
     "moe-llava": Row("learned, balance 0.01, no meta (MoE-LLaVA)", phase3=f"{BALANCED} --no-meta"),
     "hash": Row("by token, fixed (hash)", phase3="--router lab/controls.py:Hash"),
     "oracle": Row("oracle: the true modality's expert", phase3="--router oracle --top-k 1"),
-    "asked-oracle": Row("Med-MoE, asked with the true expert", answers=("--router oracle",)),
-    "asked-wrong": Row("Med-MoE, asked with each wrong expert", answers=WRONG),
-    "oracle-asked-wrong": Row("oracle, asked with each wrong expert", answers=WRONG,
+    "asked-oracle": Row("Med-MoE, evaluated with the true expert", answers=("--router oracle",)),
+    "asked-wrong": Row("Med-MoE, evaluated with each wrong expert", answers=WRONG),
+    "oracle-asked-wrong": Row("oracle, evaluated with each wrong expert", answers=WRONG,
                               phase3="--router oracle --top-k 1", against="oracle"),
 }
 HARD = {  # phase 2 changes nothing: what differs between the domains is left to phase 3's FFNs
@@ -122,10 +122,10 @@ K = {f"e{e}-k{k}": Row(f"{e} experts, top-{k}", phase3=f"--router topk --experts
                        against="s120-e1") for e, k in ((2, 2), (4, 2), (4, 4), (8, 2), (8, 4))}
 # fmt: on
 ROWS = CORE | HARD | LAYERS | TRAINS | LABELS | BACKBONES | EXPERTS | K
-FACTS = ("medmoe", "token", "sequence", "joint", "learned", "no-router-training", "dense",
-         "dense-activated", "dense-total", "oracle", "asked-wrong",
-         "oracle-asked-wrong")  # fmt: skip
-SETS = {"facts": FACTS, "core": tuple(CORE), "hard": ("no-phase-2", *HARD),
+SETS = {"facts": ("medmoe", "dense-activated", "dense-total", "no-router-training", "asked-wrong"),
+        "routers": ("medmoe", "token", "sequence", "joint", "learned", "oracle",
+                    "oracle-asked-wrong"),
+        "core": tuple(CORE), "hard": ("no-phase-2", *HARD),
         "layers": ("medmoe", *LAYERS), "trains": ("medmoe", *TRAINS),
         "labels": ("medmoe", *LABELS), "backbones": tuple(BACKBONES),
         "experts": tuple(EXPERTS), "k": ("s120-e1", *K)}  # fmt: skip
@@ -290,9 +290,9 @@ def collect(rows: dict[str, Row], found: dict[str, list[list[Path]]]) -> dict[st
                       for file in seed], axis=0) for seed in found[name]], np.float32)  # fmt: skip
         size = results[files[0]]["params"]
         sizes.append([size["activated"], size["total"]])
-        told = [result.get("information") for result in results.values()]
-        blocks = [[np.mean([t[when][i] for t in told]) for when in ("before", "after")]
-                  for i in (0, -1)] if all(told) else [[math.nan] * 2] * 2  # fmt: skip
+        measured = [result.get("information") for result in results.values()]
+        blocks = [[np.mean([m[when][i] for m in measured]) for when in ("before", "after")]
+                  for i in (0, -1)] if all(measured) else [[math.nan] * 2] * 2  # fmt: skip
         bits.append(blocks)
     kinds = [f"{s.kind} ({s.answer_type})" for s in samples]  # all rows' questions are alike
     return scores | {"images": np.array(images_of(samples)), "kinds": np.array(kinds),
@@ -328,12 +328,12 @@ def summarise(rows: dict[str, Row], scores: dict[str, np.ndarray]) -> list[dict]
 def table(result: dict) -> str:
     """Markdown, with the command and the hash that made it."""
     lines = [
-        f"`{result['command']}`, code and flags {result['hash']}, {len(result['seeds'])} seeds: "
-        "percent, mean ± standard deviation over seeds; closed and open without signs. Differences "
-        "to another row in points, with 95 % intervals: by images; by seeds. Bold: stands, both "
-        "intervals for all rows of the table at once are on one side of 0. Bits: what a position's "
-        "first expert tells of the modality (2 at most), before > after phase 3, in the first and "
-        "the last sparse block\n",
+        f"`{result['command']}`, hash of code and flags {result['hash']}, "
+        f"{len(result['seeds'])} seeds: percent, mean ± standard deviation over seeds; closed and "
+        "open without signs. Differences to another row in points, with 95 % intervals: by images; "
+        "by seeds. Bold: stands, both intervals for all rows at once are on one side of 0. Bits: "
+        "mutual information of a position's first expert and the modality (2 at most), before > "
+        "after phase 3, in the first and the last sparse block\n",
         "| row | closed | open | facts | minus | facts | for all rows at once | closed and open "
         "| bits | activated / total |\n" + 10 * "|---" + "|",
     ]
@@ -403,14 +403,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
         scores = dict(np.load(flags.scores))
         flags = replace(flags, seeds=len(scores[next(iter(rows))]))
     else:
-        scores = collect(rows, run_all(flags, rows))
+        inputs = [(name, vars(row)) for name, row in rows.items()], flags.seeds, flags.flags
+        scores = collect(rows, run_all(flags, rows)) | {"hash": np.array(key(*inputs))}
     words = ["python", "-m", "lab.ablate", *flags.names, "--seeds", str(flags.seeds)]
     words += ["--flags", flags.flags] if flags.flags else []
-    result = {
-        "command": shlex.join(words),
-        "hash": key(*[(name, vars(row)) for name, row in rows.items()], flags.seeds, flags.flags),
-        "seeds": list(range(flags.seeds)), "rows": summarise(rows, scores),
-    }  # fmt: skip
+    result = {"command": shlex.join(words), "hash": str(scores["hash"]),
+              "seeds": list(range(flags.seeds)), "rows": summarise(rows, scores)}  # fmt: skip
     print(f"\n{table(result)}")
     file = Path(flags.out, "-".join(flags.names) + ".json")
     write_json(file, result)

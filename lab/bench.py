@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import config as configs
 import model as models
 import ops
-from config import Common, ModelConfig, MoEConfig, UserError, argument, flag, preset
+from config import Common, ModelConfig, UserError, argument, flag, preset
 from data import Batch, Dataset, Sample, Text, collate, encode_prompt
 from engine.cli import parse, user_errors
 from engine.inference import prepare
@@ -49,6 +49,7 @@ CPU = torch.device("cpu")
 SIZES = (1024, 4096, 16384, 65536)  # tokens, on a GPU
 SMALL = "gpu and not many and not than_16 and not 2_to_the_31 and not 4096 and not 2560"
 N_EXPERTS, K = 4, 2
+PHASE_2 = "projector.*", "decoder.*"  # what it trains
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,6 @@ class BenchConfig(Common):
     steps: int = flag(10, "training steps in a round", least=1)
     new_tokens: int = flag(64, "generate: tokens an answer", least=1)
     tokens: int | None = flag(None, f"kernels: tokens (default: 2048, on a GPU {SIZES})", least=1)
-    routing: Literal["balanced", "skewed"] = flag("balanced", "skewed: one expert gets half")
     gpu_check: bool = flag(False, "kernels: tests, sanitizers, presets and routings, on a GPU")
 
 
@@ -101,14 +101,6 @@ def show(values: dict[str, float], digits: int = 2) -> str:
 def machine(device: torch.device, dtype: torch.dtype) -> dict:
     return {"device": str(device), "dtype": str(dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
-
-
-def upcycle(model: MedMoE, moe: MoEConfig) -> None:
-    """Make it sparse, its routers initialised wide enough that every expert gets tokens."""
-    models.make_sparse(model, moe)
-    for block in model.decoder.blocks:
-        if block.is_sparse:
-            nn.init.normal_(block.mlp.router.proj.weight)
 
 
 def stepper(model: nn.Module, dtype: torch.dtype) -> Callable[[Batch], None]:
@@ -215,8 +207,8 @@ def copy_weights(ours: MedMoE, theirs: Assembled) -> None:
     assert not places, f"weights that were not copied: {list(places)}"
 
 
-def both(flags: BenchConfig, device: torch.device) -> tuple[MedMoE, Assembled, Text]:
-    """A dense model that trains what phase 2 does; theirs with its weights; a tokenizer."""
+def dense(flags: BenchConfig, device: torch.device, trained: Sequence[str]) -> tuple[MedMoE, Text]:
+    """A dense model with what is trained of it, and its tokenizer."""
     torch.manual_seed(flags.seed)
     chosen = preset("tiny" if flags.preset == "mid" else flags.preset)
     if chosen.llm is None:
@@ -224,8 +216,8 @@ def both(flags: BenchConfig, device: torch.device) -> tuple[MedMoE, Assembled, T
     model = MedMoE(MID if flags.preset == "mid" else chosen.model)
     if flags.preset != "mid":
         load_published(model, chosen.model, chosen.clip, chosen.llm)
-    models.freeze_all_but(model.to(device), ("projector.*", "decoder.*"))
-    return model, Assembled(model).to(device), Text(chosen.llm)
+    models.freeze_all_but(model.to(device), trained)
+    return model, Text(chosen.llm)
 
 
 def compare(ours: Callable, theirs: Callable, n: int, rounds: int, title: str, device) -> dict:
@@ -239,7 +231,8 @@ def compare(ours: Callable, theirs: Callable, n: int, rounds: int, title: str, d
 
 
 def bench_train(flags: BenchConfig, device: torch.device, dtype: torch.dtype) -> dict:
-    ours, theirs, text = both(flags, device)
+    ours, text = dense(flags, device, PHASE_2)
+    theirs = Assembled(ours).to(device)
     found = [batch.to(device) for batch in batches(flags, text, ours.config)]
     steps = stepper(ours.train(), dtype), stepper(theirs.train(), dtype)
     ways = [lambda step=step: [step(batch) for batch in found] for step in steps]
@@ -248,7 +241,8 @@ def bench_train(flags: BenchConfig, device: torch.device, dtype: torch.dtype) ->
 
 
 def bench_generate(flags: BenchConfig, device: torch.device, dtype: torch.dtype) -> dict:
-    ours, theirs, text = both(flags, device)
+    ours, text = dense(flags, device, PHASE_2)
+    theirs = Assembled(ours).to(device)
     for model in (ours, theirs):
         model.eval().requires_grad_()  # as loaded; autocast keeps no copies of frozen weights
     prepare(ours, device, dtype)  # as load_model does
@@ -262,17 +256,14 @@ def bench_generate(flags: BenchConfig, device: torch.device, dtype: torch.dtype)
 
 
 def bench_loader(flags: BenchConfig, device: torch.device, dtype: torch.dtype) -> dict:
-    chosen = preset(flags.preset)
-    model = MedMoE(chosen.model)
-    load_published(model, chosen.model, chosen.clip, chosen.llm)
-    models.freeze_all_but(model.to(device).train(), ("projector.*", "decoder.*", "vision.*"))
-    step = stepper(model, dtype)
-    found = [b.to(device) for b in batches(flags, Text(chosen.llm), chosen.model)]
+    model, text = dense(flags, device, (*PHASE_2, "vision.*"))
+    step, images = stepper(model.train(), dtype), Images(model.config.vision.image_size)
+    found = [batch.to(device) for batch in batches(flags, text, model.config)]
     different = list(dict.fromkeys(s.image for s in read(flags) if s.image is not None))
 
     def load(threads: int) -> None:
         with ThreadPoolExecutor(threads) as pool:
-            for pixels in pool.map(Images(chosen.model.vision.image_size).read, different):
+            for pixels in pool.map(images.read, different):
                 normalise(pixels[None])
 
     ways = {"1 thread": lambda: load(1), "2 threads": lambda: load(2),
@@ -427,7 +418,7 @@ def check_on_gpu() -> dict[str, str]:
 
 
 def bench_kernels(flags: BenchConfig, device: torch.device, dtype: torch.dtype) -> dict:
-    is_gpu, result, cases = device.type == "cuda", {"sizes": []}, [(flags.preset, flags.routing)]
+    is_gpu, result, cases = device.type == "cuda", {"sizes": []}, [(flags.preset, "balanced")]
 
     def timer(ways: dict[str, Callable]) -> dict[str, float]:
         timed = interleave(ways, flags.rounds * (10 if is_gpu else 1), device)

@@ -24,17 +24,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+import config as configs
 from checkpoint import empty_model, save_checkpoint
-from config import (
-    LLAVA_SYSTEM,
-    PRESETS,
-    ModelConfig,
-    MoEConfig,
-    TrainConfig,
-    UserError,
-    argument,
-    flag,
-)
+from config import ModelConfig, MoEConfig, TrainConfig, UserError, argument, flag
 from data import Text
 from engine import published
 from engine.cli import parse, user_errors
@@ -42,7 +34,7 @@ from engine.older import add_residual, has_residual
 from engine.published import published_decoder, published_vision, rename
 from model import MedMoE
 from sources.records import read_json
-from sources.tensorfiles import header, open_tensors, read_tensors, weight_files
+from sources.tensorfiles import read_tensors
 
 FFN = {"phi": {"fc1": "fc1", "fc2": "fc2"},  # ours -> theirs
        "stablelm": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}}  # fmt: skip
@@ -57,28 +49,24 @@ OTHERS = {
 FFN_PLACES = {  # after "model.layers.{}.mlp.", and after "decoder.blocks.{}.mlp."
     "deepspeed_moe.experts.deepspeed_experts.{}": "experts[{}]", "meta_moe": "meta", "mlp": "dense",
 }
-# fmt: on
-IMPLEMENTED = {
-    "mm_vision_select_layer": -2,
-    "image_projector_type": "mlp2x_gelu",
-    "mm_vision_select_feature": "patch",
-}  # fmt: skip
+IMPLEMENTED = {"mm_vision_select_layer": -2, "image_projector_type": "mlp2x_gelu",
+               "mm_vision_select_feature": "patch"}
 GGUF = {  # after "blk.N.": published, after "model.layers.N."
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+    **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"}, "attn_output": "self_attn.o_proj",
+    **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+}
 GGUF_ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 GGUF_KIND = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
-             "tokenizer.ggml.pre": "smollm"}  # fmt: skip
+             "tokenizer.ggml.pre": "smollm"}
 GGUF_VALUES = {  # in config.json -> in the file
     "hidden_size": "llama.embedding_length", "intermediate_size": "llama.feed_forward_length",
     "num_hidden_layers": "llama.block_count", "num_attention_heads": "llama.attention.head_count",
     "num_key_value_heads": "llama.attention.head_count_kv",
     "max_position_embeddings": "llama.context_length", "rope_theta": "llama.rope.freq_base",
     "bos_token_id": "tokenizer.ggml.bos_token_id", "eos_token_id": "tokenizer.ggml.eos_token_id",
-}  # fmt: skip
+}
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -132,18 +120,9 @@ def medmoe_config(directory: Path, clip: Path) -> ModelConfig:
     refuse(clip, {f"width {vision.width}, the checkpoint wants {wide}": wide != vision.width})
     if is_sparse:
         moe = moe_config(directory, values["moe"], decoder.n_layers)
-    config = ModelConfig(vision, decoder, moe, system=LLAVA_SYSTEM)
+    config = ModelConfig(vision, decoder, moe, system=configs.LLAVA_SYSTEM)
     published.check_config(directory / "config.json", config)
     return config
-
-
-def tensor_names(directory: Path) -> set[str]:
-    """The names of a published model's tensors; of safetensors only the headers are read."""
-    found = set()
-    for path in weight_files(directory):
-        is_safe = path.suffix == ".safetensors"
-        found |= set(header(path)) if is_safe else {name for name, _ in open_tensors(path)}
-    return found
 
 
 def moe_config(directory: Path, values: dict, n_layers: int) -> MoEConfig:
@@ -162,7 +141,7 @@ def moe_config(directory: Path, values: dict, n_layers: int) -> MoEConfig:
         top_k=published.number(directory, values, "top_k_experts"),
         start="released",
         layers=None if layers == list(range(0, n_layers, 2)) else tuple(layers),
-        meta=any(".mlp.meta_moe." in name for name in tensor_names(directory)),
+        meta=any(".mlp.meta_moe." in name for name, _ in read_tensors(directory)),
     )
 
 
@@ -170,7 +149,7 @@ def read_medmoe(directory: Path, clip: Path, dtype: torch.dtype) -> MedMoE:
     """Stage 2 or 3, of any of the layouts."""
     config = medmoe_config(directory, clip)
     model = empty_model(config, dtype)
-    if has_residual(tensor_names(directory)):
+    if has_residual({name for name, _ in read_tensors(directory)}):
         add_residual(model)
     family, ours = config.decoder.family, ("projector.", "decoder.")
     absent = (*published.OPTIONAL.get(family, ()), "decoder.lm_head.bias", "*.router.proj.bias")
@@ -187,7 +166,8 @@ def to_ours(flags: ConvertConfig, source: Path, out: Path, dtype: torch.dtype) -
     tokenizer = Path(flags.tokenizer) if flags.tokenizer else source
     tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     Text(tokenizer, model.config.decoder.vocab_size)
-    name = next((n for n, p in PRESETS.items() if p.model.decoder == model.config.decoder), "other")
+    decoders = {p.model.decoder: name for name, p in configs.PRESETS.items()}
+    name = decoders.get(model.config.decoder, "other")
     phase = 3 if model.config.moe else 2
     meta = {"phase": phase, "flags": asdict(TrainConfig(phase=phase, preset=name))}
     save_checkpoint(out, model, model.config, meta | {"from": source.name}, tokenizer, {})

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from config import ModelConfig, MoEConfig, flag, preset
 from data import Batch, Text
@@ -23,7 +24,7 @@ from engine.cli import parse, user_errors
 from engine.flops import model_flops
 from engine.inference import prepare
 from lab import bench
-from model import MedMoE, choose_device, count_parameters, freeze_all_but
+from model import MedMoE, choose_device, count_parameters, freeze_all_but, make_sparse
 from ops import place_experts
 
 PROMPT, ANSWER = 64, 16  # text positions of a question at full size, tokens of its answer
@@ -68,7 +69,9 @@ def build(config: ModelConfig, variant: Variant, device: str = "cpu") -> MedMoE:
             if variant.width > 1:
                 block.mlp = type(block.mlp)(d.d_model, variant.width * d.d_ff)
         if variant.moe:
-            bench.upcycle(model, variant.moe)
+            make_sparse(model, variant.moe)
+            for block in model.decoder.blocks[::2]:  # wide enough that every expert gets tokens
+                nn.init.normal_(block.mlp.router.proj.weight)
     return model
 
 
@@ -95,13 +98,6 @@ def count(name: str) -> dict[str, dict]:
     return found
 
 
-def answering(name: str, key: str, device: torch.device, dtype: torch.dtype) -> MedMoE:
-    """As load_model returns one."""
-    model = build(dimensions(name), VARIANTS[key]).requires_grad_(False)
-    prepare(model, device, dtype)
-    return model
-
-
 def training(name: str, key: str, device: torch.device) -> MedMoE:
     """To train phase 3's experts and meta, or the dense FFNs in their place."""
     model = build(dimensions(name), VARIANTS[key])
@@ -122,8 +118,11 @@ def inputs(name: str, device: torch.device) -> dict[str, Batch]:
 
 def measure(name: str, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, dict]:
     """What -> variant -> milliseconds, and their ratio to the dense model's of the same round."""
-    batches, seconds = inputs(name, device), {}
-    models = {key: answering(name, key, device, dtype) for key in VARIANTS}
+    batches, seconds, config = inputs(name, device), {}, dimensions(name)
+    models = {key: build(config, variant).requires_grad_(False)
+              for key, variant in VARIANTS.items()}  # fmt: skip
+    for model in models.values():  # as load_model does
+        prepare(model, device, dtype)
     for size in ("1", "8"):
         ways = {(key, n): partial(bench.answer, model, batches[size], dtype, n)
                 for key, model in models.items() for n in (1, ANSWER + 1)}  # fmt: skip

@@ -27,14 +27,10 @@ class FiguresConfig:
 
 def pick(organ: str, count: int, kind: str) -> tuple[phantoms.Phantom, Question]:
     """The first test seed with this organ, this many findings and a question of this kind."""
-    for seed in phantoms.SPLITS["test"]:
-        truth = phantoms.plan(seed)[1]
-        if (truth["organ"], truth["count"]) == (organ, count):
-            phantom = phantoms.draw(seed, 224)
-            for question in about_image(phantom):
-                if question.kind == kind:
-                    return phantom, question
-    raise AssertionError("the split has a billion seeds")
+    truths = ((seed, phantoms.plan(seed)[1]) for seed in phantoms.SPLITS["test"])
+    seeds = (seed for seed, t in truths if (t["organ"], t["count"]) == (organ, count))
+    drawn = (phantoms.draw(seed, 224) for seed in seeds)
+    return next((p, q) for p in drawn for q in about_image(p) if q.kind == kind)
 
 
 @user_errors

@@ -16,7 +16,7 @@ Experts are taken to be evenly loaded. Letters: config.py.
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from engine.optim import cast_weights
 from model import MedMoE, freeze_all_but, make_sparse
 from train import trained_patterns
 
+TEXT = 128  # positions of a sample beside its patches
 CLASSES = (16, 24, 40, 48, 80, 141, 192)  # GiB of the GPUs that are sold
 USABLE = 0.9
 COLUMNS = ("parameters", "gradients", "optimizer", "activations", "copies", "gathered", "total")
@@ -43,7 +44,6 @@ class MemoryConfig:
     gpus: int = flag(1, "how many share the work", least=1)
     batch_size: int | None = flag(None, "samples a step (default: the phase's)", least=1)
     accumulate: int = flag(1, "micro-batches a step", least=1)
-    length: int | None = flag(None, "positions a sample (default: its patches and 128 of text)")
     weights: Literal["float32", "bf16", "bf16-stochastic"] = flag("float32", "how they are kept")
     lora_rank: int = flag(0, "of low-rank additions to the FFNs in phases 2 and 3; 0: none")
     activation_checkpointing: bool = flag(False, "keep no more of a block than its input")
@@ -114,7 +114,7 @@ def nbytes(module: nn.Module, trained: bool = False, share: float = 1) -> float:
 
 def phase_plan(flags: MemoryConfig, config: ModelConfig, phase: int, samples: int) -> dict:
     """Bytes a GPU in one phase, `samples` at a time."""
-    d, length, rank = config.decoder, flags.length, flags.lora_rank
+    d, length, rank = config.decoder, config.vision.n_patches + TEXT, flags.lora_rank
     with torch.device("meta"):  # no memory is used
         model = MedMoE(config)
         if phase == 3:
@@ -162,20 +162,16 @@ def gathered(flags: MemoryConfig, model: MedMoE) -> int:
 def plan(flags: MemoryConfig) -> dict:
     """Bytes a GPU by phase, the smallest GPU that holds them, and what was assumed."""
     chosen, n = preset(flags.preset), flags.expert_parallel
-    n_patches, longest = chosen.model.vision.n_patches, chosen.model.decoder.max_len
-    length = n_patches + 128 if flags.length is None else flags.length
-    if not n_patches < length <= longest:
-        raise UserError(f"--length {length}: must be from {n_patches + 1}, with text beside the "
-                        f"{n_patches} patches, to {longest}")  # fmt: skip
     if flags.gpus % n or MOE.n_experts % n:
         raise UserError(f"--expert-parallel {n}: must divide --gpus, {flags.gpus}, and "
                         f"{MOE.n_experts} experts")  # fmt: skip
-    flags, phases = replace(flags, length=length), {}
+    phases = {}
     for phase, recipe in chosen.recipes.items():
         batch = flags.batch_size or recipe.batch_size
         samples = math.ceil(batch / flags.accumulate / flags.gpus)
         phases[phase] = phase_plan(flags, chosen.model, phase, samples) | {"samples": samples}
-    return asdict(flags) | {"phases": phases}
+    length = chosen.model.vision.n_patches + TEXT
+    return asdict(flags) | {"length": length, "phases": phases}
 
 
 @user_errors

@@ -11,7 +11,6 @@ Shapes: T positions, P patches of an image, L sparse layers, E experts, S image 
 
 import base64
 import io
-import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,12 +69,9 @@ def load_by_modality(samples: Sequence[Sample], found: Sequence[Prediction]) -> 
     loads: dict = defaultdict(int)
     for s, p in zip(samples, found, strict=True):
         loads[s.modality or "unknown"] += p.load
-    table = {}
-    for name in [m for m in (*MODALITIES, "unknown") if m in loads]:
-        routed = loads[name].sum(dim=-1)  # (L,)
-        shares = loads[name] / routed[:, None].clamp(min=1)
-        table[name] = {"shares": shares.tolist(), "routed": routed.tolist()}
-    return table
+    loads = {name: loads[name] for name in (*MODALITIES, "unknown") if name in loads}
+    return {name: {"shares": (n / n.sum(dim=-1, keepdim=True).clamp(min=1)).tolist(),
+                   "routed": n.sum(dim=-1).tolist()} for name, n in loads.items()}  # fmt: skip
 
 
 def calibration(samples: Sequence[Sample], found: Sequence[Prediction], n_layers: int) -> dict:
@@ -91,8 +87,8 @@ def calibration(samples: Sequence[Sample], found: Sequence[Prediction], n_layers
     probs = [(sum(rows) / len(rows) / n_layers).softmax(dim=0) for rows in votes.values()]
     right = [int(p.argmax()) == t % len(p) for p, (_, t) in zip(probs, votes, strict=True)]
     pair = np.array([float(p.max()) for p in probs]), np.array(right, bool)
-    return {"n": len(right), "ece": ece(*pair, N_BINS) if right else 0.0,
-            "bins": [b for b in reliability(*pair, N_BINS) if b["n"]]}  # fmt: skip
+    error = ece(*pair, N_BINS) if right else 0.0
+    return {"n": len(right), "ece": error, "bins": reliability(*pair, N_BINS)}
 
 
 def choose(samples: Sequence[Sample], n: int) -> list[int]:
@@ -119,13 +115,6 @@ def explain(predictor: Predictor, sample: Sample) -> dict:
     }  # fmt: skip
 
 
-def read_steps(checkpoint: Path, phase: int) -> list[dict]:
-    """The steps of this phase in the log.jsonl of the checkpoint's run; [] if there is none."""
-    records = read_log(checkpoint.absolute().parent / "log.jsonl")
-    steps = [r for r in records if isinstance(r, dict) and r.get("phase") == phase]
-    return [r for r in steps if isinstance(r.get("loss"), float) and math.isfinite(r["loss"])]
-
-
 def read_ablations(folder: Path) -> list[dict]:
     """The tables that lab.ablate wrote into the folder, as text, and their plots."""
     plots = {file: file.with_suffix(".png") for file in sorted(folder.glob("*.md"))}
@@ -140,12 +129,13 @@ def measure(predictor: Predictor, flags: ReportConfig, meta: dict) -> tuple[dict
     flags, samples = load_questions(flags, how_read(meta["flags"], checkpoint))
     found = predictor.answer(samples)
     answers = [p.answer for p in found]
+    log = read_log(checkpoint.absolute().parent / "log.jsonl")  # of the run; [] if there is none
     numbers: dict[str, Any] = {
         "checkpoint": flags.checkpoint, "data": list(flags.data), "split": flags.split,
         "n": len(samples), "scores": score(samples, answers),
         "parameters": count_parameters(model), "experts": [], "blocks": [],
         "router": None, "calibration": None, "load": None,
-        "steps": read_steps(checkpoint, meta["phase"]),
+        "steps": [r for r in log if r.get("phase") == meta["phase"] and "loss" in r],
         "ablations": read_ablations(Path(flags.ablations)),
     }  # fmt: skip
     if moe := model.config.moe:
@@ -170,12 +160,8 @@ def training_curves(steps: Sequence[dict], names: Sequence[str]) -> dict[str, di
     if kept := [r for r in steps if names and r.get("load")]:
         load = np.array([r["load"] for r in kept])  # (steps, L, E)
         shares = (load / load.sum(axis=-1, keepdims=True).clip(1e-9)).mean(axis=1).T  # (E, steps)
-        named = dict(zip(names, shares, strict=True))
-        curves["Load"] = {
-            "y": "Share of tokens",
-            "steps": [r["step"] for r in kept],
-            "named": named,
-        }
+        named, steps = dict(zip(names, shares, strict=True)), [r["step"] for r in kept]
+        curves["Load"] = {"y": "Share of tokens", "steps": steps, "named": named}
     return curves
 
 
@@ -184,11 +170,10 @@ def chart(curve: dict) -> "Figure":
     thin = lambda v: [np.mean(part) for part in np.array_split(v, min(len(v), MOST_POINTS))]  # noqa: E731
     figure = Figure((3.6, 2.2), layout="constrained")
     ax = figure.add_subplot(xlabel="step", ylabel=curve["y"])
+    steps, marker = thin(curve["steps"]), "" if len(curve["steps"]) > 1 else "o"
     for i, (name, v) in enumerate(curve["named"].items()):
         style = {"color": COLOURS[i % 8], "linestyle": ("-", "--", ":", "-.")[i % 4]}
-        ax.plot(
-            thin(curve["steps"]), thin(v), marker="" if len(v) > 1 else "o", label=name, **style
-        )
+        ax.plot(steps, thin(v), marker=marker, label=name, **style)
     ax.set_ylim(bottom=min(0, *map(min, curve["named"].values())))
     ax.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)

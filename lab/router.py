@@ -24,7 +24,7 @@ from torch import Tensor
 from checkpoint import load_model
 from config import IMAGE_ID, MODALITIES, Common, UserError, argument, flag
 from data import Batch, Dataset, Sample
-from engine.cli import check_writable, parse, user_errors, write_json
+from engine.cli import check_outputs, parse, user_errors, write_json
 from engine.experts import mutual_information
 from eval import Predictor, load_questions
 from lab.controls import Alone, ByModality, forced
@@ -78,11 +78,6 @@ def bootstrapped(statistic: Callable, n: int, draws: int = 1000) -> Estimate | N
     return Estimate(statistic(np.arange(n)), *ends)
 
 
-def share(hits: np.ndarray) -> Estimate | None:
-    right, n = int(hits.sum()), len(hits)
-    return Estimate(right / n, *wilson(right, n)) if n else None
-
-
 def reliability(confidence: np.ndarray, right: np.ndarray, n_bins: int) -> list[dict]:
     """Bins of equal width over (0, 1] that are not empty: mean confidence and accuracy."""
     place = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
@@ -105,11 +100,6 @@ def macro_f1(truth: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> 
     """Mean F1 over the classes that occur as truth or as prediction."""
     scores = router_report(truth, predicted, names)["f1"].values()
     return float(np.mean([score for score in scores if score is not None]))
-
-
-def confidences(logits: np.ndarray) -> np.ndarray:
-    """(n, E) -> (n,) the largest probability."""
-    return torch.tensor(logits).softmax(dim=-1).amax(dim=-1).numpy()
 
 
 class Probe(NamedTuple):
@@ -168,7 +158,8 @@ def classification(truth: np.ndarray, found: Probe) -> dict:
     logits = found.logits.mean(axis=1)  # (G, E)
     names, n = expert_names(logits.shape[1]), len(truth)
     truth, predicted = truth % len(names), logits.argmax(axis=1)
-    confidence, right = confidences(logits), predicted == truth
+    confidence = torch.tensor(logits).softmax(dim=-1).amax(dim=-1).numpy()  # (G,)
+    right = predicted == truth
     return router_report(truth, predicted, names) | {
         "macro_f1": bootstrapped(lambda i: macro_f1(truth[i], predicted[i], names), n),
         "confidence": float(confidence.mean()),
@@ -182,7 +173,9 @@ def levels(truth: np.ndarray, found: Probe, blocks: Sequence[int]) -> dict[str, 
     truth = truth % found.logits.shape[-1]
     hits, total = found.best[np.arange(len(truth)), :, :, truth], found.best.sum(axis=-1)
     for layer, block in enumerate(blocks):
-        row = {"pooled over the prompt": share(found.logits[:, layer].argmax(axis=1) == truth)}
+        right = found.logits[:, layer].argmax(axis=1) == truth  # (G,)
+        pooled = Estimate(float(right.mean()), *wilson(int(right.sum()), len(right)))
+        row = {"pooled over the prompt": pooled}
         for k, kind in enumerate(KINDS):
             some = total[:, layer, k] > 0  # (G,)
             shares = hits[some, layer, k] / total[some, layer, k]
@@ -244,8 +237,8 @@ def report(predictor: Predictor, flags: RouterConfig, samples: list[Sample]) -> 
             router.proj.load_state_dict(weights)
     truth, found = by_image(samples, probe(predictor, samples))
     result = {"n_questions": len(samples), "n_images": len({s.image for s in samples}),
-              "classification": classification(truth, found)}  # fmt: skip
-    result["levels"] = levels(truth, found, blocks)
+              "classification": classification(truth, found),
+              "levels": levels(truth, found, blocks)}  # fmt: skip
     # A router that looks ahead cannot answer; a single expert has no other.
     is_able = moe.n_experts > 1 and all(router.causal for router in routers)
     result["forced_routing"] = answers(predictor, samples, flags) if is_able else None
@@ -256,8 +249,7 @@ def report(predictor: Predictor, flags: RouterConfig, samples: list[Sample]) -> 
 @user_errors
 def main(argv: list[str] | None = None) -> dict:
     flags = parse(RouterConfig, argv, "python -m lab.router")
-    if flags.json:
-        check_writable(Path(flags.json))
+    check_outputs((flags.json,), ())
     device, dtype = choose_device(flags.device, flags.dtype)
     model, text, meta = load_model(Path(flags.checkpoint), device, dtype, flags.router)
     if model.config.moe is None:

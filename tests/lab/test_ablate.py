@@ -115,3 +115,15 @@ def test_the_paired_interval_by_hand():
     ratio = (found["all_images"][1] - 1 / 3) / (high - 1 / 3)
     assert ratio == pytest.approx(2.807 / 1.960, rel=1e-3) and not found["stands"]
     assert ablate.paired(1 + 0 * scores, 0 * scores, list("abcd"), 1)["stands"]
+
+
+@pytest.mark.parametrize("name", ["facts"])
+def test_the_committed_tables_are_those_of_the_committed_scores(name):
+    folder = ablate.ROOT / "results/ablations"
+    result = json.loads((folder / f"{name}.json").read_text())
+    again = ablate.summarise(ablate.chosen_rows([name]), dict(np.load(folder / f"{name}.npz")))
+    assert json.loads(json.dumps(again)) == result["rows"]
+    table = (folder / f"{name}.md").read_text()
+    assert table == ablate.table(result)
+    rows = table.partition("|")[2].strip()
+    assert rows in (ablate.ROOT / "results/README.md").read_text()

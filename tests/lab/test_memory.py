@@ -25,7 +25,7 @@ DECODERS = {
     "phi": DecoderConfig("phi", 512, 256, 4, 4, 1024, rotary_dim=8),
     "stablelm": DecoderConfig("stablelm", 512, 256, 4, 4, 704, rotary_dim=8, n_kv_heads=2),
 }
-LENGTH, TEXT = 64, 64 - TINY.n_patches  # positions of a sample, and its supervised ones
+TEXT = 64 - TINY.n_patches  # supervised positions of a sample
 
 
 class Alive(TorchDispatchMode):
@@ -83,7 +83,8 @@ def test_the_plan_is_what_is_alive_in_a_step(family, phase, flags, monkeypatch):
     for module in (decoder, vision):  # attention as on a GPU, which keeps no scores
         monkeypatch.setattr(module, "attention", lambda q, k, v, attn_mask=None: (
             F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)))  # fmt: skip
-    flags, config = MemoryConfig(length=LENGTH, **flags), ModelConfig(TINY, DECODERS[family])
+    monkeypatch.setattr(memory, "TEXT", TEXT)
+    flags, config = MemoryConfig(**flags), ModelConfig(TINY, DECODERS[family])
     one, six = (phase_plan(flags, config, phase, n) for n in (1, 6))
     (kept_2, _, _), (kept_6, biases, most) = (step(config, phase, n, flags) for n in (2, 6))
     assert most / 1.005 <= six["total"] <= most * 1.15

@@ -1,0 +1,74 @@
+"""Make again what results/ holds: python -m lab.reproduce all, or some of it, by name.
+
+Hours are of two cores. What a kill left is continued by the same command. Real data are named as
+for --data, slake:DIR; of them, as of phantoms, three seeds are trained and scored.
+"""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import UserError, argument, flag
+from engine.cli import parse, user_errors
+
+ROOT = Path(__file__).parent.parent
+ABLATIONS = {  # set -> seeds, hours
+    "facts": (5, 1.1), "experts": (5, 2.0), "core": (3, 1.5), "k": (3, 0.4), "hard": (3, 0.4),
+    "routers": (3, 0.6), "layers": (3, 0.3), "trains": (3, 0.2), "labels": (3, 0.6),
+    "backbones": (3, 0.7),
+}  # fmt: skip
+RUNS = {  # flags beside --data, hours of three seeds
+    "phantoms": ("", 0.2), "slake": ("", 2.0), "vqa-rad": ("--router topk", 1.0),
+    "medmnist": ("--router topk --steps 300", 1.0),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Make again what results/ holds."""
+
+    names: tuple[str, ...] = argument(f"all, phantoms, {', '.join(ABLATIONS)}, slake:DIR, ...")
+    list: bool = flag(False, "only print the commands and their hours")
+
+
+def commands(names: Sequence[str]) -> list[tuple[str, float]]:
+    """-> what follows "python", and its hours."""
+    found = []
+    for name in ("phantoms", *ABLATIONS) if "all" in names else names:
+        kind = name.partition(":")[0]
+        if name in ABLATIONS:
+            seeds, hours = ABLATIONS[name]
+            found.append((f"-m lab.ablate {name} --seeds {seeds}", hours))
+        elif kind in RUNS and (kind == "phantoms") == (kind == name):
+            more, hours = RUNS[kind]
+            more = f" --data {shlex.quote(name)} {more}" * (kind != name)
+            found += [(f"train.py --phase 3 --seed {seed} --out runs/{kind}-tiny-{seed} --resume "
+                       f"--json results/{kind}-tiny-seed{seed}.json{more}".rstrip(), hours / 3)
+                      for seed in range(3)]  # fmt: skip
+        else:
+            known = ", ".join(("all", *ABLATIONS, *RUNS))
+            raise UserError(f"{name}: not one of {known} (real data with :DIR)")
+    return found
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    flags = parse(ReproduceConfig, argv, "python -m lab.reproduce")
+    for command, hours in commands(flags.names):
+        print(f"{hours:.1f} h  python {command}", flush=True)
+        if flags.list:
+            continue
+        words = shlex.split(command)
+        if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
+            raise UserError(f"python {command}: failed")
+        if words[1] == "lab.ablate":
+            for file in (ROOT / "runs/ablations").glob(f"{words[2]}.*"):
+                shutil.copy(file, ROOT / "results/ablations")
+
+
+if __name__ == "__main__":
+    main()
