@@ -10,6 +10,7 @@ from config import IGNORE, IMAGE_ID, DecoderConfig, ModelConfig, MoEConfig, Visi
 from data import Batch
 from engine.older import add_residual
 from model import MedMoE
+from moe import MLP, GatedMLP
 
 # A second thread would only wait; and sums come out the same bit for bit every time.
 torch.set_num_threads(1)
@@ -21,6 +22,7 @@ DECODERS = {
     "llama": DecoderConfig("llama", 64, 32, 3, 4, 48, rotary_dim=8, max_len=128, n_kv_heads=2),
 }
 FAMILIES = pytest.mark.parametrize("family", DECODERS)
+FFNS = pytest.mark.parametrize("ffn", [MLP, GatedMLP])
 LEVELS = pytest.mark.parametrize("level", ["token", "sequence"])
 
 
@@ -97,7 +99,6 @@ def phase3(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("mini") / "phase3")
 
 
-# The same as fixtures.
 _build = pytest.fixture(name="build")(lambda: build)
 _collate = pytest.fixture(name="collate")(lambda: collate)
 
@@ -109,20 +110,16 @@ def monkeypatch():
     with pytest.MonkeyPatch.context() as patch:
         setattr_ = patch.setattr
 
-        def counted(new, place):
-            uncalled.add(place)
-
-            @wraps(new)
-            def called(*args, **kwargs):
-                uncalled.discard(place)
-                return new(*args, **kwargs)
-
-            return called
-
         def watched(target, name, *value, **kwargs):
             *before, new = (name, *value)  # setattr("module.name", new) has no third argument
-            if isinstance(new, FunctionType):
-                new = counted(new, f"{getattr(target, '__name__', target)}.{before}")
+            if isinstance(plain := new, FunctionType):
+                uncalled.add(place := f"{getattr(target, '__name__', target)}.{before}")
+
+                @wraps(plain)
+                def new(*args, **kwargs):
+                    uncalled.discard(place)
+                    return plain(*args, **kwargs)
+
             setattr_(target, *before, new, **kwargs)
 
         patch.setattr = watched

@@ -1,7 +1,4 @@
-"""Compiles cuda/ for the CPU, with tests/cuda_on_cpu.h in the GPU's place, and loads it.
-
-The kernels are then what torch calls for CPU tensors of the ops in ops.py.
-"""
+"""Compiles cuda/ for the CPU, cuda_on_cpu.h in the GPU's place: ops.py's ops of CPU tensors."""
 
 import ctypes
 import hashlib

@@ -31,7 +31,8 @@ TESTED_BY = {"engine/processes.py": "tests/engine/test_parallel.py",
              "engine/published.py": "tests/engine/test_published.py tests/test_checkpoint.py",
              "ops.py": "tests/test_ops.py tests/test_kernels.py",
              "sources/load.py": "tests/sources/test_load.py tests/sources/test_llava.py",
-             "sources/painting.py": "tests/sources/test_phantoms.py"}  # fmt: skip
+             "sources/painting.py": "tests/sources/test_phantoms.py",
+             "train.py": "tests/test_train.py tests/engine/test_optim.py"}  # fmt: skip
 PAIRS = "Lt LtE, Gt GtE, Eq NotEq, Is IsNot, In NotIn, Add Sub, Mult Div, BitAnd BitOr, And Or"
 SWAPS = {"FloorDiv": "Mult", "Mod": "Mult", "Pow": "Mult", "MatMult": "Mult"}
 for one, other in map(str.split, PAIRS.split(", ")):

@@ -19,7 +19,7 @@ DECODERS = {  # rotary_dim, rope_theta, max_len, dropout, n_kv_heads, norm_eps, 
 PAPER = [(1e-3, 1, 64), (2e-5, 3, 64), (2e-5, 9, 64)]  # Table 11
 
 
-def test_presets_have_the_published_sizes_and_recipes():
+def test_presets_phases_and_special_ids_are_those_of_the_papers_and_llava():
     assert {TrainConfig().kernels, TrainConfig().device, TrainConfig().dtype} == {"auto"}
     assert PRESETS.keys() == DECODERS.keys()
     for name, preset in PRESETS.items():
@@ -34,9 +34,6 @@ def test_presets_have_the_published_sizes_and_recipes():
     assert (CLIP_TINY.n_patches, CLIP_L.n_patches) == (49, 576)
     with pytest.raises(UserError, match=r"--preset huge.*phi2"):
         config.preset("huge")
-
-
-def test_phases_and_special_ids_are_those_of_the_paper_and_llava():
     assert (config.IMAGE_ID, config.IGNORE) == (-200, -100)
     assert config.MODALITIES == ("CT", "MRI", "X-ray", "pathology")
     assert MoEConfig() == MoEConfig(4, 2, "modality", "token", "preserving", None, True)

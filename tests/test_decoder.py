@@ -28,10 +28,9 @@ def logits_of(model, ids, mask, images=None, hints=Hints(), cache=None):
 
 
 @FAMILIES
-@pytest.mark.parametrize(
-    ("moe", "padding"),
-    [(DENSE, "between"), (TOP_2, "left"), (SEQUENCE, "left"), (ONCE, "left"), (TOP_2, "right")],
-)
+@pytest.mark.parametrize(("moe", "padding"), [
+    (DENSE, "between"), (TOP_2, "left"), (SEQUENCE, "left"), (ONCE, "left"),
+    (TOP_2, "right")])  # fmt: skip
 def test_logits_equal_the_equations_whatever_padding_there_is(family, moe, padding):
     model, batch = build(family, moe), prompts(side="left" if padding == "left" else "right")
     if padding == "between":
@@ -63,9 +62,8 @@ def test_logits_and_32_greedy_tokens_are_those_of_transformers(family):
 
 
 @FAMILIES
-@pytest.mark.parametrize(
-    ("moe", "cuts"), [(DENSE, []), (DENSE, [10, 12]), (TOP_2, [11]), (SEQUENCE, [10, 11, 12])]
-)
+@pytest.mark.parametrize(("moe", "cuts"), [
+    (DENSE, []), (DENSE, [10, 12]), (TOP_2, [11]), (SEQUENCE, [10, 11, 12])])  # fmt: skip
 def test_text_that_continues_a_cache_gets_the_logits_and_routes_of_the_whole(family, moe, cuts):
     model, batch = build(family, moe), prompts()
     ids = torch.cat([batch.ids, torch.randint(3, 60, (3, 4))], dim=1)

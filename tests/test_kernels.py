@@ -16,9 +16,8 @@ from torch.utils import cpp_extension
 import ops
 from config import UserError
 from engine.lora import add_to_ffn
-from moe import MLP, GatedMLP
 from tests import cuda_on_cpu
-from tests.conftest import randn, shake
+from tests.conftest import FFNS, randn, shake
 
 HALF = torch.bfloat16
 CUDA = Path(ops.__file__).parent / "cuda"
@@ -44,7 +43,7 @@ def through(layer, x, autocast=False):
     return {"y": y, "x": x.grad, "gates": gates.grad * (gates != 0)} | grads
 
 
-@pytest.mark.parametrize("ffn", [MLP, GatedMLP])
+@FFNS
 @pytest.mark.parametrize("rank", [0, 4])  # of LoRA
 @pytest.mark.parametrize("dtype", [HALF, torch.float32])  # the latter under autocast
 def test_the_layer_and_all_its_gradients_are_those_of_torch(ffn, rank, dtype, enabled, monkeypatch):
@@ -64,9 +63,6 @@ def test_the_layer_and_all_its_gradients_are_those_of_torch(ffn, rank, dtype, en
         assert ours[name].dtype == theirs[name].dtype, name
         assert torchs_off < 0.02 and off < 0.02, name
         assert off < 1.1 * torchs_off + 1e-3, name  # no worse than torch in bf16
-
-
-# --kernels
 
 
 @pytest.fixture(name="gpu")
@@ -97,16 +93,13 @@ def test_nothing_is_compiled_where_it_was_not_chosen_or_cannot_run(gpu, capsys):
     assert not ops._enabled
 
 
-def test_a_compilers_error_is_printed_in_one_line_with_the_path_of_its_log(gpu, capsys, tmp_path):
+def test_what_is_built_is_used_and_a_compilers_error_printed_in_one_line(gpu, capsys, tmp_path):
     text = "Error building extension: [1/4] nvcc\n gmm.cu(31): error: no such name\nninja: stopped"
     ops.choose("auto", gpu(9, 0, load=Mock(side_effect=RuntimeError(text))))
     progress, message = capsys.readouterr().err.splitlines()
     (log,) = tmp_path.rglob("build.log")
     assert "compiling cuda/" in progress and log.read_text() == text and not ops._enabled
     assert "gmm.cu(31): error: no such name" in message and str(log) in message
-
-
-def test_what_is_built_is_used_on_the_gpu_until_torch_is_chosen(gpu):
     load = Mock()
     ops.choose("auto", gpu(9, 0, load=load))
     assert ops._enabled == {"cuda"}

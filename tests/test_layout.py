@@ -28,18 +28,11 @@ CORE = sorted(file.relative_to(ROOT).as_posix() for folder in ("", *PACKAGES)
               for file in (ROOT / folder).glob("*.py"))  # fmt: skip
 
 
-def may_import(file: str) -> set[str]:
-    """Our own modules of the top level, and packages, that it may import."""
-    package, _, name = file.removesuffix(".py").rpartition("/")
-    if package:
-        return PACKAGES[package]
-    return MODULES | set(PACKAGES) if name in USES_PACKAGES else MODULES
-
-
 @pytest.mark.parametrize("file", CORE)
 def test_a_file_imports_only_what_it_may_and_its_functions_fit_on_a_screen(file):
-    may = may_import(file) | THIRD_PARTY | set(sys.stdlib_module_names)
-    wrong = []
+    package, _, name = file.removesuffix(".py").rpartition("/")
+    ours = MODULES | (set(PACKAGES) if name in USES_PACKAGES else set())  # at the top level
+    may, wrong = PACKAGES.get(package, ours) | THIRD_PARTY | set(sys.stdlib_module_names), []
     for node in ast.walk(ast.parse((ROOT / file).read_text())):
         names = []
         if isinstance(node, ast.Import):

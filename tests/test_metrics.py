@@ -9,12 +9,9 @@ from data import Sample
 from metrics import bootstrap, is_right, router_report, wilson, words
 
 
-def test_words_drop_case_punctuation_and_articles():
+def test_words_drop_case_punctuation_and_articles_and_a_closed_answer_is_right_or_wrong():
     assert words("The left lung, a bit LOWER.") == ["left", "lung", "bit", "lower"]
     assert words("T2-weighted b_c 肺部CT") == ["t2", "weighted", "b", "c", "肺", "部", "ct"]
-
-
-def test_a_closed_answer_is_right_or_wrong():
     right = ("yes", "Yes"), ("No, it is normal", "no"), ("the left", "Left")
     wrong = ("", "no"), ("yes and no", "yes"), ("left lung", "left"), ("normal", "no")
     assert all(is_right(answer, truth) for answer, truth in right)
@@ -33,14 +30,10 @@ def test_open_answers_are_scored_by_their_words(answer, truth, recall, precision
     assert metrics.STRICT.opened(answer, truth) == pytest.approx(wanted)
 
 
-def test_wilson_agrees_with_newcombe_1998_table_1():
+def test_wilson_is_newcombes_1998_table_1_and_a_bootstrap_draws_whole_groups_2000_times():
     table = {(81, 263): (0.2553, 0.3662), (0, 20): (0.0, 0.1611), (20, 20): (0.8389, 1.0)}
     for (right, n), interval in table.items():
         assert wilson(right, n) == pytest.approx(interval, abs=5e-5)
-    assert wilson(0, 0) == (0.0, 1.0)
-
-
-def test_a_bootstrap_draws_whole_groups_2000_times():
     values, groups = np.random.default_rng(1).random(30).tolist(), [*"abcdefghij" * 2, *"ab" * 5]
     of = [[v for v, g in zip(values, groups, strict=True) if g == name] for name in "abcdefghij"]
     rng, means = np.random.default_rng(0), []
@@ -48,7 +41,7 @@ def test_a_bootstrap_draws_whole_groups_2000_times():
         drawn = [v for i in rng.integers(10, size=10) for v in of[i]]
         means.append(sum(drawn) / len(drawn))
     assert bootstrap(values, groups) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=1e-12)
-    assert bootstrap([], []) == (0.0, 1.0)
+    assert wilson(0, 0) == bootstrap([], []) == (0.0, 1.0)
 
 
 def test_a_router_report_has_the_truth_in_rows_and_f1_by_class():
@@ -91,7 +84,7 @@ SAMPLES = [sample("1", "yes", "closed", 1, "a"), sample("2", "no", "closed", 1, 
 ANSWERS = ["yes", "yes", "lung", "left", "left"]
 
 
-def test_a_score_counts_closed_and_open_answers_apart():
+def test_a_score_counts_closed_and_open_answers_apart_and_is_split_by_any_key():
     found = metrics.score(SAMPLES, ANSWERS)
     images = ["1", "1", "1", "2", "2"]  # of the closed ones, then of the others
     wanted = {"closed_accuracy": (1 / 2, wilson(1, 2)),
@@ -105,9 +98,6 @@ def test_a_score_counts_closed_and_open_answers_apart():
     values = {name: pytest.approx(value) for name, (value, _) in wanted.items()}
     assert found == {"n": 5, "n_closed": 2, "n_open": 3} | values
     assert metrics.score([], [])["overall"] == metrics.score([], [])["closed_accuracy"] == 0.0
-
-
-def test_scores_are_split_by_any_key():
     expected = {key: metrics.score([SAMPLES[i] for i in rows], [ANSWERS[i] for i in rows])
                 for key, rows in {"a": (0, 2), "b": (1, 3, 4)}.items()}  # fmt: skip
     assert metrics.split_by(SAMPLES, ANSWERS, lambda s: s.kind) == expected

@@ -7,8 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-import config
-from config import IGNORE, IMAGE_ID, ModelConfig, MoEConfig, UserError
+from config import IGNORE, IMAGE_ID, PRESETS, ModelConfig, MoEConfig, UserError
 from model import MedMoE, choose_device, count_parameters, generate, make_sparse, pick
 from routers import Hints
 from tests import reference
@@ -16,13 +15,11 @@ from tests.conftest import FAMILIES, LEVELS, build, close, collate, prompts, ran
 
 HIDDEN, PATCHES = [IGNORE] * 5, [IMAGE_ID] * 4
 # (ids, labels): an image first, one in the middle, none, one with two answers.
-ROWS = [
-    ([*PATCHES, 9, 11, 12, 2], [*HIDDEN, IGNORE, 12, 2]),
-    ([5, *PATCHES, 21, 2], [*HIDDEN, 21, 2]),
-    ([7, 8, 40, 41, 2], [7, IGNORE, 40, 41, 2]),  # nothing predicts the first
-    ([5, *PATCHES, 9, 30, 2, 6, 31, 2, 7], [*HIDDEN, IGNORE, 30, 2, IGNORE, 31, 2, IGNORE]),
-]
-NO_EOS = -1  # no token is this one
+ROWS = [([*PATCHES, 9, 11, 12, 2], [*HIDDEN, IGNORE, 12, 2]),
+        ([5, *PATCHES, 21, 2], [*HIDDEN, 21, 2]),
+        ([7, 8, 40, 41, 2], [7, IGNORE, 40, 41, 2]),  # nothing predicts the first
+        ([5, *PATCHES, 9, 30, 2, 6, 31, 2, 7],
+         [*HIDDEN, IGNORE, 30, 2, IGNORE, 31, 2, IGNORE])]  # fmt: skip
 
 
 @FAMILIES
@@ -51,7 +48,7 @@ def test_the_loss_of_a_mixed_batch_and_all_gradients_equal_the_equations(family,
             assert (a - b).norm() <= 2e-5 * b.norm(), name
 
 
-def greedy(model, batch, n_new, eos_id=NO_EOS, **how):
+def greedy(model, batch, n_new, eos_id=-1, **how):
     steps = generate(model, batch, eos_id, max_new=n_new, **how)
     return torch.stack([step.tokens for step in steps], dim=1).tolist()
 
@@ -99,7 +96,7 @@ def shares(probs, temperature=1.0, top_p=1.0):
     return torch.bincount(picks, minlength=len(probs)) / 4000
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_it_and_temperature_sharpens_or_flattens():
+def test_top_p_keeps_the_smallest_set_that_reaches_it_and_temperature_0_is_greedy():
     probs = torch.tensor([0.2, 0.3, 0.4, 0.1])
     # 0.4 does not reach 0.41: the next comes along
     for top_p, kept in ((0.39, [0, 0, 1, 0]), (0.41, [0, 1, 1, 0]), (1.0, [1, 1, 1, 1])):
@@ -110,9 +107,6 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it_and_temperature_sharpens_o
     for temperature in (0.5, 2.0):
         expected = probs ** (1 / temperature)
         close(shares(probs, temperature), expected / expected.sum(), 0.03)
-
-
-def test_a_temperature_of_0_is_greedy_and_a_seed_repeats_the_answer():
     assert torch.equal(pick(randn(5, 20), 0, 0.1), randn(5, 20).argmax(dim=-1))
     a, b, c = [greedy(build(), prompts(), 8, temperature=1.0, top_p=0.9,
                       generator=torch.Generator().manual_seed(n)) for n in (1, 1, 2)]  # fmt: skip
@@ -146,12 +140,11 @@ def test_every_second_block_becomes_sparse_or_those_that_are_listed():
     ("stablelm2", 1_644_515_328, 6_295_552, {"top_1": 2.06, "top_2": 2.475, "total": 3.31}),
 ])  # fmt: skip
 def test_models_have_the_published_number_of_parameters(preset, decoder, projector, billions):
-    of = config.PRESETS[preset].model
+    of = PRESETS[preset].model
     # CLIP-L/14-336's vision half has 303 507 456; its last layer and last norm are not built.
     tower = 303_507_456 - (12 * 1024**2 + 13 * 1024) - 2 * 1024
     with torch.device("meta"):  # without their memory
-        model = MedMoE(ModelConfig(of.vision, of.decoder))
-        dense = decoder + projector + tower
+        model, dense = MedMoE(ModelConfig(of.vision, of.decoder)), decoder + projector + tower
         assert set(count_parameters(model).values()) == {dense}
         make_sparse(model, MoEConfig())
     for k in (1, 2):
@@ -165,8 +158,7 @@ def test_models_have_the_published_number_of_parameters(preset, decoder, project
 @pytest.mark.parametrize(("flags", "has_gpu", "cpu", "expected"), [
     (("auto", "auto"), True, {}, ("cuda", torch.bfloat16)),
     (("auto", "auto"), False, {"amx_bf16": True}, ("cpu", torch.bfloat16)),
-    (("cpu", "auto"), True, {}, ("cpu", torch.float32)),
-])  # fmt: skip
+    (("cpu", "auto"), True, {}, ("cpu", torch.float32))])  # fmt: skip
 def test_device_and_precision_are_what_there_is(monkeypatch, flags, has_gpu, cpu, expected):
     monkeypatch.setattr(torch.cuda, "is_available", Mock(return_value=has_gpu))
     monkeypatch.setattr(torch.cpu, "get_capabilities", Mock(return_value=cpu))

@@ -5,17 +5,14 @@ import copy
 import pytest
 import torch
 
-from moe import MLP, Experts, GatedMLP, MoE, upcycle
+from moe import MLP, Experts, MoE, upcycle
 from routers import Hints, ModalityRouter, OracleRouter, TopKRouter
 from tests import reference
-from tests.conftest import LEVELS, close, randn, shake
+from tests.conftest import FFNS, LEVELS, close, randn, shake
+from tests.test_routers import MASK, PROMPT, X
 
-FFNS = pytest.mark.parametrize("ffn", [MLP, GatedMLP])
 META = pytest.mark.parametrize("meta", [True, False])
-MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
-PROMPT = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 0], [1, 0, 0, 0, 0]]).bool()
 HINTS = Hints(prompt=PROMPT, modality=torch.tensor([2, -1, 0]))
-X = randn(3, 5, 16)
 
 
 @FFNS

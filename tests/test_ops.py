@@ -9,26 +9,21 @@ import torch
 
 import ops
 from engine.lora import add_to_ffn
-from moe import MLP, Experts, GatedMLP
+from moe import Experts
 from ops import SortedExperts, dispatch_plan, grouped_linear, permute, unpermute
 from tests import reference
-from tests.conftest import build, close, prompts, randn, shake
+from tests.conftest import FFNS, build, close, prompts, randn, shake
 
-FFNS = pytest.mark.parametrize("ffn", [MLP, GatedMLP])
 HALF, FULL = torch.bfloat16, torch.float32
 # Expert 1 has no token, token 1 no expert.
 GATES = torch.tensor([[0.5, 0.0, -0.5], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.25, 0.0, 0.75]])
 
 
-def test_the_plan_lists_the_gates_that_are_not_zero_by_expert_then_token():
-    plan = dispatch_plan(GATES)
-    assert plan.token.tolist() == [0, 3, 0, 2, 3] and plan.expert.tolist() == [0, 0, 2, 2, 2]
+def test_the_plan_lists_gates_by_expert_then_token_and_rows_are_copied_and_added_up_by_it():
+    plan, token = dispatch_plan(GATES), [0, 3, 0, 2, 3]
+    assert plan.token.tolist() == token and plan.expert.tolist() == [0, 0, 2, 2, 2]
     assert plan.offsets.tolist() == [2, 2, 5] and plan.offsets.dtype == torch.int32
     assert plan.slot is None
-
-
-def test_permute_and_unpermute_copy_and_add_up_rows_and_their_gradients_are_right():
-    plan, token = dispatch_plan(GATES), [0, 3, 0, 2, 3]
     x, y, gates = (t.requires_grad_() for t in (randn(4, 8), randn(5, 8, seed=1), GATES.clone()))
     rows, out = permute(x, plan), unpermute(y, gates, plan)
     assert torch.equal(rows, x[token])

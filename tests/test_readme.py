@@ -1,4 +1,4 @@
-"""The README and the pages it links to: their files, links, commands and code."""
+"""The README, the pages it links to and the course's: their files, links, commands and code."""
 
 import importlib
 import re
@@ -16,7 +16,8 @@ from tests.test_layout import PATH, SCRIPTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", *(f"{folder}/README.md" for folder in
-         ("results", "engine", "sources", "lab", "cuda", "tests")))  # fmt: skip
+         ("results", "engine", "sources", "lab", "cuda", "tests", "course/museum")),
+         *(f"course/{file.name}" for file in sorted((ROOT / "course").glob("*.md"))))  # fmt: skip
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 README = TEXTS["README.md"]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -43,13 +44,6 @@ def test_every_file_of_the_reading_path_is_listed_in_order_and_every_package():
         assert sorted(listed) == sorted(file.name for file in (ROOT / package).glob("*.py"))
 
 
-def flags_of(module: str) -> type:
-    """The dataclass whose fields are the flags of a script or a file of the lab."""
-    found = vars(importlib.import_module(module)).items()
-    own = [x for name, x in found if name.endswith("Config") and x.__module__ == module]
-    return own[0] if own else TrainConfig
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_files_and_flags_that_exist(command):
     words = shlex.split(command, comments=True)
@@ -66,9 +60,11 @@ def test_every_command_has_files_and_flags_that_exist(command):
     if module == "lab.bench" and argv[:1] == ["memory"]:
         module = f"lab.{argv.pop(0)}"
     assert module == "pytest" or (ROOT / f"{module.replace('.', '/')}.py").is_file()
-    if module in SCRIPTS or module.startswith("lab."):
+    if module in SCRIPTS or module.startswith(("lab.", "course.")):
         argv = ["1" if word == "N" else word for word in argv]  # stands for a number
-        for spec in getattr(parse(flags_of(module), argv, module), "data", ()):
+        found = vars(importlib.import_module(module)).items()  # a dataclass has its flags
+        own = [x for name, x in found if name.endswith("Config") and x.__module__ == module]
+        for spec in getattr(parse((own or [TrainConfig])[0], argv, module), "data", ()):
             parse_spec(spec)
 
 

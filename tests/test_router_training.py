@@ -26,7 +26,7 @@ CROWD = [
     for image in range(images) for i in range(n)]  # fmt: skip
 
 
-def test_holding_out_splits_by_image_and_takes_from_each_modality():
+def test_holding_out_splits_by_image_and_one_per_image_alternates_between_modalities():
     train, val = rt.hold_out(CROWD, 0.1, seed=0)
     assert {s.id for s in train} | {s.id for s in val} == {s.id for s in CROWD}
     assert {s.image for s in train}.isdisjoint({s.image for s in val})
@@ -35,9 +35,6 @@ def test_holding_out_splits_by_image_and_takes_from_each_modality():
     for n, share, held in ((1, 0.9, 0), (2, 0.1, 1), (5, 0.4, 2), (3, 1, 2)):  # something is kept
         texts = [Sample(str(i), "test", "train", None, ()) for i in range(n)]
         assert [len(part) for part in rt.hold_out(texts, share, 0)] == [n - held, held]
-
-
-def test_one_per_image_alternates_between_modalities_and_takes_no_image_twice():
     text_only = Sample("t", "test", "train", None, (("Q?", "a"),), "CT")
     chosen = rt.one_per_image([text_only, *CROWD], 30, seed=0)
     assert len({s.image for s in chosen}) == len(chosen) == 30
@@ -92,8 +89,7 @@ def test_it_sees_the_mean_prompt_and_4_positions_from_the_image_on(collate, monk
 
 def features(n, n_layers=2, seed=0):
     """(pooled, single, truth) of n samples, in which the modality is one of the dimensions."""
-    generator = torch.Generator().manual_seed(seed)
-    truth = torch.arange(n) % 4
+    generator, truth = torch.Generator().manual_seed(seed), torch.arange(n) % 4
     x = torch.randn(n, n_layers, 5, 6, generator=generator) + 2 * F.one_hot(truth, 6)[:, None, None]
     return x[:, :, 0], x[:, :, 1:], truth
 

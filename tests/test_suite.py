@@ -82,8 +82,7 @@ def known_names(function):
 def assertions(function):
     """(each assertion, what the loops around it, and its own all(...), loop over)"""
     for node, around in statements(function.body):
-        loops = [loop for loop in around if loop]
-        test = getattr(node, "test", None)
+        loops, test = [loop for loop in around if loop], getattr(node, "test", None)
         if isinstance(test, ast.Call) and ast.unparse(test.func) == "all":
             loops += [each.iter for each in getattr(test.args[0], "generators", [])]
         if re.match(r"assert|[\w.]*assert\w*\(|with .*raises\(", ast.unparse(node)):

@@ -1,7 +1,4 @@
-"""The loop, what each phase trains, and the command.
-
-The golden curve is made by: python -m tests.test_train
-"""
+"""The loop, each phase, the command. python -m tests.test_train makes the golden curve."""
 
 import hashlib
 import json
@@ -22,16 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import config
 import train
 from checkpoint import read_config, read_seen
-from config import (
-    IMAGE_ID,
-    PRESETS,
-    DecoderConfig,
-    ModelConfig,
-    MoEConfig,
-    Recipe,
-    TrainConfig,
-    UserError,
-)
+from config import PRESETS, DecoderConfig, ModelConfig, MoEConfig, Recipe, TrainConfig, UserError
 from data import Batch, Dataset, Text
 from model import MedMoE, freeze_all_but, make_sparse
 from routers import Routing
@@ -70,8 +58,7 @@ def prepared(phase=3, dropout=0.1, **flags):
 
 def trained(number: int, **flags) -> set[str]:
     """The parameters that this phase of the tiny preset trains."""
-    flags = TrainConfig(**flags)
-    model = MedMoE(PRESETS["tiny"].model)
+    flags, model = TrainConfig(**flags), MedMoE(PRESETS["tiny"].model)
     if number == 3 and flags.experts:
         make_sparse(model, train.sparse_config(flags, model.config))
     freeze_all_but(model, train.trained_patterns(flags, number, model.config))
@@ -101,13 +88,14 @@ def test_each_phase_trains_exactly_its_parameters():
     assert trained(3, experts=0, moe_layers="1,2") == ffn((1, 2))
 
 
-# The loop
-
-
-def test_the_learning_rate_warms_up_over_3_percent_and_falls_to_zero_as_a_cosine():
+def test_a_recipe_is_the_presets_but_for_flags_and_its_rate_warms_up_and_falls_as_a_cosine():
     found = [train.lr_scale(step, 103) for step in (0, 1, 2, 3, 28, 53, 103)]
     assert found == pytest.approx([1 / 3, 2 / 3, 1, 1, (1 + math.sqrt(0.5)) / 2, 0.5, 0])
     assert train.lr_scale(0, 50) == 0.5 and train.lr_scale(0, 1) == train.lr_scale(1, 1) == 1.0
+    assert train.choose_recipe(TrainConfig(), 2) == PRESETS["tiny"].recipes[2]
+    assert train.choose_recipe(TrainConfig(tune_vision=True), 2) == PRESETS["tiny"].long[2]
+    assert train.choose_recipe(TrainConfig(lr=0.5, epochs=0.0), 2) == Recipe(0.5, 0.0, 64)
+    assert train.choose_recipe(TrainConfig(batch_size=3), 1).batch_size == 3
 
 
 def test_a_step_is_split_into_micro_batches_and_these_among_processes():
@@ -117,10 +105,8 @@ def test_a_step_is_split_into_micro_batches_and_these_among_processes():
 
     data = SimpleNamespace(batch=batch)
     for rank, world, wanted in (
-        (0, 1, [[0, 1, 2], [3, 4, 5], [6]]),
-        (0, 2, [[0, 2], [3, 5], [6]]),
-        (1, 2, [[1], [4], [6]]),  # another process's sample, without labels
-    ):
+        (0, 1, [[0, 1, 2], [3, 4, 5], [6]]), (0, 2, [[0, 2], [3, 5], [6]]),
+        (1, 2, [[1], [4], [6]])):  # fmt: skip  # another process's sample, without labels
         run = SimpleNamespace(rank=rank, world=world)
         found = train.micro_batches(data, list(range(7)), 3, run)
         assert [b.ids.flatten().tolist() for b in found] == wanted
@@ -156,14 +142,11 @@ def test_accumulation_is_exact_in_the_number_of_supervised_tokens(phase, tmp_pat
 @pytest.mark.parametrize(("flag", "limit"), [(0.3, 0.3), (0.0, math.inf)])
 def test_gradients_are_clipped_to_the_norm_of_the_flag(tmp_path, flag, limit):
     model, data, flags = prepared(steps=2, clip_grad=flag)
-    used = []
-    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: used.append(
-        nn.utils.get_total_norm([p.grad for g in optimizer.param_groups for p in g["params"]])
-    ))  # fmt: skip
-    try:
-        train.train(model, data, flags, Recipe(1e-3, 1, 8), place(tmp_path, flags))
-    finally:
-        hook.remove()
+    params, used = [p for p in model.parameters() if p.requires_grad], []
+    with register_optimizer_step_pre_hook(
+        lambda *_: used.append(nn.utils.get_total_norm([p.grad for p in params]))
+    ):
+        train.train(model, data, flags, RECIPE, place(tmp_path, flags))
     before = [record["grad_norm"] for record in losses(tmp_path)]
     assert len(used) == len(before) == 2 and min(before) > 0.3
     assert [u.item() for u in used] == pytest.approx([min(b, limit) for b in before], rel=1e-4)
@@ -216,10 +199,8 @@ def test_a_routers_penalty_is_in_the_loss_and_its_load_arrives_once_a_step(tmp_p
         train.train(model, data, flags, RECIPE, place(tmp_path / str(price), flags))
         logged = losses(tmp_path / str(price))
         found.append([record["loss"] for record in logged])
-        load = torch.stack([
-            torch.stack([call.args[0] for call in router.update.call_args_list])
-            for router in routers
-        ])  # fmt: skip
+        calls = [[call.args[0] for call in router.update.call_args_list] for router in routers]
+        load = torch.stack([*map(torch.stack, calls)])
         assert load.shape == (2, 2, 4) and not torch.equal(*load)  # layers, steps, experts
         torch.testing.assert_close(load.sum(dim=-1), torch.full((2, 2), 2.0))  # k
         logged_load = torch.tensor([record["load"] for record in logged]).transpose(0, 1)
@@ -231,16 +212,16 @@ def test_the_modality_loss_is_of_prompts_from_the_image_on_and_trains_the_router
     batch = prompts()  # the second of three has no image and no known modality
     logits = randn(3, batch.ids.shape[1], 4)
     places = [(r, t) for r in (0, 2) for t, i in enumerate(batch.ids[r].tolist())
-              if batch.mask[r, t] and IMAGE_ID in batch.ids[r, : t + 1]]  # fmt: skip
+              if batch.mask[r, t] and config.IMAGE_ID in batch.ids[r, : t + 1]]  # fmt: skip
     terms = [-logits[r, t].log_softmax(dim=0)[batch.modality[r]].item() for r, t in places]
     assert len(terms) == 6 + 7
     found = train.modality_loss(Routing(logits, logits), batch).item()
     assert found == pytest.approx(sum(terms) / len(terms), abs=1e-5)
     none = batch._replace(modality=torch.full((3,), -1))
     assert train.modality_loss(Routing(logits, logits), none) == 0.0
-    config = replace(prepared()[0].config, moe=MoEConfig())
+    sparse = replace(prepared()[0].config, moe=MoEConfig())
     for weight, trained in ((0.0, False), (0.1, True)):
-        patterns = train.trained_patterns(TrainConfig(modality_loss=weight), 3, config)
+        patterns = train.trained_patterns(TrainConfig(modality_loss=weight), 3, sparse)
         assert ("decoder.*.mlp.router.*" in patterns) == trained
 
 
@@ -263,8 +244,6 @@ def test_training_follows_the_golden_curve_from_a_loss_of_ln_v_on():
     # 8e-6 apart with AVX2 instead of AVX-512, or from weights that differ by 1e-7.
     assert curve() == pytest.approx(golden["losses"], abs=1e-4 if exact else 1e-3, rel=0)
 
-
-# The command
 
 ARGV = ["--preset", "mini", "--data", "phantoms:12", "--batch-size", "4", "--router-images", "12",
         "--device", "cpu", "--dtype", "float32", "--steps", "2"]  # fmt: skip
@@ -308,26 +287,10 @@ def test_one_command_runs_the_missing_phases_and_each_changes_only_its_own(finis
     assert steps == [(n, i) for n in (1, 2, 3) for i in (0, 1)]
 
 
-def test_lora_is_merged_at_the_end_of_its_phase(finished, tmp_path):
-    before = weights(finished.phases[0])
-    train.main([*ARGV, "--init", str(finished.phases[0]), "--phase", "2", "--lora-rank", "2",
-                "--no-eval", "--out", str(tmp_path)])  # fmt: skip
-    after = weights(tmp_path / "phase2")
-    ffns = {n for n in before if ".mlp." in n and n.endswith("weight")}
-    assert after.keys() == before.keys() and len(ffns) == 6
-    assert not any(torch.equal(before[n], after[n]) for n in ffns)
-
-
 def test_each_phase_reads_its_samples_and_crops_only_the_images_of_captions(finished):
     calls = {name: mock.call_args_list for name, mock in finished.calls.items()}
     tasks = [call.args[1] for call in calls["load_samples"]]
-    assert tasks == [
-        "vqa",
-        "captions",
-        "instructions",
-        "vqa",
-        "tuning",
-    ]  # the first to see modalities
+    assert tasks == ["vqa", "captions", "instructions", "vqa", "tuning"]  # 1st: modalities
     assert [call.kwargs["pad"] for call in calls["Images"]] == [False, True, True]
     assert [call.args[3] for call in calls["Dataset"]] == [True, False, False]  # plain
     assert [call.args[0] for call in calls["seed_all"]] == [1, 2, 3]
@@ -372,8 +335,7 @@ def test_an_own_router_is_named_again_to_all_that_load_it(finished, tmp_path, mo
 
 
 def test_phases_that_are_done_are_kept_and_must_have_been_trained_alike(finished, capsys, tmp_path):
-    before = weights(finished.phases[2])
-    argv = [*ARGV, "--out", str(finished.folder), "--no-eval"]
+    before, argv = weights(finished.phases[2]), [*ARGV, "--out", str(finished.folder), "--no-eval"]
     train.main([*argv, "--resume"])
     assert same(weights(finished.phases[2]), before)
     assert "phase 3: done before" in capsys.readouterr().out
@@ -418,19 +380,10 @@ def test_the_summary_has_a_line_for_each_family_with_its_parameters(build):
     assert n == sum(p.numel() for p in model.parameters())
 
 
-def test_a_recipe_is_the_presets_longer_with_the_tower_and_changed_by_flags():
-    assert train.choose_recipe(TrainConfig(), 2) == PRESETS["tiny"].recipes[2]
-    assert train.choose_recipe(TrainConfig(tune_vision=True), 2) == PRESETS["tiny"].long[2]
-    assert train.choose_recipe(TrainConfig(lr=0.5, epochs=0.0), 2) == Recipe(0.5, 0.0, 64)
-    assert train.choose_recipe(TrainConfig(batch_size=3), 1).batch_size == 3
-
-
-def test_a_tower_is_trained_only_on_what_its_config_says_it_has_not_seen(finished, tmp_path):
+def test_towers_train_on_unseen_data_routers_on_two_modalities(finished, tmp_path, monkeypatch):
     for known, data, tunes in (
-        ({"pretrained_on": ["phantoms:9"]}, "slake:x", True),
-        ({"pretrained_on": ["slake:x"]}, "slake:y", False),
-        ({}, "slake:x", False),
-    ):
+        ({"pretrained_on": ["phantoms:9"]}, "slake:x", True), ({}, "slake:x", False),
+        ({"pretrained_on": ["slake:x"]}, "slake:y", False)):  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps(known))
         flags = train.resolve(TrainConfig(phase=1, data=(data,), clip=str(tmp_path)))
         assert flags.tune_vision is flags.jitter is tunes
@@ -440,9 +393,6 @@ def test_a_tower_is_trained_only_on_what_its_config_says_it_has_not_seen(finishe
     assert train.resolve(init).tune_vision is False  # as where it starts
     with pytest.raises(UserError, match="--cache-features"):
         train.resolve(replace(init, cache_features=True, jitter=True))
-
-
-def test_a_router_of_modalities_needs_two_of_them(monkeypatch):
     samples, flags = load_samples(("phantoms:8",), "vqa", "train"), TrainConfig()
     known = [replace(s, modality="CT" if i % 2 else None) for i, s in enumerate(samples)]
     monkeypatch.setattr(train, "load_samples", Mock(return_value=known))

@@ -48,7 +48,7 @@ def pixels_of(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def test_an_image_is_padded_with_clips_mean_colour_or_its_central_square_cut_out():
+def test_an_image_is_padded_with_clips_mean_colour_or_cut_out_and_normalised_as_published():
     bicubic = Image.Resampling.BICUBIC
     for size, place in (((10, 7), (0, 1)), ((7, 10), (1, 0))):
         padded = Image.new("RGB", (10, 10), (122, 116, 104))
@@ -59,9 +59,6 @@ def test_an_image_is_padded_with_clips_mean_colour_or_its_central_square_cut_out
     for size, resized, box in (((21, 8), (13, 5), (4, 0, 9, 5)), ((8, 21), (5, 13), (0, 4, 5, 9))):
         cut = noise(*size).resize(resized, bicubic).crop(box)  # its shortest edge becomes 5
         assert torch.equal(square(noise(*size), 5, pad=False), pixels_of(cut))
-
-
-def test_pixels_are_normalised_by_clips_published_mean_and_deviation():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(2, 3, 1, 3)
     mean = torch.tensor([[[0.48145466]], [[0.4578275]], [[0.40821073]]])
     deviation = torch.tensor([[[0.26862954]], [[0.26130258]], [[0.27577711]]])

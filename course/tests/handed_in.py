@@ -24,12 +24,8 @@ class Mine(Router):
 '''
 BUDGET = score.Budget(preset="mini", base_images=8, base_steps=2, train_images=8, steps=2, signs=16,
                       batch_size=4, lr=1e-2, eval_images=3)  # fmt: skip
-JOB = asdict(BUDGET) | {
-    "class": "Mine",
-    "seed": 1,
-    "where": "mine.py",
-    "data": "phantoms:8+10000/16",
-}
+JOB = asdict(BUDGET) | {"class": "Mine", "seed": 1, "where": "mine.py",
+                        "data": "phantoms:8+10000/16"}  # fmt: skip
 
 
 @pytest.fixture(name="base", scope="module")

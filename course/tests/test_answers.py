@@ -5,10 +5,9 @@ from unittest.mock import Mock
 
 import pytest
 
+from course.tests import test_router as contract
 from course.tests.judges import CHECKS
 from course.tests.test_assignments import STUBS, run_check, stub
-from course.tests.test_router import CHECKS as CONTRACT
-from course.tests.test_router import Case, failures
 from routers import get_router
 
 SOLUTIONS = Path(__file__).parent / "solutions"
@@ -36,8 +35,8 @@ def outcomes(cls: type, number: int) -> dict[str, str]:
 def test_a_solution_passes_all_checks_and_the_contract(number):
     found = outcomes(get_router(spec_of(number)), number)
     assert set(found.values()) == {"passed"}, found
-    quick = [c for c in CONTRACT if c.__name__ != "a_new_process_gives_the_same_gates"]
-    assert quick and failures(Case(spec_of(number)), quick) == {}
+    quick = [c for c in contract.CHECKS if c.__name__ != "a_new_process_gives_the_same_gates"]
+    assert quick and contract.failures(contract.Case(spec_of(number)), quick) == {}
 
 
 def test_a_method_that_is_missing_skips_its_checks_only(number):

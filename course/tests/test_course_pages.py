@@ -1,59 +1,39 @@
-"""The commands and the code on the pages of the course, and that its solutions train with them."""
+"""The solutions train by the commands on the pages; tests/test_readme.py has the pages' links."""
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
 
-import eval as evaluation
 import train
 from checkpoint import load_model
 from config import UserError
-from course.grade import GradeConfig
-from course.score import ScoreConfig
 from course.tests.handed_in import _base  # noqa: F401
 from course.tests.test_answers import NUMBERS, spec_of, with_solutions
 from course.tests.test_assignments import STUBS
-from engine.cli import parse
 from model import generate
 from tests.conftest import prompts
 from tests.mini import losses, weights
+from tests.test_readme import TEXTS, commands
 
-ROOT = Path(__file__).parents[2]
 WRONG_SIGN = """from course.tests.solutions.a5 import LossFree as Right
 class LossFree(Right):
     update = lambda self, load: Right.update(self, -load)"""
-PAGES = [*sorted((ROOT / "course").glob("*.md")), ROOT / "course" / "museum" / "README.md"]
-PAGE_OF = {int(page.name[1]): page for page in PAGES if page.name[1].isdigit()}
-FLAGS = {"train.py": train.TrainConfig, "eval.py": evaluation.EvalConfig,
-         "course.score": ScoreConfig, "course.grade": GradeConfig}  # fmt: skip
 SMALL = ["--preset", "mini", "--data", "phantoms:16", "--dtype", "float32", "--no-eval",
          "--steps", "2", "--batch-size", "4"]  # fmt: skip
 
 
-def commands(page):
-    """Every line that calls python, in a block or between backquotes, as words."""
-    found = re.findall(r"^python .*|(?<=`)python [^`\n]*", page.read_text(), re.MULTILINE)
-    return [shlex.split(line, comments=True)[1:] for line in found]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_command_has_a_file_and_flags_that_exist(page):
-    assert commands(page)
-    for words in commands(page):
-        name, *argv = words[words[0] == "-m" :]
-        if name in FLAGS:
-            parse(FLAGS[name], argv, name)
-        else:
-            assert name == "pytest" and (ROOT / argv[0]).is_file(), words
+def words_of(number):
+    """The commands on an assignment's page, each as words after `python`."""
+    (text,) = [text for page, text in TEXTS.items() if page.startswith(f"course/a{number}_")]
+    return [shlex.split(line, comments=True)[1:] for line in commands(text)]
 
 
 @with_solutions
 def test_with_a_router_that_one_and_its_assignment_alone_are_checked(capsys, tmp_path):
     (tmp_path / "a.py").write_text(WRONG_SIGN)
-    pytest.main([*commands(PAGE_OF[5])[0][2:], "--router", f"{tmp_path / 'a.py'}:LossFree"])
+    pytest.main([*words_of(5)[0][2:], "--router", f"{tmp_path / 'a.py'}:LossFree"])
     output = capsys.readouterr().out
     assert "The sign is wrong" in output, output
     assert "pytest.fail" not in output and "Traceback" not in output, output  # the sentence alone
@@ -63,7 +43,7 @@ def test_with_a_router_that_one_and_its_assignment_alone_are_checked(capsys, tmp
 @with_solutions
 @NUMBERS
 def test_a_solution_trains_by_its_pages_command_and_generates_or_is_refused(number, base, tmp_path):
-    (argv,) = [words[1:] for words in commands(PAGE_OF[number]) if "--init" in words]
+    (argv,) = [words[1:] for words in words_of(number) if "--init" in words]
     assert argv[argv.index("--router") + 1] == f"course/{STUBS[number]}"
     for flag, value in {"--init": base, "--router": spec_of(number), "--out": tmp_path}.items():
         argv[argv.index(flag) + 1] = str(value)

@@ -1,7 +1,4 @@
-"""A directory is written whole or not at all, at whatever disk operation it is stopped.
-
-tests/slow/test_faults.py has more kinds of faults.
-"""
+"""A directory is written whole or not at all, at whatever disk operation it is stopped."""
 
 import errno
 import os
@@ -135,8 +132,7 @@ def test_the_old_one_goes_only_after_the_new_one_has_been_read_back(tmp_path, mo
 
 
 @pytest.mark.parametrize(("left", "found"), [
-    ({".x.old": "o", ".x.part": "n"}, {"x": "o"}),
-    ({".x.old": "o", "x": "n"}, {"x": "n"}),
+    ({".x.old": "o", ".x.part": "n"}, {"x": "o"}), ({".x.old": "o", "x": "n"}, {"x": "n"}),
     ({".x.old": "o", "x": "damaged", ".x.part": "n"}, {"x": "o"}),
     ({".y.part": "n", ".y.old": "o", "x": "n"}, {".y.part": "n", ".y.old": "o", "x": "n"}),
 ])  # fmt: skip
@@ -229,7 +225,7 @@ def test_a_second_run_is_refused_or_warned_of(tmp_path, monkeypatch, module, nam
     assert getattr(fake, name).called and warned.called == (code > 0 and not message)
 
 
-def test_windows_syncs_no_folder_and_only_files_that_it_may_write(tmp_path, monkeypatch):
+def test_windows_imports_all_and_syncs_no_folder_and_files_it_may_write(tmp_path, monkeypatch):
     def windows_open(path, flags):
         assert path.is_file() and flags & os.O_RDWR
         return posix_open(path, flags)
@@ -239,8 +235,5 @@ def test_windows_syncs_no_folder_and_only_files_that_it_may_write(tmp_path, monk
     monkeypatch.setattr(os, "open", windows_open)
     save(tmp_path, "n")
     assert read(tmp_path / "x") == "n" and os.fsync.call_count == 3
-
-
-def test_windows_imports_every_script():
     lacking = "import signal, sys; sys.modules['fcntl'] = None; del signal.SIGHUP"
     subprocess.run([sys.executable, "-c", f"{lacking}; import train, eval, chat"], check=True)

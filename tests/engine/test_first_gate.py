@@ -53,12 +53,11 @@ ROUTERS = [  # the methods of a router, and the message; "": it is correct
 
 @pytest.fixture(autouse=True)
 def _torch_as_before():
-    states = random.getstate(), torch.get_rng_state()
-    yield
-    random.setstate(states[0])
-    torch.set_rng_state(states[1])
+    state = random.getstate()
+    with torch.random.fork_rng(), torch.enable_grad():
+        yield
+    random.setstate(state)
     torch.set_default_dtype(torch.float32)
-    torch.set_grad_enabled(True)
 
 
 @pytest.mark.parametrize(("body", "words"), ROUTERS)

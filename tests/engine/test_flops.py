@@ -7,16 +7,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ops
-from config import IGNORE, IMAGE_ID, PHASES, RELEASED_EXTRA
+from config import PHASES, RELEASED_EXTRA
 from engine import flops
 from engine.lora import add_lora
 from engine.run import Run
 from model import freeze_all_but
+from tests.conftest import FAMILIES
+from tests.test_model import ROWS
 
-IMAGE = [IMAGE_ID] * 4
-SAMPLES = [([5, *IMAGE, 6, 7, 8, 9, 10], [IGNORE] * 8 + [9, 10]),
-           ([*IMAGE, 11, 12, 13], [IGNORE] * 4 + [11, 12, 13]),
-           ([14, 15, 16, 17, 18], [IGNORE, 15, 16, 17, 18])]  # fmt: skip
 PAPER = {"router": "modality"}
 
 
@@ -62,7 +60,7 @@ def ours(model, batch, out):
     return sum(n * c for n, c in zip(numbers, (*costs, *routed), strict=True))
 
 
-@pytest.mark.parametrize("family", ["phi", "stablelm", "llama"])
+@FAMILIES
 @pytest.mark.parametrize(("moe", "trains"), [
     (None, PHASES[1].trains), (None, (*PHASES[2].trains, "vision.*")),
     (PAPER, PHASES[3].trains), (PAPER, PHASES[3].trains + RELEASED_EXTRA),
@@ -71,7 +69,7 @@ def ours(model, batch, out):
     ({"layers": (0, 1, 2), "top_k": 4, "n_experts": 5}, PHASES[3].trains)])  # fmt: skip
 def test_they_are_what_torch_counts_whatever_is_trained(build, collate, family, moe, trains):
     model = prepared(build, family, moe, trains)
-    batch = collate(SAMPLES[:1] * 2)  # of equal lengths: nothing is padded
+    batch = collate(ROWS[:1] * 2)  # of equal lengths: nothing is padded
     counted, out = torchs(model, batch)
     assert ours(model, batch, out) == counted > 1e6
 
@@ -79,7 +77,7 @@ def test_they_are_what_torch_counts_whatever_is_trained(build, collate, family, 
 @pytest.mark.parametrize("phase", [1, 2, 3])
 def test_padding_is_not_useful_work(build, collate, phase):
     model = prepared(build, "stablelm", PAPER if phase == 3 else None, PHASES[phase].trains)
-    samples = SAMPLES[: 3 if phase > 1 else 2]  # phase 1 has nothing to learn without an image
+    samples = ROWS[: 3 if phase > 1 else 2]  # phase 1 has nothing to learn without an image
     alone = [torchs(model, collate([s]))[0] for s in samples]
     counted, out = torchs(model, collate(samples))
     assert ours(model, collate(samples), out) == sum(alone) < counted

@@ -6,15 +6,14 @@ import itertools
 import pytest
 import torch
 
-from config import IGNORE, IMAGE_ID
+from config import IGNORE
 from decoder import Cache
 from engine import inference
+from tests.conftest import FAMILIES, PROMPTS, prompts
 
-PATCHES = [IMAGE_ID] * 4
-PROMPTS = [[5, *PATCHES, 9, 11], [*PATCHES, 7], [7, 8, 40, 41, 12]]  # an image, one, none
 KEPT = (".ln", "decoder.embed", ".router.", "vision.cls", "vision.positions")  # always in fp32
 OPTIONS = [[12, 2], [30, 31, 33, 2], [2], [30, 2]]
-FAMILIES = pytest.mark.parametrize("family", ["phi", "stablelm", "llama"])
+_batch = pytest.fixture(name="batch")(lambda: prompts())
 
 
 def forward(model, batch, cached=3):
@@ -25,11 +24,6 @@ def forward(model, batch, cached=3):
         hints = inference.Hints(ids=batch.ids[:, part])
         parts.append(model.decoder(x, batch.mask[:, part], hints, cache)[0])
     return torch.cat(parts, dim=1)
-
-
-@pytest.fixture
-def batch(collate):
-    return collate([(ids, [IGNORE] * len(ids)) for ids in PROMPTS], side="left")
 
 
 @FAMILIES
@@ -83,7 +77,7 @@ def test_an_option_is_as_likely_as_its_tokens_in_the_whole_text(build, collate, 
     model = build(family, moe)
     found = inference.option_likelihoods(model, batch, OPTIONS)
     assert found.shape == (3, 4) and not found.requires_grad
-    images = [batch.images[:1], batch.images[1:], batch.images[:0]]
+    images = [batch.images[:1], batch.images[:0], batch.images[1:]]  # of PROMPTS
     for (i, prompt), (j, option) in itertools.product(enumerate(PROMPTS), enumerate(OPTIONS)):
         one = [(prompt + option, [IGNORE] * len(prompt) + option)]
         loss = model.loss(collate(one, images=images[i])).total.item()

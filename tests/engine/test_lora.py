@@ -5,24 +5,20 @@ import torch
 from torch.func import functional_call
 
 import train
-from config import IGNORE, IMAGE_ID, TrainConfig
+from config import TrainConfig
 from engine.lora import add_lora, merge_lora
 from engine.optim import cast_weights
 from model import freeze_all_but
 from routers import Hints
-from tests.conftest import DECODERS
+from tests.conftest import DECODERS, collate
+from tests.test_model import ROWS
 
+_batch = pytest.fixture(name="batch")(lambda: collate([ROWS[0], ROWS[2]]))
 KINDS = pytest.mark.parametrize(("family", "number"), [(f, n) for f in DECODERS for n in (2, 3)])
 
 
 def plain(build, family, number):
     return build(family, None if number == 2 else {"router": "topk", "n_experts": 3})
-
-
-@pytest.fixture
-def batch(collate):
-    image = [IMAGE_ID] * 4
-    return collate([([1, *image, 7, 8, 9, 10], [IGNORE] * 6 + [8, 9, 10]), ([1, 5, 3],) * 2])
 
 
 def hidden(model, batch):
@@ -69,15 +65,13 @@ def test_it_computes_learns_and_merges_as_weights_written_out(build, batch, fami
     before = plain(build, family, number).double()
     model = adapted(plain(build, family, number), number, rank).double()
     params = {n: p.detach().requires_grad_() for n, p in model.named_parameters()}
-    exact = written_out(params, layers(family, number))
-    y = hidden(model, batch)
+    exact, y = written_out(params, layers(family, number)), hidden(model, batch)
     expected = functional_call(before, exact, (batch.ids, batch.mask, batch.images, Hints()))[0]
     expected = expected[batch.mask]
     torch.testing.assert_close(y, expected, atol=1e-10, rtol=0)
     grads = torch.autograd.grad(y.sin().sum(), [*added(model).values()])
     wanted = torch.autograd.grad(expected.sin().sum(), [params[n] for n in added(model)])
     torch.testing.assert_close(grads, wanted, atol=1e-8, rtol=1e-8)
-
     merge_lora(model)
     assert str(model) == str(before)  # plain layers again
     found = dict(model.named_parameters())
@@ -105,7 +99,6 @@ def test_only_lora_and_projector_or_router_learn_beside_bf16_weights(build, batc
     other = "projector." if number == 2 else ".router."
     expected |= {n for n, _ in model.named_parameters() if other in n}
     assert {n for n, p in model.named_parameters() if p.grad is not None} == expected
-
     model = adapted(model, number)
     params = {n: p.detach().float() for n, p in model.named_parameters()}
     merge_lora(model)

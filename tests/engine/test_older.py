@@ -8,7 +8,7 @@ from routers import Hints
 from tests.conftest import shake
 
 
-def test_the_layer_of_early_tinymed_mixes_experts_with_a_dense_ffn(build):
+def test_early_tinymeds_layer_has_a_dense_ffn_beside_and_fields_that_are_no_more_are_dropped(build):
     model = build("stablelm", {"meta": False, "layers": (1,), "router": "topk"})
     assert not older.has_residual(n for n, _ in model.named_parameters())
     older.add_residual(model)
@@ -21,9 +21,6 @@ def test_the_layer_of_early_tinymed_mixes_experts_with_a_dense_ffn(build):
     c = (x @ moe.coefficient.weight.T + moe.coefficient.bias).exp()
     expected = (c[..., :1] * experts + c[..., 1:] * moe.dense(x)) / c.sum(dim=-1, keepdim=True)
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
-
-
-def test_fields_that_are_no_more_are_dropped_from_config_json():
     info = {"model": {"moe": {"top_k": 1, "every": 2, "residual": False}}}
     older.upgrade(info)
     assert info == {"model": {"moe": {"top_k": 1}}}

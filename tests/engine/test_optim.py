@@ -77,10 +77,12 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch, flags):
     one, two, three = (weights(tmp_path / "whole" / f"phase{n}") for n in (1, 2, 3))
     for number, whole in ((1, one), (2, two), (3, three)):
         assert same(whole, weights(tmp_path / "halves" / f"phase{number}"))
+    assert one.keys() == two.keys()  # LoRA is merged at the end of its phase
     changed = {n: two[n].double() - one[n] for n in one if not torch.equal(one[n], two[n])}
     if "--lora-rank" in flags:
         ffns = {n for n in one if ".mlp." in n and n.endswith("weight")}
         assert {*changed} == ffns | {n for n in one if n.startswith("projector.")}
+        assert len(ffns) == 6
         assert all(1 <= torch.linalg.matrix_rank(changed[n], rtol=1e-3) <= 4 for n in ffns)
     else:
         dtypes = {(".router." in n, tensor.dtype) for n, tensor in three.items()}

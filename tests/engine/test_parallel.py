@@ -7,16 +7,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from config import IGNORE, IMAGE_ID, UserError
+from config import UserError
 from engine.parallel import shard
 from engine.processes import Processes, like, put, write_tensors
 from engine.run import Run
 from ops import local
+from tests.test_model import ROWS
 
 CPU = torch.device("cpu")
-PATCHES, HIDDEN = [IMAGE_ID] * 4, [IGNORE] * 5
-ROWS = [([5, *PATCHES, 7, 9], [*HIDDEN, 7, 9]), ([8, 9, 3], [IGNORE, 9, 3]),
-        ([5, *PATCHES, 11], [*HIDDEN, 11]), ([4, 9, 4, 2], [IGNORE, 9, 4, 2])]  # fmt: skip
 
 
 def in_two(folder, work):
@@ -56,7 +54,7 @@ def test_two_processes_have_loss_and_gradients_of_one(tmp_path, build, collate, 
     model = build("stablelm", {"router": "topk", "top_k": 2})
     model.vision.requires_grad_(trains_tower)
     images = torch.randn(4, 3, 32, 32)
-    mine = [[ROWS[:1], ROWS[2:3]], [ROWS[2:3], ROWS[3:]]]  # of each process
+    mine = [[ROWS[:1], ROWS[1:2]], [ROWS[1:2], ROWS[2:3]]]  # of each process
     pixels = [[images[:1], images[1:2]], [images[2:3], images[:0]]]
     batches = [list(map(collate, *both)) for both in zip(mine, pixels, strict=True)]
     expected = [gradients(model, batches[rank])[0] for rank in (0, 1)]
@@ -67,8 +65,7 @@ def test_two_processes_have_loss_and_gradients_of_one(tmp_path, build, collate, 
 
     def work(processes):
         shard(model, processes, CPU, n)
-        params = dict(model.named_parameters())
-        run = object.__new__(Run)
+        params, run = dict(model.named_parameters()), object.__new__(Run)
         run.world, run.processes = 2, processes
         run.params = {n: p for n, p in params.items() if p.requires_grad}
         loss, grads = gradients(model, batches[processes.rank])

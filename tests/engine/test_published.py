@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from config import CLIP_TINY, PRESETS, DecoderConfig, UserError, preset
+from engine import published as parts
 from engine.published import DECODERS, clip_table, load_published, rename
-from engine.published import published_decoder as read_decoder
-from engine.published import published_vision as read_vision
 from lab.convert import publish
 from model import MedMoE
 from tests.conftest import DECODERS as CONFIGS
@@ -106,15 +105,16 @@ def test_publishing_and_loading_again_is_bitwise_in_every_form(build, tmp_path, 
     ("phi", {"lm_head.bias": torch.full((64,), -torch.inf)}, "lm_head.bias.*NaN or infinite"),
     ("phi", {"model.layers.3.input_layernorm.bias": torch.zeros(32)}, "3.*not a parameter"),
 ])  # fmt: skip
-def test_a_published_file_that_does_not_fit_is_named(build, tmp_path, family, change, message):
+def test_a_file_or_size_that_does_not_fit_is_named(build, tmp_path, family, change, message):
     clip, llm = write_published(model := build(family), tmp_path)
     tensors = load_file(llm / "model.safetensors") | change
     save_file({n: t for n, t in tensors.items() if t is not None}, llm / "model.safetensors")
     with pytest.raises(UserError, match=message):
         load_published(model, model.config, clip, llm)
+    config_of(llm, decoder_fields(model.config.decoder), num_hidden_layers=4)
+    with pytest.raises(UserError, match=f"^--llm {llm}: .* is not the preset's"):
+        load_published(model, model.config, clip, llm)
 
-
-# config.json
 
 PHI = DecoderConfig("phi", 64, 32, 3, 4, 48, rotary_dim=4)
 FIELDS = decoder_fields(PHI)
@@ -124,22 +124,21 @@ LLAMA = {"model_type": "llama", "hidden_act": "silu"}
 
 @pytest.mark.parametrize(("change", "ours"), [
     ({"num_key_value_heads": 4, "head_dim": 8, "hidden_act": "gelu_new"}, {}),
-    (dict.fromkeys(("max_position_embeddings", "num_key_value_heads", "tie_word_embeddings"),
-                   ...), {}),  # the defaults
+    ({"max_position_embeddings": ..., "num_key_value_heads": ..., "tie_word_embeddings": ...}, {}),
     ({"rope_theta": 0.5, "resid_pdrop": 0.25, "layer_norm_eps": 0.125},
      {"rope_theta": 0.5, "dropout": 0.25, "norm_eps": 0.125}),
     ({"max_position_embeddings": 1, "num_key_value_heads": 2, "tie_word_embeddings": True},
-     {"max_len": 1, "n_kv_heads": 2, "tied": True}),
-    ({"partial_rotary_factor": 0.3}, {"rotary_dim": 2}),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, {"rope_theta": 5.0}),
+     {"max_len": 1, "n_kv_heads": 2, "tied": True}), ({"partial_rotary_factor": 0.3},
+     {"rotary_dim": 2}), ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+     {"rope_theta": 5.0}),
     (LLAMA | {"partial_rotary_factor": ..., "rms_norm_eps": 1e-6, "layer_norm_eps": 1.0},
      {"family": "llama", "rotary_dim": 8, "norm_eps": 1e-6}),
     ({"model_type": "stablelm_epoch", "partial_rotary_factor": ..., "rope_pct": 0.25,
       "norm_eps": 1e-6}, {"family": "stablelm", "rotary_dim": 2, "norm_eps": 1e-6})])  # fmt: skip
 def test_a_decoders_config_is_read(tmp_path, change, ours):
-    assert read_decoder(config_of(tmp_path, FIELDS, **change)) == replace(PHI, **ours)
+    assert parts.published_decoder(config_of(tmp_path, FIELDS, **change)) == replace(PHI, **ours)
     other = config_of(tmp_path, FIELDS, model_type="llava")
-    assert read_decoder(other, "stablelm") == replace(PHI, family="stablelm")
+    assert parts.published_decoder(other, "stablelm") == replace(PHI, family="stablelm")
 
 
 @pytest.mark.parametrize(("base", "name", "value"), [
@@ -154,7 +153,7 @@ def test_a_decoders_config_is_read(tmp_path, change, ours):
     (TOWER, "hidden_act", "gelu"), (TOWER, "patch_size", 0), (TOWER, "image_size", ...),
 ])  # fmt: skip
 def test_what_the_code_does_not_compute_is_refused_by_name(tmp_path, base, name, value):
-    read = read_vision if base is TOWER else read_decoder
+    read = parts.published_vision if base is TOWER else parts.published_decoder
     read(config_of(tmp_path, FIELDS, **base))
     named = {"rope_parameters": "rope_", "num_attention_heads": "5 heads", "head_dim": "heads of 7"}
     with pytest.raises(UserError, match=f"^{tmp_path}: .*{named.get(name, name)}"):
@@ -182,22 +181,15 @@ def test_other_preprocessing_than_ours_is_refused_by_name(tmp_path, change, name
         (file := tmp_path / f"{name}.json").write_text(json.dumps(values))
         if named:
             with pytest.raises(UserError, match=re.escape(f"{file}: {named}")):
-                read_vision(tmp_path)
+                parts.published_vision(tmp_path)
             file.unlink()
         else:
-            assert read_vision(tmp_path) == CLIP_TINY
-
-
-def test_another_size_than_the_presets_is_refused_with_the_flag(build, tmp_path):
-    clip, llm = write_published(model := build(), tmp_path)
-    config_of(llm, decoder_fields(model.config.decoder), num_hidden_layers=4)
-    with pytest.raises(UserError, match=f"^--llm {llm}: .* is not the preset's"):
-        load_published(model, model.config, clip, llm)
+            assert parts.published_vision(tmp_path) == CLIP_TINY
 
 
 @pytest.mark.skipif(not PHI2.is_dir(), reason=f"{PHI2} is not there")
 def test_phi_2s_config_is_the_preset_and_its_453_tensors_are_ours_one_to_one():
-    assert read_decoder(PHI2) == PRESETS["phi2"].model.decoder
+    assert parts.published_decoder(PHI2) == PRESETS["phi2"].model.decoder
     index = json.loads((PHI2 / "model.safetensors.index.json").read_text())
     with torch.device("meta"):
         ours = part(MedMoE(preset("phi2").model), "decoder.")

@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 from config import UserError
 from engine import routes
-from engine.routes import Route
 from routers import Routing
 from tests.mini import same
 
@@ -19,7 +18,7 @@ def test_recorded_are_a_samples_own_positions_and_they_are_replayed_to_its_end()
     steps = [[Routing(*torch.rand(2, 2, t, 3)) for _ in range(2)] for t in (4, 1, 1)]
     first, second = routes.record(steps, MASK)
     assert first.values.shape == (2, 4, 2, 3) and second.values.shape == (2, 6, 2, 3)
-    shorter = Route(first.values[:, :3], 2)  # the first sample ended a step earlier
+    shorter = routes.Route(first.values[:, :3], 2)  # the first sample ended a step earlier
     replayed = routes.replay([shorter, second], MASK)
     found = [next(replayed) for _ in range(4)]
     for layer, kind in ((0, 0), (0, 1), (1, 0), (1, 1)):  # gates, logits
@@ -50,7 +49,7 @@ def test_eval_records_and_then_replays_what_the_file_says(phase3, tmp_path):
 
 def test_an_answer_longer_than_its_route_is_refused(build):
     recorder = routes.RouteRecorder(build(moe={}), ["p", "q"], None, None)
-    recorder.routes = [Route(torch.zeros(2, n, 2, 4), 5) for n in (9, 7)]
+    recorder.routes = [routes.Route(torch.zeros(2, n, 2, 4), 5) for n in (9, 7)]
     steps = [routes.Generated(torch.tensor([4, token]), []) for token in (4, 5, 6, 0)]
     for fits in (steps[:3], [*steps[:2], steps[3], steps[3]]):  # the last token needs no route
         recorder.record(fits, [0, 1], None, eos_id=0)
@@ -60,7 +59,7 @@ def test_an_answer_longer_than_its_route_is_refused(build):
 
 def test_a_file_keeps_routes_and_what_is_damaged_or_does_not_fit_is_refused(tmp_path):
     path, values = tmp_path / "r.safetensors", torch.rand(2, 5, 3, 4)
-    routes.save_routes(path, {"q": Route(values.flip(0), 5), "r": Route(values, 3)})
+    routes.save_routes(path, {"q": routes.Route(values.flip(0), 5), "r": routes.Route(values, 3)})
     r, q = routes.load_routes(path, ["r", "q"], (3, 4))
     assert (q.n_prompt, r.n_prompt) == (5, 3)
     assert torch.equal(q.values, values.flip(0)) and torch.equal(r.values, values)
@@ -72,6 +71,6 @@ def test_a_file_keeps_routes_and_what_is_damaged_or_does_not_fit_is_refused(tmp_
         with pytest.raises(UserError, match=f"--replay-routes {file}"):
             routes.load_routes(file, ids, shape)
     with pytest.raises(UserError, match=f"--record-routes {path / 'r'}"):
-        routes.save_routes(path / "r", {"q": Route(values, 5)})
+        routes.save_routes(path / "r", {"q": routes.Route(values, 5)})
     with pytest.raises(UserError, match="1 of 2 questions are not in it: s"):
         routes.load_routes(path, ["q", "s"], (3, 4))

@@ -130,14 +130,12 @@ def test_the_log_is_on_the_disk_before_a_checkpoint_of_its_steps(phase, monkeypa
     assert named == [*steps, ("phase1", 6)]
 
 
-# Checkpoints of a run without a loop: its projector holds the number of the last step.
-
 SAMPLE = Sample("1", "x", "train", None, (("a", "b"),))
 
 
 @pytest.fixture
 def begin(base, tmp_path):
-    """begin(...) -> a run that resumes where it can; begin.first is its first step."""
+    """begin(...) -> a run without a loop, whose projector holds the number of the last step."""
 
     def begin(samples=(SAMPLE,), n_steps=9, lr=0.1, tokenizer=None, system="", **flags):
         preset = PRESETS["mini"]
@@ -198,15 +196,12 @@ def test_a_run_is_not_resumed_as_another_with_the_same_flags(begin, tmp_path, mo
     reach(begin(), 2)
     (tmp_path / "tokenizer.json").write_text("{}")
     for change, message in [
-        ({"lr": 0.5}, "with --lr 0.1, now --lr 0.5"),
-        ({"n_steps": 7}, "with --steps 9, now --steps 7"),
+        ({"lr": 0.5}, "with --lr 0.1, now --lr 0.5"), ({"n_steps": 7}, "with --steps 9, now --s"),
         ({"samples": [SAMPLE, SAMPLE]}, "with --data of samples"),
         *(({"samples": [replace(SAMPLE, **other)]}, "with --data of samples") for other in (
-            {"id": "2"}, {"turns": (("a", "c"),)}, {"weight": 2.0}, {"modality": "CT"},
-            {"source": "y"})),
+            {"id": ""}, {"turns": (("a", "c"),)}, {"weight": 2}, {"modality": ""}, {"source": ""})),
         ({"system": "Be brief."}, "began with another model or tokenizer"),
-        ({"tokenizer": tmp_path / "tokenizer.json"}, "began with another model or tokenizer"),
-    ]:  # fmt: skip
+        ({"tokenizer": tmp_path / "tokenizer.json"}, "began with another model")]:  # fmt: skip
         with pytest.raises(Changed, match=f"phase1-step0000002: .*{message}"):
             begin(**change)
     monkeypatch.setattr(torch, "__version__", "2.99.0")  # this is only warned of

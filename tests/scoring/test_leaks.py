@@ -10,7 +10,6 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from data import Packed, Sample
-from scoring import leaks
 from scoring.leaks import MAX_DISTANCE, alike, check, fingerprint, merge, seen_by, show
 from tests.sources.written import npz
 
@@ -103,7 +102,7 @@ def test_the_fingerprint_tells_versions_of_a_split_apart(tmp_path, files):
 
 
 def test_the_search_equals_counting_bits_across_chunks(monkeypatch):
-    monkeypatch.setattr(leaks, "CHUNK", 8)
+    monkeypatch.setattr("scoring.leaks.CHUNK", 8)
     rng = np.random.default_rng(0)
     trained = rng.integers(-(2**63), 2**63 - 1, (30, 4))
     others = trained[rng.permutation(30)[:20]].copy()

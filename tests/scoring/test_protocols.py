@@ -51,6 +51,5 @@ def test_open_answers(answer, truth, recall, precision, exact_match, bleu1):
     expected = {"recall": recall, "precision": precision, "exact_match": exact_match}
     expected["f1"] = 2 * recall * precision / (recall + precision) if recall else 0.0
     for paper, bleu in zip((MED_MOE, LLAVA_MED), bleu1, strict=True):
-        found = paper.opened(answer, truth)
-        wanted = expected | {"bleu1": bleu}
+        found, wanted = paper.opened(answer, truth), expected | {"bleu1": bleu}
         assert {name: found[name] for name in wanted} == pytest.approx(wanted, abs=1e-12)

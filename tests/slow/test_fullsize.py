@@ -1,8 +1,4 @@
-"""Phi-2 at full size, with random weights: 15 GB of memory, 7 GB of disk.
-
-python -m pytest -m slow tests/slow/test_fullsize.py
-Each step is a process of its own, whose peak memory is measured; it prints one line of JSON.
-"""
+"""Phi-2 at full size, random weights: 15 GB of memory, 7 GB of disk; each step is a process."""
 
 import json
 import shutil

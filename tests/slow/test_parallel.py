@@ -1,7 +1,4 @@
-"""Training with two and four processes, by the launcher and the command that users have.
-
-torchrun starts this file as a script: train.py that gets SIGTERM in its n-th step.
-"""
+"""Training with two and four processes, by the launcher and the command that users have."""
 
 import json
 import os
@@ -106,7 +103,7 @@ def test_two_processes_share_an_evaluation_and_keep_the_questions_order(one, tmp
     assert len(found[0]["answers"]) == 100 and json.dumps(found[0]) == json.dumps(found[1])
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # as torchrun starts it: train.py that gets SIGTERM in its n-th step
     reduce, calls = Run.sum_loss_and_load, []
 
     def stop_at_the_nth(run, loss):

@@ -9,9 +9,8 @@ from PIL import Image
 
 from config import UserError
 from data import Packed, Sample
-from sources import images as module
 from sources import phantoms
-from sources.images import Images, jitter, open_image
+from sources.images import Images, jitter, open_image, square
 from tests.sources.written import npz
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -97,7 +96,7 @@ def test_images_of_every_kind_are_read_ahead_and_kept(tmp_path, workers):
         assert len(images.coming) == (4 if workers else 0)
     packed, file, drawn = (images.get(sample(image)) for image in kinds[:3])
     assert packed.shape == (3, 16, 16) and not packed.any()
-    assert torch.equal(file, module.square(Image.fromarray(PATTERN), 16, pad=True))
+    assert torch.equal(file, square(Image.fromarray(PATTERN), 16, pad=True))
     assert np.array_equal(drawn.permute(1, 2, 0), phantoms.draw(5, 16).image)
     assert images.get(sample(5)) is drawn
     other = sample(save(tmp_path / "y.png", PATTERN))

@@ -15,7 +15,7 @@ KINDS = ("captions", "instructions", "vqa")
 HUMAN, GPT = {"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}
 
 
-def test_items_become_captions_dialogues_and_questions(tmp_path):
+def test_items_become_captions_dialogues_and_questions_and_the_image_stays_with_its_own(tmp_path):
     long = llava_item("long", question="What is it?\n<image>")
     long["conversations"] += [HUMAN | {"value": "Is it large?"}, GPT | {"value": "Yes."}]
     misspelt = llava_item(2, answer="left", answer_type="CLOSE", modality="x-ray")
@@ -30,6 +30,12 @@ def test_items_become_captions_dialogues_and_questions(tmp_path):
         for name, turn, modality, answer_type in (
             ("long", first, None, "open"), ("long-1", second, None, "closed"),
             ("2", ("What is it?", "left"), "X-ray", "closed"))]  # fmt: skip
+    later = HUMAN | {"value": "What is\n<image>"}, GPT | {"value": "A lung."}
+    spec = llava(tmp_path, llava_item(conversations=[HUMAN, GPT, *later]))
+    (caption,), (dialogue,), questions = (load_samples([spec], kind, "test") for kind in KINDS)
+    assert dialogue.image_turn == 1 and dialogue.turns == (("Q?", "A."), ("What is", "A lung."))
+    assert caption.turns == (("", "A lung."),) and caption.image_turn == 0
+    assert [(s.image is None, s.image_turn) for s in questions] == [(True, 0), (False, 0)]
 
 
 def test_a_folder_has_splits_and_images_may_lie_beside_the_file_or_elsewhere(tmp_path):
@@ -76,15 +82,6 @@ def test_what_is_null_counts_as_missing_and_a_system_turn_is_left_out(tmp_path, 
         found = s.id, s.turns[0][0], s.modality, s.image is not None, s.answer_type
         assert found == ("0", "Q?", None, has_image, kind)
     assert "1 records begin with a system turn" in capsys.readouterr().err
-
-
-def test_the_image_stays_with_its_question(tmp_path):
-    later = HUMAN | {"value": "What is\n<image>"}, GPT | {"value": "A lung."}
-    spec = llava(tmp_path, llava_item(conversations=[HUMAN, GPT, *later]))
-    (caption,), (dialogue,), questions = (load_samples([spec], kind, "test") for kind in KINDS)
-    assert dialogue.image_turn == 1 and dialogue.turns == (("Q?", "A."), ("What is", "A lung."))
-    assert caption.turns == (("", "A lung."),) and caption.image_turn == 0
-    assert [(s.image is None, s.image_turn) for s in questions] == [(True, 0), (False, 0)]
 
 
 def test_files_of_one_name_are_sources_of_their_own_and_each_is_read_once(tmp_path, monkeypatch):

@@ -8,26 +8,18 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image
 
-from sources import phantoms
-from sources.phantoms import caption, draw, plan
+from sources.phantoms import ORGAN_CLASSES, Phantom, caption, draw, plan
 
 # golden/phantoms.png: these seeds at 48 pixels, side by side, each with findings and normal spots.
 GOLDEN = Path(__file__).parents[1] / "golden" / "phantoms.png"
 SEEDS = (27, 48, 98, 24, 16, 28, 22, 7)
-TRUTHS = [phantoms.Phantom(None, seed, **plan(seed)[1]) for seed in range(2000)]
+TRUTHS = [Phantom(None, seed, **plan(seed)[1]) for seed in range(2000)]
 ABNORMAL = [p for p in TRUTHS[:110] if p.count]  # about 80
-
-
-def test_a_seed_always_gives_this_image_and_this_caption():
-    assert draw(1).image.tobytes() == draw(1).image.tobytes() != draw(2).image.tobytes()
-    assert caption(TRUTHS[1]) == "an MRI of the knee with two large bone bruises in the lower right"
-    every = str([caption(p) for p in TRUTHS])
-    assert zlib.crc32(every.encode()) == 3711417749  # as in every version so far
 
 
 def drawn(seed, findings, normal):
     rng, truth, _, _ = plan(seed)
-    with patch.object(phantoms, "plan", return_value=(rng, truth, findings, normal)):
+    with patch("sources.phantoms.plan", return_value=(rng, truth, findings, normal)):
         return draw(seed).image.astype(int).mean(2)
 
 
@@ -54,9 +46,13 @@ def test_as_many_findings_as_are_counted_stand_out_in_the_quadrant_that_is_named
     assert len(seen) == 8 and len(normal) == 4 and min(normal.values()) > 5000
 
 
-def test_every_organ_is_painted_as_before_but_for_rounding():
+def test_a_seed_gives_this_caption_and_every_organ_is_painted_as_before_but_for_rounding():
+    assert draw(1).image.tobytes() == draw(1).image.tobytes() != draw(2).image.tobytes()
+    assert caption(TRUTHS[1]) == "an MRI of the knee with two large bone bruises in the lower right"
+    every = str([caption(p) for p in TRUTHS])
+    assert zlib.crc32(every.encode()) == 3711417749  # as in every version so far
     painted = [draw(seed, 48) for seed in SEEDS]
-    assert tuple(p.organ for p in painted) == phantoms.ORGAN_CLASSES
+    assert tuple(p.organ for p in painted) == ORGAN_CLASSES
     found = np.concatenate([p.image for p in painted], axis=1)
     differs = np.abs(found - np.asarray(Image.open(GOLDEN)).astype(int)) > 1
     assert found.dtype == np.uint8  # of an organ's 6 912 values few differ: float32 sums may

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from config import UserError
-from sources import tensorfiles
 from sources.tensorfiles import header, open_tensors, read_tensors, weight_files
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4).bfloat16(), "c": torch.tensor(7)}
@@ -65,8 +64,8 @@ def test_missing_files_and_bad_indices_are_named_and_safetensors_come_before_bin
 
 def test_a_file_is_opened_once_and_again_only_when_much_of_it_is_mapped(tmp_path, monkeypatch):
     write(file := tmp_path / "x.safetensors", {str(i): torch.full((2,), i) for i in range(9)})
-    monkeypatch.setattr(tensorfiles, "safe_open", spy := Mock(side_effect=safe_open))
-    monkeypatch.setattr(tensorfiles, "MAX_MAPPED", 40)  # of 9 * 16 bytes: three times 48
+    monkeypatch.setattr("sources.tensorfiles.safe_open", spy := Mock(side_effect=safe_open))
+    monkeypatch.setattr("sources.tensorfiles.MAX_MAPPED", 40)  # of 9 * 16 bytes: three times 48
     assert sum(t[1] for _, t in open_tensors(file)) == 36 and spy.call_count == 1 + 3  # the header
 
 

@@ -24,10 +24,6 @@ def not_rescaled(self, z, *more):
     return z.softmax(dim=-1) * (right(self).gate(z, *more) != 0)
 
 
-def of_one(self, *args):
-    return (right(self).gate(*args) != 0).float()
-
-
 def padded(name):
     """With a mask that is true everywhere."""
     return lambda self, *args: getattr(right(self), name)(*args[:-2], args[-2] | True, args[-1])
@@ -49,53 +45,42 @@ def softmax_first(self, z, mask, x, prompt, previous):
     return (top_k_gates(pooled, self.top_k) if previous is None else previous.gates).expand_as(z)
 
 
-WRONG = {  # assignment -> its wrong answers; z are logits, g gates
-    1: [("is softplus(x W_noise)", "gate", lambda self, z, mask, x:
-         top_k(self, z + torch.randn_like(z) * self.noise(x) * self.training)),
+WRONG = {  # assignment -> its wrong answers; r is the router, z are logits, g gates
+    1: [("is softplus(x W_noise)", "gate", lambda r, z, mask, x:
+         top_k(r, z + torch.randn_like(z) * r.noise(x) * r.training)),
         ("Softmax over the k kept logits", "gate", not_rescaled),
-        ("not of token counts", "penalty", lambda self, g, *a:
-         right(self).penalty((g != 0).float(), *a))],
-    2: [("the gate is the raw probability, not 1", "gate", of_one),
-        ("8 tokens, factor 1.0", "gate", lambda self, z, *a: top_k_gates(z.softmax(dim=-1), 1)),
+        ("not of token counts", "penalty", lambda r, g, *a: right(r).penalty(1.0 * (g != 0), *a))],
+    2: [("raw probability, not 1", "gate", lambda r, *a: (right(r).gate(*a) != 0).float()),
+        ("8 tokens, factor 1.0", "gate", lambda r, z, *a: top_k_gates(z.softmax(dim=-1), 1)),
         ("The capacity counts real tokens only", "gate", padded("gate")),
-        ("The capacity is per sample", "gate", lambda self, *args:
-         right(self).gate(*(t.flatten(0, 1)[None] for t in args)).view_as(args[0])),
+        ("The capacity is per sample", "gate", lambda r, *args:
+         right(r).gate(*(t.flatten(0, 1)[None] for t in args)).view_as(args[0])),
         ("The least probable tokens are dropped first", "gate", drop_late),
         ("before any is dropped", "penalty", share_after_the_drop)],
     3: [("rescaled to sum to 1 if k > 1", "gate", not_rescaled),
-        ("of the logits themselves", "penalty", lambda self, g, z, *a:
-         right(self).penalty(g, z.softmax(dim=-1), *a)),
+        ("logits them", "penalty", lambda r, g, z, *a: right(r).penalty(g, z.softmax(-1), *a)),
         ("The penalty counts padding", "penalty", padded("penalty")),
-        ("The penalty overflows", "penalty", lambda self, g, z, mask, x:
-         self.weight * z[mask].exp().sum(dim=-1).log().square().mean())],
+        ("The penalty overflows", "penalty", lambda r, g, z, mask, x:
+         r.weight * z[mask].exp().sum(dim=-1).log().square().mean())],
     4: [("padding is selected", "gate", padded("gate")),
-        ("not over the tokens", "gate", lambda self, z, *a:
-         z.softmax(dim=1) * (right(self).gate(z, *a) != 0))],
-    5: [("neither a softmax nor rescaled", "gate", lambda self, z, *a:
-         right(self).gate(z.softmax(dim=-1).logit(), *a)),
-        ("added to the scores, not to the logits", "gate", lambda self, z, *a:
-         z.sigmoid() * (top_k(self, z + self.bias) != 0)),
-        ("The bias is in the gates", "gate", lambda self, *a:
-         (g := right(self).gate(*a)) + self.bias * (g != 0)),
-        ("The sign is wrong", "update", lambda self, load: right(self).update(-load)),
-        ("After 1 updates", "update", lambda self, load:
-         self.bias.add_(self.rate * (load.mean() - load)))],
+        ("over the tokens", "gate", lambda r, z, *a: z.softmax(1) * (right(r).gate(z, *a) != 0))],
+    5: [("neither a softmax", "gate", lambda r, z, *a: right(r).gate(z.softmax(-1).logit(), *a)),
+        ("to the scores, ", "gate", lambda r, z, *a: z.sigmoid() * (top_k(r, z + r.bias) != 0)),
+        ("is in the gates", "gate", lambda r, *a: (g := right(r).gate(*a)) + r.bias * (g != 0)),
+        ("The sign is wrong", "update", lambda r, load: right(r).update(-load)),
+        ("After 1 updates", "update", lambda r, load: r.bias.add_(r.rate * (load.mean() - load)))],
     6: [("At k = 1 every gate is 1", "gate", rescaled),
-        ("a softmax gives other values", "gate", lambda self, z, *a: top_k(self, z)),
+        ("a softmax gives other values", "gate", lambda r, z, *a: top_k(r, z)),
         ("sums_to_one does not match the gates", "sums_to_one", False)],
-    7: [("A generated token gets gates of its own", "gate", lambda self, *a, prompt, previous:
-         right(self).gate(*a, prompt, None)),
-        ("Answer tokens change the route", "gate", lambda self, *a, prompt, previous:
-         right(self).gate(*a, None, previous)),
-        ("Padding changes the route", "gate", lambda self, z, mask, x, prompt, previous:
-         right(self).gate(z, mask if prompt is None else prompt, x, prompt, previous)),
-        ("All positions are routed alike", "gate",
-         lambda self, z, mask, x, prompt, previous: top_k(self, z)),
+    7: [("A generated", "gate", lambda r, *a, prompt, previous: right(r).gate(*a, prompt, None)),
+        ("Answer token", "gate", lambda r, *a, prompt, previous: right(r).gate(*a, None, previous)),
+        ("Padding changes the route", "gate", lambda r, z, mask, x, prompt, previous:
+         right(r).gate(z, mask if prompt is None else prompt, x, prompt, previous)),
+        ("All positions are", "gate", lambda r, z, mask, x, prompt, previous: top_k(r, z)),
         ("the softmax after the mean", "gate", softmax_first),
-        ("+ log E - entropy of the mean", "penalty", lambda self, g, z, mask, x: self.weight
+        ("+ log E - entropy of the mean", "penalty", lambda r, g, z, mask, x: r.weight
          * (entropy(p := z[mask].softmax(dim=-1)).mean() + entropy(p.mean(dim=0))))],
-    8: [("there is no top-k and no rescaling", "gate", lambda self, z, *a:
-         z.relu() * (top_k(self, z) != 0)),
+    8: [("there is no top-k", "gate", lambda r, z, *a: z.relu() * (top_k(r, z) != 0)),
         ("The penalty counts padding", "penalty", padded("penalty")),
-        ("From 0.5, with 3.4 experts", "update", lambda self, load:
-         self.coefficient.mul_(self.factor ** (self.top_k - load.sum()).sign()))]}  # fmt: skip
+        ("From 0.5, with 3.4 experts", "update", lambda r, load:
+         r.coefficient.mul_(r.factor ** (r.top_k - load.sum()).sign()))]}  # fmt: skip
