@@ -124,8 +124,7 @@ K = {f"e{e}-k{k}": Row(f"{e} experts, top-{k}", phase3=f"--router topk --experts
 # fmt: on
 ROWS = CORE | HARD | LAYERS | TRAINS | LABELS | BACKBONES | EXPERTS | K
 SETS = {"facts": ("medmoe", "dense-activated", "dense-total", "no-router-training", "asked-wrong"),
-        "routers": ("medmoe", "token", "sequence", "joint", "learned", "oracle",
-                    "oracle-asked-wrong"),
+        "routers": ("medmoe", "token", "sequence", "joint"),
         "core": tuple(CORE), "hard": ("no-phase-2", *HARD),
         "layers": ("medmoe", *LAYERS), "trains": ("medmoe", *TRAINS),
         "labels": ("medmoe", *LABELS), "backbones": tuple(BACKBONES),

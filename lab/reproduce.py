@@ -18,7 +18,7 @@ from engine.cli import parse, user_errors
 ROOT = Path(__file__).parent.parent
 ABLATIONS = {  # set -> seeds, hours
     "facts": (5, 1.1), "experts": (5, 2.0), "core": (3, 1.5), "k": (3, 0.4), "hard": (3, 0.4),
-    "routers": (3, 0.6), "layers": (3, 0.3), "trains": (3, 0.2), "labels": (3, 0.6),
+    "routers": (3, 0.4), "layers": (3, 0.3), "trains": (3, 0.2), "labels": (3, 0.6),
     "backbones": (3, 0.7),
 }  # fmt: skip
 RUNS = {  # flags beside --data, hours of three seeds
