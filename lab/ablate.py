@@ -121,14 +121,22 @@ EXPERTS = {  # learned experts, in worlds of few and many signs
 }
 K = {f"e{e}-k{k}": Row(f"{e} experts, top-{k}", phase3=f"--router topk --experts {e} --top-k {k}",
                        against="s120-e1") for e, k in ((2, 2), (4, 2), (4, 4), (8, 2), (8, 4))}
+PLAIN = ("medmoe", "dense-activated", "dense-total")
+LONG = {f"long-{name}": Row(f"500 steps of phase 3: {CORE[name].title}", against="long-medmoe",
+                            phase3=f"{CORE[name].phase3} --steps 500") for name in PLAIN}
+RATES = {f"{name}-{rate}": Row(f"learning rate {rate}: {CORE[name].title}", against=name,
+                               phase3=f"{CORE[name].phase3} --lr {rate}")
+         for name in PLAIN for rate in ("3e-3", "1.2e-2")}
 # fmt: on
-ROWS = CORE | HARD | LAYERS | TRAINS | LABELS | BACKBONES | EXPERTS | K
+ROWS = CORE | HARD | LAYERS | TRAINS | LABELS | BACKBONES | EXPERTS | K | LONG | RATES
 SETS = {"facts": ("medmoe", "dense-activated", "dense-total", "no-router-training", "asked-wrong"),
         "routers": ("medmoe", "token", "sequence", "joint"),
         "core": tuple(CORE), "hard": ("no-phase-2", *HARD),
         "layers": ("medmoe", *LAYERS), "trains": ("medmoe", *TRAINS),
         "labels": ("medmoe", *LABELS), "backbones": tuple(BACKBONES),
-        "experts": tuple(EXPERTS), "k": ("s120-e1", *K)}  # fmt: skip
+        "experts": tuple(name for name in EXPERTS if name.startswith("s120-")),
+        "signs": tuple(EXPERTS), "k": ("s120-e1", *K), "long": tuple(LONG),
+        "rates": (*PLAIN, *RATES)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -335,31 +343,32 @@ def table(result: dict) -> str:
         f"`{result['command']}`, hash of code and flags {result['hash']}, "
         f"{len(result['seeds'])} seeds: percent, mean ± standard deviation over seeds; closed and "
         "open without signs. Differences to another row in points, with 95 % intervals: by images; "
-        "by seeds. Bold: stands, both intervals for all rows at once are on one side of 0. Bits: "
-        "mutual information of a position's first expert and the modality (2 at most), before > "
-        "after phase 3, in the first and the last sparse block\n",
-        "| row | closed | open | facts | minus | facts | for all rows at once | closed and open "
-        "| bits | activated / total |\n" + 10 * "|---" + "|",
+        "by seeds. Bold: it stands, both intervals, widened to hold for all rows at once, exclude "
+        "0. Bits: mutual information of a position's first expert and the modality (2 at most), "
+        "before > after phase 3, in the first and the last sparse block\n",
+        "| row | facts | difference | closed | open | difference | bits | activated / total |\n"
+        + 8 * "|---"
+        + "|",
     ]
 
-    def ends(*pairs: Sequence[float] | None) -> str:
-        return "; ".join(f"[{100 * e[0]:+.1f}, {100 * e[1]:+.1f}]" if e else "-" for e in pairs)
+    def difference(gain: dict) -> str:
+        bold = "**" * gain["stands"]
+        ends = [f"[{100 * e[0]:+.1f}, {100 * e[1]:+.1f}]" if e else "-"
+                for e in (gain["ci95"], gain["ci95_seeds"])]  # fmt: skip
+        return f"{bold}{gain['difference'] * 100:+.1f}{bold} {'; '.join(ends)}"
 
     for entry in result["rows"]:
-        parts = [entry[p] for p in ("closed", "open", "facts")]
-        sds = ["" if p["sd"] is None else f" ± {p['sd'] * 100:.1f}" for p in parts]
-        cells = [f"{p['mean'] * 100:.1f}{sd}" for p, sd in zip(parts, sds, strict=True)]
-        cells = [entry["title"], *cells, "", "", "", ""]
+        rates = []
+        for part in (entry[name] for name in ("facts", "closed", "open")):
+            sd = "" if part["sd"] is None else f" ± {part['sd'] * 100:.1f}"
+            rates.append(f"{part['mean'] * 100:.1f}{sd}")
+        known = seen = ""
         if other := entry["against"]:
-            cells[4] = other["row"]
-            for column, part in ((5, "facts"), (7, "images")):
-                gain = other[part]
-                bold = "**" * gain["stands"]
-                cells[column] = (f"{bold}{gain['difference'] * 100:+.1f}{bold} "
-                                 f"{ends(gain['ci95'], gain['ci95_seeds'])}")  # fmt: skip
-            cells[6] = ends(other["facts"]["all_images"], other["facts"]["all_seeds"])
-        cells.append("; ".join(f"{a:.2f} > {b:.2f}" for a, b in entry["bits"] or []))
-        cells.append(f"{entry['activated'] / 1e6:.2f} M / {entry['total'] / 1e6:.2f} M")
+            known, seen = (difference(other[part]) for part in ("facts", "images"))
+            known += "" if other["row"] == "medmoe" else f", to {other['row']}"
+        bits = "; ".join(f"{a:.2f} > {b:.2f}" for a, b in entry["bits"] or [])
+        size = f"{entry['activated'] / 1e6:.2f} M / {entry['total'] / 1e6:.2f} M"
+        cells = (entry["title"], rates[0], known, *rates[1:], seen, bits, size)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

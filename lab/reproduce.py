@@ -17,9 +17,9 @@ from engine.cli import parse, user_errors
 
 ROOT = Path(__file__).parent.parent
 ABLATIONS = {  # set -> seeds, hours
-    "facts": (5, 1.1), "experts": (5, 2.0), "core": (3, 1.5), "k": (3, 0.4), "hard": (3, 0.4),
-    "routers": (3, 0.4), "layers": (3, 0.3), "trains": (3, 0.2), "labels": (3, 0.6),
-    "backbones": (3, 0.7),
+    "facts": (5, 0.6), "routers": (3, 0.2), "experts": (5, 0.4), "signs": (3, 0.5),
+    "core": (3, 1.4), "k": (3, 0.3), "long": (3, 0.5), "rates": (1, 0.2), "hard": (3, 0.4),
+    "layers": (3, 0.2), "trains": (3, 0.2), "labels": (3, 0.4), "backbones": (3, 0.5),
 }  # fmt: skip
 RUNS = {  # flags beside --data, hours of three seeds
     "phantoms": ("", 0.2), "slake": ("", 2.0), "vqa-rad": ("--router topk", 1.0),
