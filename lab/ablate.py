@@ -115,7 +115,7 @@ BACKBONES = {
     if name in ("medmoe", "token", "no-router-training", "dense-activated", "dense-total", "oracle")
 }
 EXPERTS = {  # learned experts, in worlds of few and many signs
-    f"s{s}-e{e}": Row(f"{s} signs, {e} experts, top-1", against=f"s{s}-e1",
+    f"s{s}-e{e}": Row(f"{s} signs, {e} expert{'s' * (e > 1)}, top-1", against=f"s{s}-e1",
                       phase3=f"--router topk --top-k 1 --experts {e} --data phantoms:4000/{s}")
     for s in (60, 120, 240) for e in (1, 2, 4, 8)
 }
