@@ -25,24 +25,28 @@ RUNS = {  # flags beside --data, hours of three seeds
     "phantoms": ("", 0.2), "slake": ("", 2.0), "vqa-rad": ("--router topk", 1.0),
     "medmnist": ("--router topk --steps 300", 1.0),
 }  # fmt: skip
+ROUTER = "-m lab.router runs/phantoms-tiny-0/phase3 --device cpu --json results/router/tiny-seed0"
 
 
 @dataclass(frozen=True)
 class ReproduceConfig:
     """Make again what results/ holds."""
 
-    names: tuple[str, ...] = argument(f"all, phantoms, {', '.join(ABLATIONS)}, slake:DIR, ...")
+    names: tuple[str, ...] = argument(f"all, phantoms, router, {', '.join(ABLATIONS)}, slake:DIR")
     list: bool = flag(False, "only print the commands and their hours")
 
 
 def commands(names: Sequence[str]) -> list[tuple[str, float]]:
     """-> what follows "python", and its hours."""
     found = []
-    for name in ("phantoms", *ABLATIONS) if "all" in names else names:
+    for name in ("phantoms", "router", *ABLATIONS) if "all" in names else names:
         kind = name.partition(":")[0]
         if name in ABLATIONS:
             seeds, hours = ABLATIONS[name]
             found.append((f"-m lab.ablate {name} --seeds {seeds}", hours))
+        elif name == "router":  # of seed 0's default run, and its control
+            found += [(f"{ROUTER}.json", 0.1),
+                      (f"{ROUTER}-shuffled-labels.json --break-router", 0.1)]  # fmt: skip
         elif kind in RUNS and (kind == "phantoms") == (kind == name):
             more, hours = RUNS[kind]
             more = f" --data {shlex.quote(name)} {more}" * (kind != name)
@@ -50,7 +54,7 @@ def commands(names: Sequence[str]) -> list[tuple[str, float]]:
                        f"--json results/{kind}-tiny-seed{seed}.json{more}".rstrip(), hours / 3)
                       for seed in range(3)]  # fmt: skip
         else:
-            known = ", ".join(("all", *ABLATIONS, *RUNS))
+            known = ", ".join(("all", "router", *ABLATIONS, *RUNS))
             raise UserError(f"{name}: not one of {known} (real data with :DIR)")
     return found
 

@@ -18,7 +18,7 @@ def test_all_is_every_set_of_the_ablations_and_three_seeds(tmp_path, monkeypatch
     kept.write_text("{}")
     reproduce.main(["all"])
     sets = {command.split()[2] for command in ran if "lab.ablate" in command}
-    assert sets == ablate.SETS.keys() and len(ran) == len(sets) + 3
+    assert sets == ablate.SETS.keys() and len(ran) == len(sets) + 5
     assert (tmp_path / "results/ablations/facts.json").read_text() == "{}"
     ran.clear()
     reproduce.main(["slake:a b", "--list"])
