@@ -131,6 +131,7 @@ RATES = {f"{name}-{rate}": Row(f"learning rate {rate}: {CORE[name].title}", agai
 ROWS = CORE | HARD | LAYERS | TRAINS | LABELS | BACKBONES | EXPERTS | K | LONG | RATES
 SETS = {"facts": ("medmoe", "dense-activated", "dense-total", "no-router-training", "asked-wrong"),
         "routers": ("medmoe", "token", "sequence", "joint"),
+        "parts": ("medmoe", "no-meta", "top-1", "learned", "oracle", "oracle-asked-wrong"),
         "core": tuple(CORE), "hard": ("no-phase-2", *HARD),
         "layers": ("medmoe", *LAYERS), "trains": ("medmoe", *TRAINS),
         "labels": ("medmoe", *LABELS), "backbones": tuple(BACKBONES),
