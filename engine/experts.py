@@ -74,9 +74,10 @@ def show_facts(facts: dict, flags: dict) -> str:
         text += f"\n  by the modality's expert alone {facts['true']:.1%}, "
         text += f"by a wrong one {facts['wrong']:.1%}"
     if flags["preset"] == "tiny" and list(flags["data"]) == ["phantoms"] and MEASURED.is_file():
-        row = next(r for r in read_json(MEASURED)["rows"] if r["row"] == "dense-activated")
-        text += f"\n  dense FFNs with as many activated parameters: {row['facts']['mean']:.1%} "
-        text += "(results/ablations/facts.md)"
+        known = {row["row"]: row["facts"]["mean"] for row in read_json(MEASURED)["rows"]}
+        text += ("\n  dense FFNs after the default run's steps: {dense-activated:.1%} with as many "
+                 "activated parameters, {dense-total:.1%} with as many in all "
+                 "(results/ablations/facts.md)").format(**known)  # fmt: skip
     return text
 
 
@@ -91,7 +92,7 @@ def mutual_information(joint: np.ndarray) -> float:
 def information(
     model: MedMoE, data: Dataset, device: torch.device, dtype: torch.dtype, n: int = 200
 ) -> list[float]:
-    """Bits, 2 at most, that a position's first expert tells of the modality, by sparse layer.
+    """I(a position's first expert; modality) in bits, 2 at most, by sparse layer.
 
     Of the positions before the first answer, in the first n samples of known modality; [] if there
     are none, or if the model is dense.
@@ -117,5 +118,5 @@ def information(
 
 def show_information(bits: dict) -> str:
     before, after = (", ".join(f"{x:.2f}" for x in bits[name]) for name in ("before", "after"))
-    return ("bits that the first expert tells of the modality, in each sparse block: "
-            f"{before} before phase 3, {after} after it")  # fmt: skip
+    return ("information of a position's first expert about the modality, in bits, in each sparse "
+            f"block: {before} before phase 3, {after} after it")  # fmt: skip

@@ -71,12 +71,13 @@ def test_facts_are_asked_of_the_true_expert_and_of_each_wrong_one():
 
 
 def test_the_dense_models_number_stands_beside_those_of_the_default_run_only(monkeypatch, tmp_path):
-    rows = [{"row": "dense-activated", "facts": {"mean": 0.123}}]
+    shares = {"dense-activated": 0.123, "dense-total": 0.234}
+    rows = [{"row": row, "facts": {"mean": share}} for row, share in shares.items()]
     (tmp_path / "facts.json").write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(experts, "MEASURED", tmp_path / "facts.json")
     facts = {"n": 64, "own": 0.5, "majority": 0.4}
     said = experts.show_facts(facts, {"preset": "tiny", "data": ["phantoms"]})
-    assert "50.0% of 64" in said and "12.3%" in said
+    assert "50.0% of 64" in said and "12.3% with" in said and "23.4% with" in said
     for flags in (
         {"preset": "tiny", "data": ["phantoms:9"]},
         {"preset": "x", "data": ["phantoms"]},
