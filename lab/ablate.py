@@ -131,7 +131,9 @@ RATES = {f"{name}-{rate}": Row(f"learning rate {rate}: {CORE[name].title}", agai
 ROWS = CORE | HARD | LAYERS | TRAINS | LABELS | BACKBONES | EXPERTS | K | LONG | RATES
 SETS = {"facts": ("medmoe", "dense-activated", "dense-total", "no-router-training", "asked-wrong"),
         "routers": ("medmoe", "token", "sequence", "joint"),
-        "parts": ("medmoe", "no-meta", "top-1", "learned", "oracle", "oracle-asked-wrong"),
+        "parts": ("medmoe", "no-phase-1", "no-phase-2", "no-phase-3", "no-meta", "no-meta-top-1",
+                  "top-1", "released-start", "fresh-start", "dense", "learned", "by-hash",
+                  "oracle", "oracle-asked-wrong"),
         "core": tuple(CORE), "hard": ("no-phase-2", *HARD),
         "layers": ("medmoe", *LAYERS), "trains": ("medmoe", *TRAINS),
         "labels": ("medmoe", *LABELS), "backbones": tuple(BACKBONES),

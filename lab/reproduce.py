@@ -18,7 +18,7 @@ from engine.cli import parse, user_errors
 ROOT = Path(__file__).parent.parent
 ABLATIONS = {  # set -> seeds, hours
     "facts": (5, 0.6), "routers": (3, 0.2), "experts": (5, 0.4), "signs": (3, 0.5),
-    "parts": (3, 0.3), "core": (3, 1.4), "k": (3, 0.3), "long": (1, 0.3), "rates": (1, 0.2),
+    "parts": (3, 0.8), "core": (3, 1.4), "k": (3, 0.3), "long": (1, 0.3), "rates": (1, 0.2),
     "hard": (3, 0.4),
     "layers": (3, 0.2), "trains": (3, 0.2), "labels": (3, 0.4), "backbones": (3, 0.5),
 }  # fmt: skip
