@@ -1,7 +1,7 @@
 """Facts that no image shows: named signs, whose meaning depends on the modality.
 
 As radiology has many a named sign that means one thing in a CT and another in an X-ray, so has this
-world, with invented names: a fixed random table says what each sign means in each modality. Every
+world, with invented names: a fixed random table gives each sign its meaning in each modality. Every
 eighth sign means the same everywhere. Nothing but memory answers these questions, and the image
 only says whose memory is needed: there experts can matter.
 

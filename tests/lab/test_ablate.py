@@ -118,7 +118,7 @@ def test_the_paired_interval_by_hand():
     assert ablate.paired(1 + 0 * scores, 0 * scores, list("abcd"), 1)["stands"]
 
 
-COMMITTED = [file.stem for file in (ablate.ROOT / "results/ablations").glob("*.npz")]
+COMMITTED = ("facts", "routers", "parts", "experts", "signs", "rates", "long")
 
 
 @pytest.mark.parametrize("name", COMMITTED)
@@ -130,4 +130,5 @@ def test_the_committed_tables_are_those_of_the_committed_scores(name):
     table = (folder / f"{name}.md").read_text()
     assert table == ablate.table(result)
     page = (ablate.ROOT / "results/README.md").read_text()
-    assert table.partition("|")[2].strip() in page or f"(ablations/{name}.md)" in page
+    if name != "signs":  # its picture stands there
+        assert table.partition("|")[2].strip() in page
