@@ -11,7 +11,7 @@ from routers import Router
 class NoisyTopK(Router):
     """Noise on the logits in training; a softmax over the k largest."""
 
-    weight = 0.1  # of the penalty; the paper's w_importance
+    weight = 0.1  # of the penalty; the paper's w_importance, from memory
 
     def __init__(self, d_model: int, n_experts: int, top_k: int = 2, level: str = "token"):
         super().__init__(d_model, n_experts, top_k, level)

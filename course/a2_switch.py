@@ -12,7 +12,7 @@ class Switch(Router):
     """Top-1 with the raw probability as the gate; in training an expert takes at most C tokens."""
 
     capacity_factor = 1.25
-    weight = 0.01  # of the penalty; the paper's alpha
+    weight = 0.01  # of the penalty; the paper's alpha, from memory
 
     def gate(self, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
         """Top-1; in training at most C = ceil(capacity_factor * real / E) per expert and sample."""

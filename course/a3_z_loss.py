@@ -11,7 +11,7 @@ from routers import Router
 class ZLoss(Router):
     """Top-k with a penalty that keeps the logits small."""
 
-    weight = 0.001  # of the penalty; the paper's c_z
+    weight = 0.001  # of the penalty; the paper's c_z, from memory
 
     @property
     def sums_to_one(self) -> bool:

@@ -3,17 +3,22 @@
     run        starts a command in a new process group, with a clean environment, in a folder of
                its own; the whole group is killed at the time limit
     guard      in the child, before the submission is imported: an audit hook that refuses writing
-               files outside that folder, processes, sockets and ctypes
+               files outside that folder, processes, sockets and ctypes; code of the submission,
+               and what it calls, may not write in that folder either
     snapshot   in the child, before the import; `changed` lists afterwards which functions,
                classes and constants, of this repository or of torch, have been replaced
 
 This is not a sandbox. A hook in the same interpreter can be circumvented on purpose; files can be
 read; memory is not limited. It stops mistakes and simple cheating, and reports them. Run code that
-you do not trust in a container. The lecturer's secret is not in the child's environment, only the
-seeds derived from it.
+you do not trust in a container.
+
+The lecturer's secret is in no environment that a child can read, only the seeds derived from it are
+in its job: Linux shows the environment that a process was started with, in /proc, to all processes
+of the same user, so `take_secret` starts the command again without it.
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -30,6 +35,8 @@ from config import UserError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = "submission.py"  # its name in the child's folder
+SECRET, PIPE = "COURSE_SECRET", "COURSE_SECRET_PIPE"
+FOLDER = "COURSE_FOLDER"  # set in a child's environment: its folder
 REFUSED = (  # (prefix of an audit event, its description in messages)
     ("subprocess.Popen", "starts a process"), ("os.system", "starts a process"),
     ("os.exec", "starts a process"), ("os.fork", "starts a process"),
@@ -65,9 +72,35 @@ def environment(folder: Path) -> dict[str, str]:
     """A child's environment: PATH and the like, the import path, and one thread."""
     ours = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0",
              "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(folder),
-             "TMPDIR": str(folder), "LANG": "C.UTF-8"}  # fmt: skip
+             "TMPDIR": str(folder), "LANG": "C.UTF-8", FOLDER: str(folder)}  # fmt: skip
     inherited = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT")
     return {k: os.environ[k] for k in inherited if k in os.environ} | ours
+
+
+def take_secret() -> str:
+    """COURSE_SECRET, "" if it is not set. To be called first by the main of a command.
+
+    Replaces this process, if it was started as `python -m course.…`, by the same command without
+    the secret in its environment, which reads it from a pipe. A test or a notebook that calls main
+    is not replaced.
+    """
+    if PIPE in os.environ:
+        return read_pipe(int(os.environ[PIPE]))
+    secret, command = os.environ.get(SECRET, ""), getattr(sys.modules["__main__"], "__spec__", None)
+    if secret and command and command.name.startswith("course."):
+        out, into = os.pipe()
+        os.write(into, secret.encode())
+        os.close(into)
+        os.set_inheritable(out, True)
+        rest = {name: value for name, value in os.environ.items() if name != SECRET}
+        os.execve(sys.executable, sys.orig_argv, rest | {PIPE: str(out)})
+    return secret
+
+
+@functools.cache  # it can be read once
+def read_pipe(number: int) -> str:
+    with open(number, encoding="utf-8") as pipe:
+        return pipe.read()
 
 
 def kill(group: int) -> None:
@@ -143,18 +176,22 @@ def location(file: Path) -> str:
     return f", line {line}: " if line else ": "
 
 
-def guard(folder: Path, file: Path) -> list[str]:
+def guard(folder: Path, file: Path, is_test: bool = False) -> list[str]:
     """Install the audit hook; -> a list to which each refused action is added.
 
     The hook raises PermissionError. A submission may catch it, so the caller checks the list too.
+    is_test: the tests of the contract start processes, which is then refused to the submission
+    alone, that is while a line of it is executing.
     """
     inside, refused = os.path.realpath(folder), []
 
-    def is_outside(path: Any) -> bool:
+    def is_refused(path: Any) -> bool:
+        """Whether this file must not be changed now."""
         if isinstance(path, int) or path is None:  # an open file
             return False
         real = os.path.realpath(os.fsdecode(path))
-        return real != os.devnull and os.path.commonpath([inside, real]) != inside
+        is_inside = os.path.commonpath([inside, real]) == inside
+        return real != os.devnull and (not is_inside or line_of_submission(file) is not None)
 
     def refuse(action: str) -> None:
         refused.append(f"{location(file)}{action}, which a router must not do")
@@ -163,12 +200,17 @@ def guard(folder: Path, file: Path) -> list[str]:
     def hook(event: str, args: tuple) -> None:
         if event == "open":
             path, mode, flags = args
+            path = os.fsdecode(path) if isinstance(path, bytes) else path
             writes = set("wax+") & set(mode) if mode else (flags or 0) & WRITES
-            if writes and is_outside(path):
-                refuse("writes a file outside of its folder")
+            if writes and is_refused(path):
+                refuse("writes a file")
+            if str(path).endswith(("/environ", "/mem")):
+                refuse("reads another process")
         elif event in CHANGES:
-            if any(is_outside(args[i]) for i in CHANGES[event]):
-                refuse("changes files outside of its folder")
+            if any(is_refused(args[i]) for i in CHANGES[event]):
+                refuse("changes files")
+        elif event == "subprocess.Popen" and is_test and line_of_submission(file) is None:
+            return
         else:
             for prefix, action in REFUSED:
                 if event.startswith(prefix):
@@ -176,6 +218,17 @@ def guard(folder: Path, file: Path) -> list[str]:
 
     sys.addaudithook(hook)
     return refused
+
+
+def guard_tests() -> list[str]:
+    """The same in a process of course.judge's pytest, and in those that its tests start.
+
+    Elsewhere, as for a student who runs the tests, it does nothing.
+    """
+    if FOLDER not in os.environ:
+        return []
+    folder = Path(os.environ[FOLDER])
+    return guard(folder, folder / FILE, is_test=True)
 
 
 def watched() -> dict[str, ModuleType | type]:

@@ -5,6 +5,10 @@ the contract (course/tests/test_router.py); with --assignment N also that assign
 --score it is trained and scored. Each step runs in a child process with a time limit, so that no
 submission can stop the others; its first problem is reported in one sentence. The CSV file has a
 line per submission, the JUnit file every test.
+
+Passed tests are counted out of all of a suite, the same number for every submission: what is not
+implemented has failed, and a rule that does not apply, as decoding where causal = False, counts as
+passed.
 """
 
 import csv
@@ -13,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config import UserError, argument, flag, one_line
-from course import judge, score
+from course import contain, judge, score
 from course.vet import count_lines, only_router, vet
 from engine.cli import check_writable, parse, user_errors
 
@@ -39,6 +43,7 @@ class Grade:
     router: str = "-"
     contract: str = "-"
     assignment: str = "-"
+    points: float = 0.0  # 50 for the assignment's tests, 25 for the contract's, by share
     lines: int | str = "-"
     val_loss: float | str = "-"
     hash: str = "-"
@@ -52,12 +57,12 @@ class Grade:
             self.verdict, self.note = verdict, note
 
 
-COLUMNS = ("file", "router", "verdict", "contract", "assignment", "lines", "val_loss", "hash",
-           "note")  # fmt: skip
+COLUMNS = ("file", "router", "verdict", "contract", "assignment", "points", "lines", "val_loss",
+           "hash", "note")  # fmt: skip
 
 
 def run_tests(grade: Grade, suite: str, tests: Path, text: str, limit_s: float, extra=()) -> str:
-    """-> passed and applicable tests, as in "23/24"; "-" if the file of tests is missing."""
+    """-> passed and all tests, as in "45/46"; "-" if the file of tests is missing."""
     try:
         judged = judge.judge(tests, text, grade.router, grade.file, limit_s, extra)
     except UserError as error:
@@ -72,6 +77,12 @@ def run_tests(grade: Grade, suite: str, tests: Path, text: str, limit_s: float, 
         note = f"{wrong.name}: {wrong.message}" if wrong else "no test applied"
         grade.verdict, grade.note = "failed", one_line(note, 300)
     return judged.passed
+
+
+def share(passed: str) -> float:
+    """ "45/46" as a number; 0 for "-", where the tests were stopped or not run."""
+    part, _, whole = passed.partition("/")
+    return int(part) / int(whole) if whole else 0.0
 
 
 def grade_file(file: Path, flags: GradeConfig) -> Grade:
@@ -92,9 +103,12 @@ def grade_file(file: Path, flags: GradeConfig) -> Grade:
         grade.assignment = run_tests(
             grade, "assignment", judge.ASSIGNMENTS, text, flags.limit, extra
         )
+    grade.points = round(50 * share(grade.assignment) + 25 * share(grade.contract), 1)
     if flags.score:
         spec = f"{file}:{grade.router}"
-        of = score.ScoreConfig(router=spec, student=file.stem, seeds=flags.seeds)
+        of = score.ScoreConfig(
+            router=spec, assignment=flags.assignment, student=file.stem, seeds=flags.seeds
+        )
         try:
             row = score.score(spec, of, contract=grade.contract)
             grade.val_loss, grade.hash = round(row["val_loss"], 4), row["hash"]
@@ -142,6 +156,7 @@ def show(grades: list[Grade]) -> str:
 
 @user_errors
 def main(argv: list[str] | None = None) -> list[Grade]:
+    contain.take_secret()
     flags = parse(GradeConfig, argv, "course.grade")
     folder = Path(flags.folder)
     files = sorted(folder.glob("*.py")) if folder.is_dir() else []

@@ -5,7 +5,7 @@
 FOLDER holds the submission as contain.FILE; result.json is written there last. Everything runs on
 one thread in fp32 on the CPU, so that the same job gives the same numbers on the same machine.
 
-Shapes: B batch, T positions, L sparse layers, E experts, M modalities.
+Shapes: B batch, T positions, S steps, L sparse layers, E experts, M modalities.
 """
 
 import json
@@ -14,23 +14,26 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch._dynamo  # before the snapshot: the first step imports it, which changes torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import config
 import train
 from checkpoint import load_model, read_config
 from config import MODALITIES, UserError, one_line
 from course import contain
-from data import Dataset, Sample, Text
+from data import Batch, Dataset, Sample, Text
+from decoder import Cache
 from eval import Predictor
 from metrics import split_by
 from model import MedMoE, count_parameters
-from routers import Router, get_router
+from routers import Hints, Router, Routing, get_router
 from sources.images import Images
 from sources.load import load_samples
 
@@ -48,6 +51,37 @@ def check_class(cls: type[Router]) -> None:
     for name in ("forward", "__call__", "_call_impl", "__getattr__", "__getattribute__"):
         if getattr(cls, name, None) is not getattr(Router, name, None):
             raise UserError(f": replaces Router.{name}; override `gate` instead")
+
+
+class TrainingLoad:
+    """Counts, in a forward hook, to which experts the routers send tokens in training."""
+
+    def __init__(self):
+        self.n_real = self.dropped = 0  # real tokens of all layers; those that no expert gets
+        self.loads: list[Tensor] = []  # (E,) of each call: tokens of each expert / real tokens
+
+    def hook(self, module: nn.Module, args: tuple, routing: Routing) -> None:
+        if isinstance(module, Router) and module.training:
+            mask = args[1]  # (B, T)
+            is_routed = (routing.gates != 0) & mask[..., None]  # (B, T, E)
+            n_real = int(mask.sum())
+            self.n_real += n_real
+            self.dropped += n_real - int(is_routed.any(dim=-1).sum())
+            self.loads.append(is_routed.sum(dim=(0, 1)) / n_real)
+
+    def columns(self, n_steps: int) -> dict:
+        """max_vio: its mean over the layers and the steps of each third of the training."""
+        load = torch.stack(self.loads).view(n_steps, -1, self.loads[0].numel())  # (S, L, E)
+        max_vio = (load.amax(dim=-1) / load.mean(dim=-1).clamp(min=1e-12) - 1).mean(dim=1)  # (S,)
+        bounds = [n_steps * third // 3 for third in range(4)]
+        start, middle, end = (
+            max_vio[first : max(last, first + 1)].mean().item() for first, last in pairwise(bounds)
+        )
+        return {
+            "dropped_in_training": self.dropped / self.n_real,
+            "max_vio_start": start, "max_vio_middle": middle, "max_vio_end": end,
+            "load_by_step": load[:: max(1, n_steps // 30)].double().round(decimals=3).tolist(),
+        }  # fmt: skip
 
 
 def train_phase_3(job: dict, folder: Path, spec: str) -> Path:
@@ -77,7 +111,7 @@ def validate(model: MedMoE, text: Text, samples: Sequence[Sample]) -> dict:
     images = Images(model.config.vision.image_size)
     data = Dataset(samples, text, model.config, plain=False, images=images)
     order = sorted(range(len(samples)), key=data.lengths.__getitem__)
-    total, n_tokens, n_real, dropped = 0.0, 0, 0, 0
+    total, n_tokens, n_real, dropped, largest = 0.0, 0, 0, 0, 0.0
     load: Tensor | float = 0.0  # (M, L, E)
     for start in range(0, len(order), 64):
         batch = data.batch(order[start : start + 64])
@@ -89,7 +123,37 @@ def validate(model: MedMoE, text: Text, samples: Sequence[Sample]) -> dict:
         dropped += int((batch.mask[:, None] & ~is_routed.any(dim=-1)).sum())
         modality = F.one_hot(batch.modality.clamp(min=0), len(MODALITIES)).double()  # (B, M)
         load = load + torch.einsum("bm,ble->mle", modality, is_routed.sum(dim=2).double())
-    return {"val_loss": total / n_tokens, **balance(load, n_real, dropped), "n_real": n_real}
+        largest = max(largest, *(r.logits[batch.mask].abs().max().item() for r in out.routings))
+    every = max(1, len(samples) // 64)
+    changed, compared = zip(
+        *(leak(model, data.batch([i])) for i in range(0, len(samples), every)), strict=True
+    )
+    return {
+        "val_loss": total / n_tokens, **balance(load, n_real, dropped), "n_real": n_real,
+        "largest_logit": largest, "leak": sum(changed) / sum(compared),
+    }  # fmt: skip
+
+
+def leak(model: MedMoE, batch: Batch) -> tuple[int, int]:
+    """How many positions of a sample are routed differently in decoding than in training.
+
+    The sample's tokens are given to the model all at once, as in training, and one by one after
+    the prompt, as in decoding, with the same answer. Compared are the positions that predict the
+    answer, in each sparse layer: do their gates differ by over 0.001? -> how many do, of how many.
+    """
+    is_prompt = batch.prompt()  # (1, T)
+    hints, n_prompt = Hints(prompt=is_prompt, modality=batch.modality), int(is_prompt.sum())
+    _, at_once = model(batch.ids, batch.mask, batch.images, hints)
+    cache, differ = Cache(len(model.decoder.blocks)), []
+    ends = range(n_prompt, batch.ids.shape[1])
+    for start, end in pairwise([0, *ends]):
+        ids, images = batch.ids[:, start:end], batch.images[: 1 if start == 0 else 0]
+        now = hints._replace(prompt=is_prompt[:, :end] if start == 0 else None)
+        _, routings = model(ids, torch.ones_like(ids, dtype=torch.bool), images, now, cache)
+        for whole, one in zip(at_once, routings, strict=True):
+            gates = whole.gates[0, end - 1], one.gates[0, -1]  # both (E,)
+            differ.append(not torch.allclose(*gates, rtol=0, atol=1e-3))
+    return sum(differ), len(differ)
 
 
 def balance(load: Tensor, n_real: int, dropped: int) -> dict:
@@ -108,7 +172,7 @@ def balance(load: Tensor, n_real: int, dropped: int) -> dict:
         "experts": each.numel(),
         "dropped": dropped / (n_real * len(each)),
         "experts_per_token": (each.sum() / (n_real * len(each))).item(),
-        "load": load.sum(dim=1).tolist(),  # (M, E)
+        "load": load.tolist(),
     }
 
 
@@ -125,15 +189,16 @@ def measure(job: dict, checkpoint: Path, spec: str) -> dict:
             for split in ("val", "test")}  # fmt: skip
     found = validate(model, text, part["val"])
     routers = [block.mlp.router for block in model.decoder.blocks if block.is_sparse]
-    found |= {"facts": None, "closed": None, "open": None}
+    found |= {"facts": None, "closed": None, "open": None, "experts_per_question": None}
     if all(router.causal for router in routers):  # generate() refuses the others
-        answers = [
-            p.answer for p in Predictor(model, text, CPU, torch.float32).answer(part["test"])
-        ]
+        predictions = Predictor(model, text, CPU, torch.float32).answer(part["test"])
+        answers = [p.answer for p in predictions]
+        used = torch.stack([p.load for p in predictions]) > 0  # (n, L, E), in prompt and answer
         parts = split_by(part["test"], answers, lambda s: f"{s.kind == 'sign'} {s.answer_type}")
         found |= {"facts": parts["True open"]["open_recall"],
                   "closed": parts["False closed"]["closed_accuracy"],
-                  "open": parts["False open"]["open_recall"]}  # fmt: skip
+                  "open": parts["False open"]["open_recall"],
+                  "experts_per_question": used.sum(dim=-1).double().mean().item()}  # fmt: skip
     return found | {"activated": activated(model, found["experts_per_token"])}
 
 
@@ -150,16 +215,18 @@ def watch(job: dict, folder: Path) -> dict:
     found, _ = read_config(Path(job["init"]))
     config.PRESETS["scored"] = replace(config.PRESETS["tiny"], model=replace(found, moe=None))
     refusals, before = contain.guard(folder, file), contain.snapshot()
+    load = TrainingLoad()
     spec = f"{file}:{job['class']}" if file.read_text() else job["class"]  # or one of ours
     try:
         write_stage(folder, "importing the submission")
         if spec != job["class"]:
             check_class(get_router(spec))
         write_stage(folder, "training")
-        checkpoint = train_phase_3(job, folder, spec)
+        with register_module_forward_hook(load.hook):
+            checkpoint = train_phase_3(job, folder, spec)
         write_stage(folder, "measuring")
-        result = measure(job, checkpoint, spec) | {"tokens_per_s": speed(folder / "run/log.jsonl")}
-        refused = ""
+        result = measure(job, checkpoint, spec) | load.columns(job["steps"])
+        result["tokens_per_s"], refused = speed(folder / "run/log.jsonl"), ""
     except UserError as error:
         result, refused = {}, f": {str(error).removeprefix(': ')}"
     except (Exception, SystemExit) as error:  # any error of the submission, reported with its line

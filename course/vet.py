@@ -7,9 +7,15 @@ name from a check of the source. course/contain.py therefore also watches the co
 """
 
 import ast
+import importlib
+import importlib.util
 import io
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+
+from torch import nn
 
 from config import UserError
 
@@ -17,29 +23,38 @@ ROUTER_NAMES = {
     "Router", "Routing", "TopKRouter", "RandomRouter", "pool", "top_k_gates",
     "load_balancing_loss", "router_z_loss",
 }  # fmt: skip
-# module -> the names that may be imported from it; None: all that are not forbidden below
+# module -> the names that may be used of it; None: all but modules, private names and TORCH
 ALLOWED: dict[str, set[str] | None] = {
-    "__future__": None, "collections": None, "dataclasses": None, "functools": None,
-    "itertools": None, "math": None, "torch": None, "typing": None,
+    "__future__": {"annotations"}, "math": None, "itertools": None,
+    "collections": {"Counter", "OrderedDict", "defaultdict", "deque", "namedtuple"},
+    "collections.abc": {"Callable", "Iterable", "Iterator", "Mapping", "Sequence"},
+    "dataclasses": {"dataclass", "field"},
+    "functools": {"cache", "cached_property", "lru_cache", "partial", "reduce"},
+    "typing": {"Any", "Callable", "ClassVar", "Final", "Literal", "NamedTuple", "Optional", "Union",
+               "cast"},
+    "torch": None, "torch.nn": None, "torch.nn.functional": None, "torch.nn.init": None,
+    "torch.fft": None, "torch.linalg": None, "torch.special": None, "torch.distributions": None,
+    "torch.autograd": {"Function", "grad"},
     "routers": ROUTER_NAMES, "moe": {"MLP", "GatedMLP"},
 }  # fmt: skip
+TORCH = {  # of torch: files, compiled code, processes and global settings
+    "save", "load", "from_file", "compile", "manual_seed", "seed", "default_generator", "fork",
+    "use_deterministic_algorithms", "prepare_multiprocessing_environment",
+}  # fmt: skip
+TORCH_CLASSES = {"Tensor", "FloatTensor", "LongTensor", "BoolTensor", "Size", "Generator"}
 BUILTINS = {  # access to files, to other code, or to names that the source does not show
-    "open", "exec", "eval", "compile", "input", "breakpoint", "globals", "locals", "vars",
+    "open", "exec", "eval", "compile", "input", "breakpoint", "help", "globals", "locals", "vars",
     "getattr", "setattr", "delattr", "memoryview", "os", "sys",
 }  # fmt: skip
-MODULES = {  # found as attributes of other modules
-    "os", "sys", "builtins", "importlib", "subprocess", "ctypes", "inspect", "gc", "pickle",
-    "socket", "threading", "multiprocessing", "warnings", "types", "abc", "keyword", "contextlib",
+FRAMES = {  # lead from an error, a generator or a coroutine to the variables of its callers
+    "f_back", "f_globals", "f_locals", "f_builtins", "f_code", "tb_frame", "tb_next", "gi_frame",
+    "gi_yieldfrom", "gi_code", "cr_frame", "cr_await", "ag_frame", "ag_await",
 }  # fmt: skip
-FRAMES = {"f_back", "f_globals", "f_locals", "f_builtins", "gi_frame", "tb_frame", "cr_frame"}
-TORCH = {  # of torch: files, compiled code, other processes and global settings
-    "save", "load", "hub", "jit", "ops", "classes", "library", "package", "serialization",
-    "storage", "from_file", "distributed", "cpp_extension", "cpp_builder", "export", "onnx",
-    "compile", "compiler", "overrides", "manual_seed", "seed", "fx", "multiprocessing",
-    "random", "default_generator",
-}  # fmt: skip
+WRITERS = {"tofile", "dump", "save", "from_file", "storage", "untyped_storage", "ctypes"}
 DUNDERS = {"__init__", "__name__", "__repr__", "__len__", "__post_init__", "__all__", "__doc__"}
-BASE_METHODS = {"forward", "_call_impl"}  # they get every hint, so they must not be replaced
+MODULE = set(dir(nn.Module())) - {"extra_repr"}  # what training, saving and hooks rely on
+DECLARED = {"needs", "level", "frozen", "sums_to_one", "causal", "batch_invariant", "at_most_k",
+            "may_drop", "gate", "penalty", "update"}  # fmt: skip
 
 
 class Vetting(ast.NodeVisitor):
@@ -47,8 +62,12 @@ class Vetting(ast.NodeVisitor):
 
     def __init__(self, tree: ast.Module):
         self.found: list[tuple[int, str]] = []
-        self.modules: dict[str, str] = {}  # name in the file -> the module it is from
-        self.routers = {c.name for c in router_classes(tree)}
+        self.imported: dict[str, str] = {}  # name in the file -> full name of what it is
+        classes = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
+        self.routers = {c.name for c in router_classes(tree)}  # and what they inherit from
+        for _ in classes:
+            bases = {root_of(b) for n in self.routers & classes.keys() for b in classes[n].bases}
+            self.routers |= bases & classes.keys()
         self.visit(tree)
 
     def refuse(self, node: ast.AST, sentence: str) -> None:
@@ -56,79 +75,152 @@ class Vetting(ast.NodeVisitor):
 
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
-            self.imported(node, alias.name, alias.asname or alias.name.split(".")[0])
+            self.check_import(node, alias.name)
+            top = alias.name.split(".")[0]
+            self.imported[alias.asname or top] = alias.name if alias.asname else top
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        module = node.module or "."
+        module = "." * node.level + (node.module or "")
+        if not self.check_import(node, module):
+            return
         for alias in node.names:
-            allowed = ALLOWED.get(module)
-            if allowed is not None and alias.name not in allowed:
-                names = ", ".join(sorted(allowed))
-                self.refuse(node, f"imports {alias.name} from {module}; allowed are {names}")
-                continue
-            self.imported(node, f"{module}.{alias.name}", alias.asname or alias.name)
+            full = f"{module}.{alias.name}"
+            if full not in ALLOWED:
+                self.check_member(node, module, alias.name)
+            self.imported[alias.asname or alias.name] = full
 
-    def imported(self, node: ast.AST, name: str, known_as: str) -> None:
-        top, *parts = name.split(".")
-        if top not in ALLOWED:
-            self.refuse(
-                node, f"imports {name}; a router may import only {', '.join(sorted(ALLOWED))}"
-            )
-        for part in parts:
-            self.check_name(node, part, root=top)
-        self.modules[known_as] = top
+    def check_import(self, node: ast.AST, module: str) -> bool:
+        if module not in ALLOWED:
+            names = ", ".join(sorted(ALLOWED))
+            self.refuse(node, f"imports {module}; a router may import only {names}")
+        return module in ALLOWED
 
     def visit_Name(self, node: ast.Name) -> None:
         self.check_name(node, node.id)
+        if node.id in BUILTINS:
+            self.refuse(node, f"uses {node.id}, which a router does not need")
+        elif self.imported.get(node.id) in ALLOWED and isinstance(node.ctx, ast.Load):
+            self.refuse_module(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        root = root_of(node)
-        module = self.modules.get(root or "", "")
-        if module in ("routers", "moe") and not isinstance(node.value, ast.Name):
-            module = ""  # an attribute of a class or function of the module
-        self.check_name(node, node.attr, module)
-        if node.attr == "modality":
-            self.refuse(node, "reads the true modality, which a graded router must not use")
-        if isinstance(node.ctx, ast.Store | ast.Del) and root in self.modules:
+        self.check_name(node, node.attr)
+        root, is_read = root_of(node), isinstance(node.ctx, ast.Load)
+        if not is_read and root in self.imported:
             self.refuse(node, f"changes {ast.unparse(node)}, which is not part of the router")
-        self.generic_visit(node)
+        elif not is_read and (node.attr in DECLARED or node.attr in MODULE):
+            self.refuse(node, f"changes {node.attr}, which is Router's own")
+        elif not is_read and root not in ("self", "ctx"):
+            self.refuse(node, f"changes {ast.unparse(node)}: set attributes of self only")
+        module = self.full_name(node.value)
+        if f"{module}.{node.attr}" in ALLOWED:
+            self.refuse_module(node)
+        elif module in ALLOWED:
+            self.check_member(node, module, node.attr)
+        else:
+            self.visit(node.value)
 
-    def check_name(self, node: ast.AST, name: str, root: str | None = None) -> None:
-        """root: the module with this attribute; "" for another object; None for a plain name."""
+    def refuse_module(self, node: ast.expr) -> None:
+        """A module in another variable would not be recognised there."""
+        name = ast.unparse(node)
+        self.refuse(node, f"uses the module {name} as a value; name what you need of it")
+
+    def full_name(self, node: ast.expr) -> str:
+        """F.softmax -> "torch.nn.functional.softmax"; "" for what is not imported."""
+        if isinstance(node, ast.Name):
+            return self.imported.get(node.id, "")
+        base = self.full_name(node.value) if isinstance(node, ast.Attribute) else ""
+        return base and f"{base}.{node.attr}"
+
+    def check_member(self, node: ast.AST, module: str, name: str) -> None:
+        """A name of an imported module."""
+        allowed = ALLOWED[module]
+        if allowed is not None:
+            if name not in allowed:
+                names = ", ".join(sorted(allowed))
+                self.refuse(node, f"uses {module}.{name}; allowed are {names}")
+        elif name.startswith("_") or name == "*" or is_module(module, name):
+            self.refuse(node, f"uses {module}.{name}, which a router does not need")
+        elif module == "torch":
+            is_class = name[:1].isupper() and name not in TORCH_CLASSES
+            if is_class or name in TORCH or name.startswith(("set_", "import_")):
+                self.refuse(node, f"uses torch.{name}, which has effects outside the router")
+
+    def check_name(self, node: ast.AST, name: str) -> None:
+        """The name of a variable, or of an attribute of any object."""
         is_dunder = name.startswith("__") and name.endswith("__")
-        is_hidden = (is_dunder and name not in DUNDERS) or name in FRAMES
-        if is_hidden or (root is None and name in BUILTINS):
+        if (is_dunder and name not in DUNDERS) or name in FRAMES:
             self.refuse(node, f"uses {name}, which a router does not need")
-        elif root == "torch" and (name in TORCH or name.startswith("set_")):
-            self.refuse(node, f"uses torch's {name}, which has effects outside the router")
-        elif root in ("routers", "moe") and name not in (ALLOWED[root] or ()):
-            self.refuse(node, f"uses {root}.{name}; allowed are {', '.join(sorted(ALLOWED[root]))}")
-        elif root and not is_dunder and (name in MODULES or name.startswith("_")):
-            self.refuse(node, f"uses {root}'s {name}, which a router does not need")
+        elif isinstance(node, ast.Name):
+            return
+        elif name == "modality":
+            self.refuse(node, "reads the true modality, which a graded router must not use")
+        elif name == "needs":
+            self.refuse(node, "uses needs, which is declared once, as a tuple of names")
+        elif name in WRITERS:
+            self.refuse(node, f"uses {name}; a router writes no files")
+        elif name in ("format", "format_map"):
+            self.refuse(node, f"uses {name}, which can read any attribute; write an f-string")
         elif name.startswith("register_") and name not in ("register_buffer", "register_parameter"):
             self.refuse(node, f"uses {name}; hooks are not allowed")
+        elif name.startswith("_") and not is_dunder and name in MODULE:
+            self.refuse(node, f"uses {name}, which is nn.Module's own")
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        for part in node.body:
-            if isinstance(part, ast.FunctionDef | ast.Assign | ast.AnnAssign):
-                self.member(node, part)
+    def visit_MatchClass(self, node: ast.MatchClass) -> None:
+        for name in node.kwd_attrs:  # `case object(gi_frame=f)` reads that attribute
+            self.check_name(node, name)
         self.generic_visit(node)
 
-    def member(self, owner: ast.ClassDef, node: ast.stmt) -> None:
-        if isinstance(node, ast.FunctionDef):
-            names = [node.name]
-            if node.name.startswith("__") and node.name not in DUNDERS:
-                self.refuse(node, f"defines {node.name}, which a router does not need")
-        else:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [t.id for t in targets if isinstance(t, ast.Name)]
-        if owner.name in self.routers and (hidden := BASE_METHODS & set(names)):
-            name = hidden.pop()
-            self.refuse(node, f"replaces Router.{name}; override `gate` instead")
-        if "needs" in names and isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
-            constants = {c.value for c in ast.walk(node.value) if isinstance(c, ast.Constant)}
-            if "modality" in constants:
-                self.refuse(node, "needs the true modality, which a graded router must not use")
+    def visit_Call(self, node: ast.Call) -> None:
+        if isinstance(node.func, ast.Name) and node.func.id == "type" and len(node.args) != 1:
+            self.refuse(node, "makes a class by type(); write a class statement")
+        self.generic_visit(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        if node.keywords:
+            self.refuse(node, f"gives class {node.name} a metaclass or another keyword")
+        tuples = {target: part.value.elts for part in node.body for target in targets_of(part)
+                  if isinstance(part.value, ast.Tuple)}  # fmt: skip
+        for name, at in bound_in(node):
+            is_dunder = name.startswith("__") and name.endswith("__")
+            if isinstance(at, ast.FunctionDef) and is_dunder and name not in DUNDERS:
+                self.refuse(at, f"defines {name}, which a router does not need")
+            elif node.name in self.routers and name in MODULE and not is_dunder:
+                self.refuse(at, f"replaces Router.{name}; override `gate` instead")
+            elif name == "needs":
+                words = [e.value for e in tuples.get(at, [at]) if isinstance(e, ast.Constant)]
+                if "modality" in words:
+                    self.refuse(at, "needs the true modality, which a graded router must not use")
+                elif len(words) != len(tuples.get(at, [at])):
+                    self.refuse(at, "declares needs as something other than a tuple of names")
+        self.generic_visit(node)
+
+
+def targets_of(statement: ast.stmt) -> list[ast.expr]:
+    if isinstance(statement, ast.Assign):
+        return statement.targets
+    return [statement.target] if isinstance(statement, ast.AnnAssign) else []
+
+
+def bound_in(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """(name, node) of what is defined or assigned in a class's body, not inside its functions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield child.name, child
+            continue
+        if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+            yield child.id, child
+        elif isinstance(child, ast.alias):
+            yield child.asname or child.name, child
+        elif isinstance(child, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and child.name:
+            yield child.name, child
+        yield from bound_in(child)
+
+
+def is_module(module: str, name: str) -> bool:
+    """Whether it is a module: one that the other imports, or a part of it, loaded or not."""
+    loaded = importlib.import_module(module)
+    is_part = hasattr(loaded, "__path__") and importlib.util.find_spec(f"{module}.{name}")
+    return bool(is_part) or isinstance(vars(loaded).get(name), ModuleType)
 
 
 def root_of(node: ast.expr) -> str | None:

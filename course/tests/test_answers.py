@@ -57,3 +57,10 @@ def test_a_wrong_answer_fails_with_its_sentence_and_every_check_fails_for_one(nu
         assert any(words in sentence for sentence in found.values()), (words, found)
         failed |= {name for name, outcome in found.items() if outcome != "passed"}
     assert failed == CHECKS[number].keys() != set()
+
+
+def test_one_in_twelve_mutants_of_a_solution_is_noticed(number):
+    module = pytest.importorskip("course.tests.mutants", reason="it is withheld")
+    mutants = [m for m in module.mutants(number) if f"{m[0]} | " not in module.EQUIVALENT]
+    assert len(mutants) >= 40
+    assert [name for name, cls in mutants[::12] if not module.noticed_by(cls, number)] == []

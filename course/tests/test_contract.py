@@ -2,13 +2,16 @@
 
 import re
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from course.tests import conftest
-from course.tests.test_router import CHECKS, Case
+from course import contain
+from course.tests import conftest, test_router
+from course.tests.test_assignments import stub
+from course.tests.test_router import CHECKS, Case, failures
 from routers import ROUTERS, Routing, TopKRouter, load_balancing_loss, top_k_gates
 
 museum = pytest.importorskip("course.tests.test_museum", reason="its answers are withheld")
@@ -64,6 +67,28 @@ def test_the_named_check_fails_on_a_broken_router(check, body, monkeypatch):
 def test_every_check_fails_on_some_router():
     named = {check for _, check, _ in museum.ANSWERS.values()}
     assert {c.__name__ for c in CHECKS} == named | {check for check, _ in BROKEN}
+
+
+@pytest.mark.parametrize(("value", "words"), [
+    (lambda r, z: z.topk(r.top_k).values, "shape (3, 6, 2), which must be that of the logits"),
+    (lambda r, z: z.masked_fill(z < 0, -torch.inf), "gates that are NaN or infinite")])  # fmt: skip
+def test_gates_of_a_wrong_form_are_one_sentence_in_every_check(value, words, monkeypatch):
+    monkeypatch.setitem(ROUTERS, "mine", type("Broken", (TopKRouter,), gate(value)))
+    (sentence,) = set(failures(Case("mine"), CHECKS).values())
+    assert sentence.startswith(f"AssertionError: gate returned {words}")
+
+
+def test_a_stub_is_one_line_for_a_student_and_every_check_when_graded(monkeypatch):
+    found, case = Mock(), Case(stub(4))  # its declarations excuse it from several checks
+    found.config.getoption.return_value = case.spec
+    test_router.pytest_generate_tests(found)
+    assert "not implemented yet" in str(found.parametrize.call_args)
+    monkeypatch.setenv(contain.FOLDER, "of a judge")
+    test_router.pytest_generate_tests(found)
+    assert found.parametrize.call_args.args == ("check", CHECKS)
+    for check in CHECKS:
+        with pytest.raises(pytest.skip.Exception, match=r"^not implemented yet$"):
+            test_router.test_a_router_fulfils_the_contract(check, case)
 
 
 @pytest.mark.parametrize("spec", ["nofile.py:Top1", f"{__file__}:Top2"])

@@ -7,6 +7,7 @@ rule, its docstring says what is usually wrong where it fails.
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from config import UserError
+from course import contain
+from course.judge import UNWRITTEN
 from engine.first_gate import check_first_calls
 from moe import MLP, upcycle
 from routers import ROUTERS, Hints, Router, Routing, get_router
@@ -67,13 +70,25 @@ def route_samples(router: Router, x: Tensor | None = None, seed: int = 0) -> Rou
     return route(router, x, MASK, seed, prompt=PROMPT)
 
 
+def is_written(case: Case) -> bool:
+    try:
+        route_samples(case.router())
+    except Exception as error:  # any other is shown by the checks
+        return not isinstance(error, NotImplementedError)
+    return True
+
+
 def penalty(routing: Routing) -> Tensor:
     return torch.as_tensor(routing.penalty)
 
 
-def same_gates(a: Tensor, b: Tensor) -> bool:
-    """The same experts chosen, and gates that differ by rounding only."""
-    return torch.equal(a != 0, b != 0) and torch.allclose(a, b, atol=1e-5, rtol=0)
+def same_gates(found: Tensor, expected: Tensor, message: str = "", atol: float = 1e-5) -> None:
+    """The same experts chosen, and gates that differ by rounding only; prints what differs."""
+    differ = ((found != 0) != (expected != 0)) | ~((found - expected).abs() <= atol)
+    if rows := differ.any(dim=-1).nonzero().tolist():
+        a, b = ([float(f"{g:.4g}") for g in gates[*rows[0]]] for gates in (found, expected))
+        places = f"{len(rows)} of {differ[..., 0].numel()} tokens differ, the first at {rows[0]}"
+        raise AssertionError(f"{message}: {places}: {a} and {b}".removeprefix(": "))
 
 
 def largest_slope(router: Router) -> float:
@@ -161,11 +176,11 @@ class Contract:
         """Add noise only if self.training; `gate` and `penalty` must not change the state."""
         router = case.router()
         first = route_samples(router, seed=0).gates
-        assert torch.equal(route_samples(router, seed=1).gates, first), "in two calls"
+        same_gates(route_samples(router, seed=1).gates, first, "in two calls", 0)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(route_samples(router).gates, first), "under bf16: compute in fp32"
+            same_gates(route_samples(router).gates, first, "under bf16: compute in fp32", 0)
         route_samples(router.train(), seed=2)
-        assert torch.equal(route_samples(router.eval(), seed=3).gates, first), "after training"
+        same_gates(route_samples(router.eval(), seed=3).gates, first, "after training", 0)
 
     def padding_does_not_affect_the_routing(case: Case) -> None:
         """Leave padding out of every sum, ranking, capacity and mean; gates on padding are 0."""
@@ -177,7 +192,7 @@ class Contract:
                 other = x.clone()
                 other[~MASK] = value
                 after = route_samples(router, other)
-                assert torch.equal(before.gates, after.gates), "x on padding changes the gates"
+                same_gates(after.gates, before.gates, "x on padding changes the gates", 0)
                 assert torch.equal(penalty(before), penalty(after)), "it changes the penalty"
 
     def a_sample_is_routed_alike_alone_and_in_a_batch(case: Case) -> None:
@@ -190,7 +205,7 @@ class Contract:
                 mask, hints = MASK[b], {"modality": torch.tensor([b])}
                 hints["prompt"] = PROMPT[b, mask][None]
                 alone = route(case.router(), x[b, mask][None], **hints).gates
-                assert same_gates(alone[0], in_batch[b, mask])
+                same_gates(alone[0], in_batch[b, mask], f"sample {b} alone and in the batch")
 
     def a_causal_router_does_not_look_ahead(case: Case) -> None:
         """Later tokens change earlier gates. If it has to look ahead, set causal = False."""
@@ -202,7 +217,7 @@ class Contract:
             later[:, t:] = 3.0 * randn(3, 6 - t, 16, seed=8)
             if case.level == "sequence" or "prompt" in case.cls.needs:  # decided on the prompt
                 later[PROMPT] = x[PROMPT]
-            assert same_gates(route_samples(case.router(), later).gates[:, :t], before[:, :t])
+            same_gates(route_samples(case.router(), later).gates[:, :t], before[:, :t])
 
     def decoding_token_by_token_gives_the_same_gates(case: Case) -> None:
         """With the KV cache, gates may depend on the token itself and on hints.previous only."""
@@ -213,7 +228,7 @@ class Contract:
         for t in range(3, 6):
             previous = Routing(routing.gates[:, -1:], routing.logits[:, -1:])  # as the KV cache
             routing = route(router, x[:, t : t + 1], previous=previous)
-            assert same_gates(routing.gates, whole[:, t : t + 1])
+            same_gates(routing.gates, whole[:, t : t + 1], f"token {t}, decoded and in the whole")
 
     def permuting_the_experts_permutes_the_gates(case: Case) -> None:
         """Check for an expert that is treated differently because of its index."""
@@ -223,13 +238,14 @@ class Contract:
         for value in router.state_dict().values():  # in every dimension that has the experts
             for dim in (i for i, size in enumerate(value.shape) if size == 5):
                 value.copy_(value.index_select(dim, order))
-        assert same_gates(route_samples(router).gates, gates[..., order])
+        same_gates(route_samples(router).gates, gates[..., order])
 
     def a_new_process_gives_the_same_gates(case: Case) -> None:
         """Check for a set or a hash that numbers the experts: its order changes from run to run."""
         is_own_file = case.spec not in ROUTERS and case.level == "token"
         only_if(is_own_file, "it is in routers.py, or checked at the other level")
-        code = f"""from course.tests.test_router import Case, route_samples
+        code = f"""from course.tests.test_router import Case, contain, route_samples
+contain.guard_tests()
 print(route_samples({case!r}.router()).gates.tolist())"""
         env, command = {"PYTHONPATH": str(Path(__file__).parents[2])}, [sys.executable, "-c", code]
         first, second = (subprocess.check_output(command, env=os.environ | env | seed)
@@ -265,7 +281,7 @@ print(route_samples({case!r}.router()).gates.tolist())"""
         before = {name: t.clone() for name, t in router.state_dict().items()}
         first, second = route_samples(router), route_samples(router)
         assert torch.equal(penalty(first), penalty(second)), "a value is kept between two calls"
-        assert torch.equal(first.gates, second.gates)
+        same_gates(first.gates, second.gates, "in two calls", 0)
         after = router.state_dict()
         assert not [name for name, t in before.items() if not torch.equal(t, after[name])]
 
@@ -279,7 +295,7 @@ print(route_samples({case!r}.router()).gates.tolist())"""
         assert not changed, "The optimizer's own: register a buffer for what `update` changes."
         after = route_samples(router).gates
         is_same_choice = ((before != 0) == (after != 0)).all(dim=-1)
-        assert same_gates(before[is_same_choice], after[is_same_choice])
+        same_gates(before[is_same_choice], after[is_same_choice], "before and after")
 
     def the_state_dict_holds_the_whole_state(case: Case) -> None:
         """Keep what `update` changes in a buffer (register_buffer), and change it in place."""
@@ -287,7 +303,7 @@ print(route_samples({case!r}.router()).gates.tolist())"""
         route_samples(old)
         update_with_uneven_load(old)
         new.load_state_dict(old.state_dict())
-        assert torch.equal(route_samples(old.eval()).gates, route_samples(new).gates), "the gates"
+        same_gates(route_samples(old.eval()).gates, route_samples(new).gates, "after loading", 0)
         first, second = (penalty(route_samples(router.train())) for router in (old, new))
         assert torch.equal(first, second), "the penalty"
 
@@ -306,11 +322,17 @@ CHECKS = [check for check in vars(Contract).values() if callable(check)]
 
 
 def run_check(check: Callable[[Case], None], case: Case) -> None:
-    """The message of a failure begins with the check's docstring."""
+    """The message of a failure begins with the check's docstring, unless the gates are no gates."""
     try:
         check(case)
-    except AssertionError as error:
-        error.args = (f"{check.__doc__} {error}",)
+    except Exception as error:
+        try:
+            route_samples(check_first_calls(case.router()))
+        except Exception as first:
+            if found := re.search("gate returned (shape|gates that are NaN).*", str(first)):
+                raise AssertionError(found[0]) from None
+        if isinstance(error, AssertionError):
+            error.args = (f"{check.__doc__} {error}",)
         raise
 
 
@@ -329,11 +351,18 @@ def failures(case: Case, checks: Iterable[Callable[[Case], None]]) -> dict[str, 
 
 def pytest_generate_tests(metafunc):
     spec = metafunc.config.getoption("--router")
+    if spec and contain.FOLDER not in os.environ and not is_written(Case(spec)):
+        stub = pytest.param(None, None, marks=pytest.mark.skip(reason=UNWRITTEN))
+        return metafunc.parametrize(("check", "case"), [stub])  # one line for a student
     cases = [Case(name, level) for name in ([spec] if spec else ROUTERS) for level in LEVELS]
     ids = [f"{case.spec.replace('/', '.')}-{case.level}" for case in cases]
     metafunc.parametrize("case", cases, ids=ids)
+    metafunc.parametrize("check", CHECKS, ids=[check.__name__ for check in CHECKS])
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=[check.__name__ for check in CHECKS])
 def test_a_router_fulfils_the_contract(check, case):
-    run_check(check, case)
+    only_if(is_written(case), UNWRITTEN)  # even where a declaration excuses it from this check
+    try:
+        run_check(check, case)
+    except NotImplementedError:
+        pytest.skip(UNWRITTEN)

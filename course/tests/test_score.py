@@ -1,6 +1,7 @@
 """A row is reproducible, its hash covers it, and its columns are what counting gives."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,32 +9,28 @@ import torch
 
 import metrics
 from checkpoint import load_model
-from config import MODALITIES, PRESETS
-from course import contain, judge, score, trial
+from config import MODALITIES, PRESETS, UserError
+from course import board, contain, judge, picture, score, trial
 from course.tests.handed_in import BUDGET, GOOD, JOB, _base  # noqa: F401
 from data import Dataset
 from eval import Predictor
 from model import count_parameters
+from routers import Routing, TopKRouter
 from sources.images import Images
 from sources.load import load_samples
 from sources.phantoms import SPLITS, seeds
 from tests.conftest import build
-from tests.mini import error_line
+from tests.mini import error_line, losses
 
-LOAD = [[0.0] * 4, [1.0, 1.0, 2.0, 0.0], [0.0, 4.0, 0.0, 0.0], [3.0, 1.0, 0.0, 0.0]]  # (M, E)
-RESULT = {
-    "facts": 0.25,
-    "closed": 0.5,
-    "open": None,
-    "load_cv": 0.1,
-    "max_vio": 0.2,
-    "dead": 1,
-    "experts": 8,
-    "dropped": 0.25,
-    "activated": 12345,
-    "tokens_per_s": 2000.0,
-    "load": LOAD,
-}
+LOAD = [[[0.0] * 4] * 2, [[2.0, 0.0, 2.0, 0.0], [0.0, 2.0, 2.0, 0.0]], [[0.0, 4.0, 0.0, 0.0]] * 2,
+        [[3.0, 1.0, 0.0, 0.0]] * 2]  # fmt: skip  # (M, L, E)
+RESULT = {"facts": 0.25, "closed": 0.5, "open": None, "experts_per_question": None, "dead": 1,
+          "experts": 8, "activated": 12345, "tokens_per_s": 2000.0, "load": LOAD,
+          "load_by_step": [[[0.5] * 4] * 2] * 3, "dropped_in_training": 0.5, "leak": 0.125,
+          **dict.fromkeys((*score.LEADS[1][1], "load_cv", "max_vio", "dropped", "largest_logit",
+                           "experts_per_token"), 0.25)}  # fmt: skip
+LEADS = [vio := "0.25, 0.25, 0.25 ± 0.00", "50.0% ± 0.0%", "0.25 ± 0.00", "12.5% ± 0.0%", vio,
+         "25.0% ± 0.0%", "-", "0.25 ± 0.00 (k = 1)"]  # fmt: skip  # of each assignment
 CPU = torch.device("cpu")
 
 
@@ -46,11 +43,12 @@ def _quick(base, monkeypatch, tmp_path):
         spec = f"{tmp_path / name}:Mine"
         return score.score(spec, score.ScoreConfig(router=spec, init=str(base), **flags))
 
+    monkeypatch.delenv(contain.SECRET, raising=False)
     judged = judge.Judged([judge.Case("a", "passed"), judge.Case("b", "failed")])
     monkeypatch.setattr(judge, "judge", lambda *args: judged)
-    monkeypatch.delenv(score.SECRET, raising=False)
     monkeypatch.setattr(score, "run_seeds", lambda text, cls, where, derived, *_: [
-        RESULT | {"val_loss": 1.0 + n} for n, _ in enumerate(derived.seeds)])  # fmt: skip
+        RESULT | {"val_loss": 1.0 + n, "load": [layers[:: -1 if n else 1] for layers in LOAD]}
+        for n, _ in enumerate(derived.seeds)])  # fmt: skip
     return run
 
 
@@ -58,8 +56,8 @@ def _quick(base, monkeypatch, tmp_path):
 def test_the_same_command_gives_the_same_row(base, tmp_path):
     (tmp_path / "mine.py").write_text(GOOD)
     argv = ["--router", f"{tmp_path / 'mine.py'}:Mine", "--seeds", "2", "--out", str(tmp_path)]
-    first = score.main(argv)
-    second = score.main([*argv, "--verify", first["hash"]])
+    first = score.main([*argv, "--json", str(tmp_path / "row")])
+    second = score.main([*argv, "--verify", str(tmp_path / "row")])
     assert first | {"tokens_per_s": 0} == second | {"tokens_per_s": 0}
     assert len(set(first["val_losses"])) == 2, "the seeds have no effect"
 
@@ -71,12 +69,12 @@ def test_the_hash_covers_all_but_the_file_name_and_the_speed(quick, base, monkey
     for name, value in hashed.items():
         other = value + 1 if isinstance(value, int | float) else "another:thing"
         assert score.hash_row(hashed | {name: other}, base) != row["hash"], name
-    rows = [row, quick(GOOD + "#"), quick(student="bert"), quick(seeds=2)]
+    rows = [row, quick(GOOD + "#"), quick(student="bert"), quick(seeds=2), quick(assignment=8)]
     monkeypatch.setattr(score, "BUDGET", replace(BUDGET, steps=3))
     rows.append(quick())
-    monkeypatch.setenv(score.SECRET, "of the lecturer")
+    monkeypatch.setenv(contain.SECRET, "of the lecturer")
     rows.append(quick())
-    assert len({row["hash"] for row in rows}) == 6 and "lecturer" not in json.dumps(rows)
+    assert len({row["hash"] for row in rows}) == 7 and "lecturer" not in json.dumps(rows)
 
 
 def test_a_row_holds_means_over_the_seeds_and_shares_of_the_load(quick):
@@ -85,24 +83,41 @@ def test_a_row_holds_means_over_the_seeds_and_shares_of_the_load(quick):
     assert (row["closed"], row["open"], row["lines"], row["contract"]) == (0.5, None, 6, "1/2")
     shares = [[0.0] * 4, [0.25, 0.25, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0], [0.75, 0.25, 0.0, 0.0]]
     assert row["load_by_modality"] == dict(zip(MODALITIES, shares, strict=True))
-    assert "\n| mine.py:Mine | anna/b | 25.0% ± 0.0% | 2.0000 ± 1.0000 | 50.0% | - |" in score.show(
-        row
-    )
-    assert f"\n{MODALITIES[3]:<12}     75.0%     25.0%      0.0%      0.0%" in score.show(row)
+    in_first = row["first_seed"]["load_by_modality"]
+    assert in_first[MODALITIES[1]] == [[0.5, 0.0, 0.5, 0.0], [0.0, 0.5, 0.5, 0.0]]
+    shown = score.show(row, [])
+    assert "\n| mine.py:Mine | anna\\|b | 25.0% ± 0.0% | 2.0000 ± 1.0000 | 50.0% | - |" in shown
+    assert f"\n{MODALITIES[3]:<12}     75.0%     25.0%      0.0%      0.0%" in shown
 
 
-def test_a_row_is_written_and_verified_by_its_hash(quick, base, tmp_path, capsys):
-    row = quick()
-    argv = ["--router", f"{tmp_path / 'mine.py'}:Mine", "--init", str(base)]
-    assert score.main([*argv, "--verify", row["hash"], "--json", str(tmp_path / "row")]) == row
+def test_a_row_begins_with_its_assignment_and_has_others_beside(quick, tmp_path, monkeypatch):
+    rows = [quick(assignment=number) for number in range(1, 9)]
+    assert [list(score.cells(r, r["assignment"]).values())[2] for r in rows] == LEADS
+    monkeypatch.setattr(score, "REFERENCE", tmp_path)
+    for name, row in {"constant": quick(), "a3": rows[2] | {"budget": "old"}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(row | {"router": name}))
+    compared, (topk, a3) = score.references(3, BUDGET)
+    assert "topk is missing" in topk and "a3 is stale" in a3
+    assert score.show(rows[2], compared).count("reference: constant | - | 0.25") == 1
+
+
+def test_a_row_is_written_and_verified_number_by_number(quick, base, tmp_path, capsys):
+    row, file = quick(), tmp_path / "row"
+    argv = ["--router", f"{tmp_path / 'mine.py'}:Mine", "--init", str(base), "--verify", str(file)]
+    file.write_text(json.dumps(row | {"tokens_per_s": 1}))
+    assert score.main([*argv, "--json", str(tmp_path / "new")]) == row
     printed = capsys.readouterr().out.splitlines()[-1]
-    assert json.loads((tmp_path / "row").read_text()) == json.loads(printed) == row
+    assert json.loads((tmp_path / "new").read_text()) == json.loads(printed) == row
     (tmp_path / "bad.py").write_text("import os\n" + GOOD)
-    for more, word in ((["--verify", "0" * 32], row["hash"]), (["--init", str(tmp_path)], "config"),
+    for more, word in ((["--init", str(tmp_path)], "config"),
                        (["--router", f"{tmp_path}/bad.py:Mine"], "bad.py, line 1: imports os"),
                        (["--router", f"{tmp_path}/bad.py:No"], "named No; it has Mine"),
+                       (["--student", "bert"], ", here bert"), (["--picture", "a"], "FILE.png"),
                        (["--json", f"{tmp_path}/no/file"], "no/file")):  # fmt: skip
         assert word in error_line(capsys, score.main, *argv, *more)
+    other = row | {"facts": 0.255, "hash": "0", "val_loss": 2.03}
+    names = [[s.split()[0] for s in score.differences(row, other, t)] for t in (0, 0.01, 0.03)]
+    assert names == [["facts", "val_loss", "hash"], ["val_loss"], []]
 
 
 def test_the_data_of_a_student_are_their_own_and_no_default_images():
@@ -140,12 +155,13 @@ def test_the_columns_of_a_run_are_those_of_counting_token_by_token(watch, tmp_pa
                  for split in ("val", "test"))  # fmt: skip
     assert len({sample.image for sample in val}) == 3 < len(val)
     data = Dataset(val, text, model.config, plain=False, images=Images(32))
-    load, total, n_tokens, n_real, dropped = torch.zeros(4, 2, 4), 0.0, 0, 0, 0
+    load, total, largest, n_tokens, n_real, dropped = torch.zeros(4, 2, 4), 0.0, 0.0, 0, 0, 0
     for batch in (data.batch([i]) for i in range(len(val))):
         out = model.loss(batch)
         total, n_tokens = total + out.total.item(), n_tokens + out.n_tokens
         n_real += int(batch.mask.sum())
         for layer, routing in enumerate(out.routings):
+            largest = max(largest, routing.logits[batch.mask].abs().max().item())
             for gates in routing.gates[0][batch.mask[0]]:
                 dropped += int(not gates.any())
                 load[batch.modality[0], layer] += gates != 0
@@ -155,6 +171,9 @@ def test_the_columns_of_a_run_are_those_of_counting_token_by_token(watch, tmp_pa
                      if is_sign == which] for which in (True, False)}  # fmt: skip
     scores = {which: metrics.score(*zip(*pairs, strict=True)) for which, pairs in apart.items()}
     balance = trial.balance(load, n_real, dropped)
+    loads = [torch.tensor(step["load"]) for step in losses(tmp_path / "run")]
+    assert torch.allclose(torch.tensor(found["load_by_step"]), torch.stack(loads), atol=1e-3)
+    assert found["leak"] == 0 and found["largest_logit"] == pytest.approx(largest, rel=1e-5)
     assert dropped > 0 and found["val_loss"] == pytest.approx(total / n_tokens, abs=1e-5)
     assert found["load"] == balance.pop("load")
     assert {k: found[k] for k in balance} == pytest.approx(balance)
@@ -169,7 +188,7 @@ def test_cv_and_max_vio_are_0_at_balance_and_largest_for_a_single_expert():
     model = build("phi", {"router": "topk", "top_k": 2})
     assert trial.activated(model, 2.0) == count_parameters(model)["activated"]
     even = trial.balance(torch.full((4, 2, 4), 3.0), n_real=24, dropped=0)
-    assert even.pop("load") == [[6.0] * 4] * 4
+    assert even.pop("load") == [[[3.0] * 4] * 2] * 4
     assert list(even.values()) == [0, 0, 0, 8, 0, 2]
     one = torch.tensor([0.0, 3.0, 0.0, 0.0]).expand(4, 2, 4)
     single = trial.balance(one, n_real=24, dropped=12)
@@ -177,9 +196,21 @@ def test_cv_and_max_vio_are_0_at_balance_and_largest_for_a_single_expert():
     assert single["load_cv"] == pytest.approx(3**0.5)
 
 
-def test_a_router_that_looks_ahead_has_no_accuracy_and_a_mistake_is_one_sentence(watch):
-    found = watch(GOOD.replace("sums_to_one = True", "causal = False"))
-    assert found["facts"] is found["closed"] is None and found["val_loss"] > 0
+def test_what_routers_do_in_training_is_counted_without_padding():
+    router, load = TopKRouter(3, 2), trial.TrainingLoad()
+    gates = torch.tensor([[[1.0, 0.0], [0.5, 0.5], [0.0, 0.0], [0.0, 1.0]]])
+    mask = torch.tensor([[True, True, True, False]])
+    for is_training in (True, False):
+        load.hook(router.train(is_training), (gates, mask), Routing(gates, gates))
+    found = load.columns(n_steps=1)
+    assert found.pop("load_by_step") == [[[0.667, 0.333]]]  # of 3 real tokens
+    assert list(found.values()) == pytest.approx([1 / 3] * 4)  # dropped, and MaxVio three times
+
+
+def test_a_router_that_looks_ahead_leaks_and_a_mistake_is_one_sentence(watch):
+    ahead = GOOD.replace("logits.softmax", "logits.flip(1).cumsum(1).flip(1).softmax")
+    both = [watch(x) for x in (ahead, ahead.replace("sums_to_one = True", "causal = False"))]
+    assert [found["facts"] is None for found in both] == [False, True] and both[0]["leak"] > 0.3
     refused = watch(GOOD.replace("# top-k", "1 / 0"))["refused"]
     assert refused == ", line 12: ZeroDivisionError: division by zero"
 
@@ -189,14 +220,43 @@ def test_a_name_stands_for_a_router_of_ours_to_compare_with(name, base, tmp_path
     monkeypatch.setattr(contain, "guard", lambda folder, file: [])
     monkeypatch.setitem(PRESETS, "scored", None)
 
-    def run(text, cls, where, derived, base, limit_s):
+    def run(text, cls, where, derived, base, *_):
         (tmp_path / contain.FILE).write_text(text)
         return [trial.watch(JOB | {"init": str(base), "class": cls}, tmp_path)]
 
     monkeypatch.setattr(score, "run_seeds", run)
     row = score.score(name, score.ScoreConfig(init=str(base), seeds=1))
+    assert row["experts_per_question"] == (2 if name == "constant" else 1)
     of = {MODALITIES.index(m): shares for m, shares in row["load_by_modality"].items()}
     expected = {m: [0.5, 0.5, 0, 0] if name == "constant" else torch.eye(4)[m].tolist()
                 for m, shares in of.items() if any(shares)}  # fmt: skip
     assert (row["router"], row["contract"]) == (name, "-") and len(expected) > 1
     assert {m: of[m] for m in expected} == expected
+
+
+def test_rows_are_ranked_broken_files_left_out_and_names_are_text(quick, tmp_path, capsys):
+    rows = {"low": (0.25, "anna"), "top": (0.75, "<b>|eve`[x](y)"), "none": (None, "carl"),
+            "same": (0.25, "dora"), "nan": (float("nan"), "x")}  # fmt: skip
+    rows = {name: quick() | {"facts": n, "student": who} for name, (n, who) in rows.items()}
+    rows |= {"a8": quick(assignment=8), "list": [1], "other": rows["low"] | {"student": ["anna"]}}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(row))
+    board.main([str(tmp_path)])
+    printed, warnings = capsys.readouterr()
+    assert [f"{name}.json" in warnings for name in ("list", "other", "nan", "low")] == [1, 1, 1, 0]
+    assert (tmp_path / "board.md").read_text().strip() == printed.strip()
+    ranks = [line.split(" | ")[::2][:2] for line in printed.splitlines() if line[2:3].isdigit()]
+    assert ranks[:4] == [["| 1", r"\<b>\|eve\`\[x](y)"], ["| 2", "anna"], ["| 2", "dora"],
+                         ["| 4", "carl"]]  # fmt: skip
+    assert printed.count("## ") == 2 and "## Assignment 8, budget" in printed
+    page = (tmp_path / "board.html").read_text()
+    assert "&lt;b&gt;|eve" in page and "<b>" not in page and page.count("<tr>") == 7
+
+
+def test_a_picture_is_drawn_of_rows_that_have_the_load(quick, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="requirements-lab.txt")
+    picture.draw([quick(), {"router": "an older row"}], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="needs matplotlib"):
+        picture.check("a.png")

@@ -1,6 +1,7 @@
 """Wrong answers: words of the check that fails, the member of the solution, what replaces it."""
 
 import torch
+import torch.nn.functional as F
 
 from course.tests.solutions.a7 import entropy
 from routers import pool, top_k_gates
@@ -29,12 +30,6 @@ def padded(name):
     return lambda self, *args: getattr(right(self), name)(*args[:-2], args[-2] | True, args[-1])
 
 
-def drop_late(self, z, mask, x):
-    gates = top_k_gates(z.softmax(dim=-1), 1) * mask[..., None]
-    capacity = (self.capacity_factor * mask.sum(dim=1) / gates.shape[-1]).ceil()  # (B,)
-    return gates * ((gates != 0).cumsum(dim=1) <= capacity[:, None, None])
-
-
 def share_after_the_drop(self, gates, z, mask, x):
     share = (gates != 0).float().sum(dim=(0, 1)) / mask.sum()
     return self.weight * len(share) * (share * z[mask].softmax(dim=-1).mean(dim=0)).sum()
@@ -45,9 +40,21 @@ def softmax_first(self, z, mask, x, prompt, previous):
     return (top_k_gates(pooled, self.top_k) if previous is None else previous.gates).expand_as(z)
 
 
+def dropped(rank_of):  # Switch, with another rank of the tokens, from gates (B, T, E)
+    def gate(self, z, mask, x):
+        gates = top_k_gates(z.softmax(dim=-1), 1) * mask[..., None]
+        capacity = (self.capacity_factor * mask.sum(dim=1) / gates.shape[-1]).ceil()
+        keep = (rank_of(gates) < capacity[:, None, None]) | (not self.training)
+        return torch.where(keep, gates, 0.0)
+
+    return gate
+
+
 WRONG = {  # assignment -> its wrong answers; r is the router, z are logits, g gates
     1: [("is softplus(x W_noise)", "gate", lambda r, z, mask, x:
          top_k(r, z + torch.randn_like(z) * r.noise(x) * r.training)),
+        ("nothing is detached", "gate", lambda r, z, mask, x:
+         top_k(r, z + torch.randn_like(z) * F.softplus(r.noise(x)).detach() * r.training)),
         ("Softmax over the k kept logits", "gate", not_rescaled),
         ("not of token counts", "penalty", lambda r, g, *a: right(r).penalty(1.0 * (g != 0), *a))],
     2: [("raw probability, not 1", "gate", lambda r, *a: (right(r).gate(*a) != 0).float()),
@@ -55,7 +62,11 @@ WRONG = {  # assignment -> its wrong answers; r is the router, z are logits, g g
         ("The capacity counts real tokens only", "gate", padded("gate")),
         ("The capacity is per sample", "gate", lambda r, *args:
          right(r).gate(*(t.flatten(0, 1)[None] for t in args)).view_as(args[0])),
-        ("The least probable tokens are dropped first", "gate", drop_late),
+        ("Is it one argsort?", "gate", dropped(lambda g: g.argsort(1, descending=True))),
+        ("in its own expert's queue", "gate", dropped(lambda g:
+         g.amax(dim=2, keepdim=True).argsort(1, descending=True).argsort(1))),
+        ("The least probable tokens are dropped first", "gate",
+         dropped(lambda g: (g != 0).cumsum(dim=1) - 1)),
         ("before any is dropped", "penalty", share_after_the_drop)],
     3: [("rescaled to sum to 1 if k > 1", "gate", not_rescaled),
         ("logits them", "penalty", lambda r, g, z, *a: right(r).penalty(g, z.softmax(-1), *a)),
