@@ -86,7 +86,7 @@ def judge(
         temporary = re.compile(rf"[^\s\[]*{re.escape(folder.name)}.{re.escape(contain.FILE)}")
         cases = [Case(*(temporary.sub(where, part) for part in case))
                  for case in (read_cases(report) if report.is_file() else [])]  # fmt: skip
-        if not cases:
+        if not cases or outcome.code not in (0, 1):  # 2: stopped by a KeyboardInterrupt
             lines = [line for line in outcome.tail.splitlines() if line.strip()]
             last = one_line(lines[-1], 300) if lines else "no output"
             raise UserError(f"{where}: {tests.name} ended with code {outcome.code}: {last}")

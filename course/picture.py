@@ -7,6 +7,8 @@ Of the first seed alone. A dashed line marks an even load.
 
 from pathlib import Path
 
+from PIL import Image
+
 from config import UserError
 
 
@@ -47,6 +49,8 @@ def draw(rows: list[dict], file: Path) -> None:
         ax.set_title(f"{what}, sparse layer {layer % n_layers + 1}", fontsize=9)
     figure.axes[0].legend(title="expert", fontsize=7, title_fontsize=7, ncols=2, frameon=False)
     figure.savefig(file, dpi=100)
+    with Image.open(file) as image:  # a quarter of the size
+        image.convert("RGB").quantize(64).save(file, optimize=True)
     print(f"picture: {file}")
 
 

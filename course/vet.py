@@ -26,12 +26,10 @@ ROUTER_NAMES = {
 # module -> the names that may be used of it; None: all but modules, private names and TORCH
 ALLOWED: dict[str, set[str] | None] = {
     "__future__": {"annotations"}, "math": None, "itertools": None,
-    "collections": {"Counter", "OrderedDict", "defaultdict", "deque", "namedtuple"},
+    "collections": {"Counter", "OrderedDict", "defaultdict", "deque"},
     "collections.abc": {"Callable", "Iterable", "Iterator", "Mapping", "Sequence"},
-    "dataclasses": {"dataclass", "field"},
     "functools": {"cache", "cached_property", "lru_cache", "partial", "reduce"},
-    "typing": {"Any", "Callable", "ClassVar", "Final", "Literal", "NamedTuple", "Optional", "Union",
-               "cast"},
+    "typing": {"Any", "Callable", "ClassVar", "Final", "Literal", "Optional", "Union", "cast"},
     "torch": None, "torch.nn": None, "torch.nn.functional": None, "torch.nn.init": None,
     "torch.fft": None, "torch.linalg": None, "torch.special": None, "torch.distributions": None,
     "torch.autograd": {"Function", "grad"},
@@ -44,14 +42,14 @@ TORCH = {  # of torch: files, compiled code, processes and global settings
 TORCH_CLASSES = {"Tensor", "FloatTensor", "LongTensor", "BoolTensor", "Size", "Generator"}
 BUILTINS = {  # access to files, to other code, or to names that the source does not show
     "open", "exec", "eval", "compile", "input", "breakpoint", "help", "globals", "locals", "vars",
-    "getattr", "setattr", "delattr", "memoryview", "os", "sys",
+    "getattr", "setattr", "delattr", "memoryview", "os", "sys", "type",
 }  # fmt: skip
-FRAMES = {  # lead from an error, a generator or a coroutine to the variables of its callers
+FRAMES = {  # lead from an error, a generator or a tensor to the variables of others, or to modules
     "f_back", "f_globals", "f_locals", "f_builtins", "f_code", "tb_frame", "tb_next", "gi_frame",
-    "gi_yieldfrom", "gi_code", "cr_frame", "cr_await", "ag_frame", "ag_await",
+    "gi_yieldfrom", "gi_code", "cr_frame", "cr_await", "ag_frame", "ag_await", "obj", "grad_fn",
 }  # fmt: skip
 WRITERS = {"tofile", "dump", "save", "from_file", "storage", "untyped_storage", "ctypes"}
-DUNDERS = {"__init__", "__name__", "__repr__", "__len__", "__post_init__", "__all__", "__doc__"}
+DUNDERS = {"__init__", "__name__", "__repr__", "__len__", "__all__", "__doc__"}
 MODULE = set(dir(nn.Module())) - {"extra_repr"}  # what training, saving and hooks rely on
 DECLARED = {"needs", "level", "frozen", "sums_to_one", "causal", "batch_invariant", "at_most_k",
             "may_drop", "gate", "penalty", "update"}  # fmt: skip
@@ -109,7 +107,7 @@ class Vetting(ast.NodeVisitor):
             self.refuse(node, f"changes {ast.unparse(node)}, which is not part of the router")
         elif not is_read and (node.attr in DECLARED or node.attr in MODULE):
             self.refuse(node, f"changes {node.attr}, which is Router's own")
-        elif not is_read and root not in ("self", "ctx"):
+        elif not is_read and (root not in ("self", "ctx") or not isinstance(node.value, ast.Name)):
             self.refuse(node, f"changes {ast.unparse(node)}: set attributes of self only")
         module = self.full_name(node.value)
         if f"{module}.{node.attr}" in ALLOWED:
@@ -148,16 +146,20 @@ class Vetting(ast.NodeVisitor):
     def check_name(self, node: ast.AST, name: str) -> None:
         """The name of a variable, or of an attribute of any object."""
         is_dunder = name.startswith("__") and name.endswith("__")
-        if (is_dunder and name not in DUNDERS) or name in FRAMES:
+        if is_dunder and name not in DUNDERS:
             self.refuse(node, f"uses {name}, which a router does not need")
         elif isinstance(node, ast.Name):
             return
+        elif name in FRAMES:
+            self.refuse(node, f"uses {name}, which a router does not need")
         elif name == "modality":
             self.refuse(node, "reads the true modality, which a graded router must not use")
         elif name == "needs":
             self.refuse(node, "uses needs, which is declared once, as a tuple of names")
         elif name in WRITERS:
             self.refuse(node, f"uses {name}; a router writes no files")
+        elif name == "compile":
+            self.refuse(node, "uses compile, which replaces how the router is called")
         elif name in ("format", "format_map"):
             self.refuse(node, f"uses {name}, which can read any attribute; write an f-string")
         elif name.startswith("register_") and name not in ("register_buffer", "register_parameter"):
@@ -165,15 +167,9 @@ class Vetting(ast.NodeVisitor):
         elif name.startswith("_") and not is_dunder and name in MODULE:
             self.refuse(node, f"uses {name}, which is nn.Module's own")
 
-    def visit_MatchClass(self, node: ast.MatchClass) -> None:
-        for name in node.kwd_attrs:  # `case object(gi_frame=f)` reads that attribute
-            self.check_name(node, name)
-        self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call) -> None:
-        if isinstance(node.func, ast.Name) and node.func.id == "type" and len(node.args) != 1:
-            self.refuse(node, "makes a class by type(); write a class statement")
-        self.generic_visit(node)
+    def visit_Match(self, node: ast.Match) -> None:
+        """A class in a pattern reads attributes that the source need not name."""
+        self.refuse(node, "uses match; write if")
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         if node.keywords:
@@ -219,8 +215,9 @@ def bound_in(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 def is_module(module: str, name: str) -> bool:
     """Whether it is a module: one that the other imports, or a part of it, loaded or not."""
     loaded = importlib.import_module(module)
-    is_part = hasattr(loaded, "__path__") and importlib.util.find_spec(f"{module}.{name}")
-    return bool(is_part) or isinstance(vars(loaded).get(name), ModuleType)
+    if isinstance(vars(loaded).get(name), ModuleType):  # torch.ops is one without a file
+        return True
+    return hasattr(loaded, "__path__") and bool(importlib.util.find_spec(f"{module}.{name}"))
 
 
 def root_of(node: ast.expr) -> str | None:

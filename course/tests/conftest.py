@@ -1,5 +1,7 @@
 """The course's own options of pytest; and the guard, where course.judge runs the tests."""
 
+import os
+
 import pytest
 
 from course import contain
@@ -13,6 +15,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.refused = contain.guard_tests()  # before the submission is imported
+    config.before = contain.snapshot() if contain.FOLDER in os.environ else {}
     if spec := config.getoption("--router"):
         try:
             get_router(spec)
@@ -29,6 +32,8 @@ def pytest_runtest_call(item):
     try:
         return (yield)
     finally:
-        if item.config.refused:  # the submission may have caught the error
-            spec = item.config.getoption("--router")
-            pytest.fail(f"{spec}{item.config.refused[0]}", pytrace=False)
+        found = item.config.refused  # the submission may have caught the error
+        if not found and (names := contain.changed(item.config.before)):
+            found.append(f": changed {names[0]}, which is not part of the router")
+        if found:
+            pytest.fail(f"{item.config.getoption('--router')}{found[0]}", pytrace=False)

@@ -122,7 +122,8 @@ def check_penalty(cls: type[Router], definition: Callable[..., Tensor]) -> None:
         router = make(cls, 1 + n % 3)
         for name in ("weight", "coefficient"):
             if hasattr(router, name):
-                setattr(router, name, torch.tensor(0.1 * (n + 1)))
+                setattr(router, name, value := torch.tensor(0.1 * (n + 1)))
+                assert getattr(router, name) == value, f"{name} has to stay what it is set to."
         gates = router(x, mask, Hints(prompt=mask)).gates  # in evaluation: no noise, none dropped
         found = torch.as_tensor(router.train().penalty(gates, logits, mask, x))
         expected = definition(router, gates[mask], logits[mask])

@@ -1,14 +1,18 @@
 """The checks of the assignments pass on solutions and fail on wrong answers, if they are there."""
 
+import hashlib
+import types
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
+from course import score
 from course.tests import test_router as contract
 from course.tests.judges import CHECKS
 from course.tests.test_assignments import STUBS, run_check, stub
 from routers import get_router
+from sources.records import read_json
 
 SOLUTIONS = Path(__file__).parent / "solutions"
 NUMBERS = pytest.mark.parametrize("number", CHECKS)
@@ -50,13 +54,31 @@ def test_a_method_that_is_missing_skips_its_checks_only(number):
 
 
 def test_a_wrong_answer_fails_with_its_sentence_and_every_check_fails_for_one(number):
-    table = pytest.importorskip("course.tests.wrong_answers.table", reason="it is withheld")
-    solution, failed = get_router(spec_of(number)), set()
-    for words, member, value in table.WRONG[number]:
-        found = outcomes(type("Wrong", (solution,), {member: value}), number)
-        assert any(words in sentence for sentence in found.values()), (words, found)
-        failed |= {name for name, outcome in found.items() if outcome != "passed"}
+    rows = pytest.importorskip("course.tests.wrong_answers.rows", reason="they are withheld")
+    failed = set()
+    for name, (words, *_) in rows.EDITS.items():
+        if name.startswith(str(number)):
+            (cls, text), module = rows.wrong_answer(name), types.ModuleType(name)
+            exec(text, vars(module))
+            found = outcomes(vars(module)[cls], number)
+            assert any(words in sentence for sentence in found.values()), (name, found)
+            failed |= {check for check, outcome in found.items() if outcome != "passed"}
     assert failed == CHECKS[number].keys() != set()
+
+
+def test_the_rows_on_the_answers_page_are_of_todays_answers(number):
+    rows = pytest.importorskip("course.tests.wrong_answers.rows", reason="they are withheld")
+    solution = Path(spec_of(number).rpartition(":")[0])
+    texts = {score.REFERENCE / f"a{number}.json": solution.read_text()}
+    for name in rows.SCORED:
+        if name.startswith(str(number)):
+            texts[rows.HERE / f"{name}.json"] = rows.wrong_answer(name)[1]
+    assert len(texts) == 3
+    for file, text in texts.items():
+        assert read_json(file, dict)["text"] == hashlib.sha256(text.encode()).hexdigest(), file.name
+    lines = rows.table(number).splitlines()
+    page = (Path(__file__).parents[1] / "answers.md").read_text()
+    assert len(lines) == 7 and [line for line in lines if line not in page] == []
 
 
 def test_one_in_twelve_mutants_of_a_solution_is_noticed(number):

@@ -24,8 +24,11 @@ GATE = BODY + "    def gate(self, logits, mask, x):\n        "
     (BODY + "    needs = ['modal' + 'ity']", 3, "other than a tuple"),
     (GATE + "self.needs.append('modality')", 4, "uses needs"), ("x.f_back", 1, "f_back"),
     (GATE + "return x.hints.modality", 4, "reads the true modality"), ("def f(:", 1, "not Python"),
-    (GATE + "(i for i in x).gi_frame", 4, "gi_frame"), ("type(1, 2)", 1, "makes a class by type"),
-    (GATE + "match x:\n            case object(tb_frame=f): pass", 5, "tb_frame"),
+    (GATE + "(i for i in x).gi_frame", 4, "gi_frame"), ("type(*a)", 1, "uses type"),
+    (GATE + "match x:\n            case object(tb_frame=f): pass", 4, "uses match"),
+    (GATE + "try: x.no\n        except AttributeError as e: e.obj", 5, "uses obj"),
+    (GATE + "x.grad_fn", 4, "grad_fn"), ("from dataclasses import dataclass", 1, "dataclasses"),
+    (GATE + "self.t.item = 1", 4, "of self only"), ("import torch\ntorch.ops", 2, "torch.ops"),
     (GATE + "try: 1 / 0\n        except Exception as e: e.__traceback__", 5, "__traceback__"),
     (GATE + "'{0.__class__}'.format(self)", 4, "uses format"), ("import os\n", 1, "imports os"),
     ("().__class__.__base__.__subclasses__()\n", 1, "__"), ("a\n1 + eval\nopen", 2, "uses eval"),
@@ -59,6 +62,7 @@ ACTIONS = {  # what a child does -> what it is refused for; None: allowed
     "open(OUTSIDE, 'w')": ": writes a file",
     "os.rename('inside', OUTSIDE)": ": changes files",
     "open('/proc/1/environ')": ": reads another process",
+    "os.open('environ', 0, dir_fd=os.open('/proc/self', 0))": ": reads another process",
     "open('inside', 'w')  # submitted": ", line 1: writes a file",
     "subprocess.run(['true'])": ": starts a process",
     "os.kill(os.getpid(), 0)": ": sends a signal",
@@ -83,7 +87,7 @@ def test_a_child_can_write_in_its_own_folder_only_and_what_it_tried_is_known(tmp
     with ProcessPoolExecutor(1, get_context("fork")) as pool:  # a hook cannot be removed
         refused = pool.submit(in_a_child, folder, str(outside)).result()
     expected = [reason for reason in ACTIONS.values() if reason]
-    assert len(refused) == len(expected) == 6 and all(map(str.startswith, refused, expected))
+    assert len(refused) == len(expected) == 7 and all(map(str.startswith, refused, expected))
     assert [path.name for path in folder.iterdir()] == ["other"] and not outside.exists()
 
 
@@ -125,6 +129,9 @@ def test_what_vetting_misses_is_caught_at_run_time(base, tmp_path, monkeypatch):
     for code, words in (  # of the message
         ("try:\n    open(FILE, 'w')\nexcept OSError:\n    pass", "line 16: writes a file"),
         ("import model\nmodel.MedMoE.loss = lambda *a: None", "changed"),
+        ("import torch\nclass Sub(torch.Tensor): pass", "makes a subclass of Tensor"),
+        ("import torch\ntorch.Tensor.nonzero = len", "changed torch.Tensor.nonzero"),
+        ("import routers\nrouters.Routing.logits = property(len)", "changed routers.Routing"),
         ("while True: pass", "stopped after 2 s")):  # fmt: skip
         text = f"{GOOD}\n{code}\n".replace("FILE", repr(str(written)))
         with pytest.raises(UserError, match=rf"^mine.py.*{words}"):

@@ -17,7 +17,10 @@ def test_a_process(): subprocess.run(["true"], check=True)
 def test_unwritten(): pytest.skip("not implemented yet")
 def test_the_text(request):
     spec = request.config.getoption("--router")
-    assert "fails" not in open(spec.rpartition(":")[0]).read(), f"{spec} must not fail"
+    text = open(spec.rpartition(":")[0]).read()
+    if "interrupts" in text:
+        raise KeyboardInterrupt
+    assert "fails" not in text, f"{spec} must not fail"
 def test_the_assignment(request):
     pytest.skip(str(request.config.getoption("--assignment")))
 """
@@ -36,6 +39,8 @@ def test_a_submission_is_tested_in_a_child_and_called_by_its_own_name(tmp_path):
     judged = judge.judge(tmp_path / "test_stub.py", cheat, "Mine", "mine.py", 300)
     words = "Failed: mine.py:Mine, line 15: writes a file, which a router must not do"
     assert {case.message for case in judged.cases} == {words} and judged.passed == "0/4"
+    with pytest.raises(UserError, match=r"^mine.py: test_stub.py ended with code 2"):
+        judge.judge(tmp_path / "test_stub.py", GOOD + "# interrupts", "Mine", "mine.py", 300)
     with pytest.raises(UserError, match=r"^mine.py: stopped after 0.1 s"):
         judge.judge(tmp_path / "test_stub.py", text, "Mine", "mine.py", 0.1)
 

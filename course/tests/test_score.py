@@ -19,6 +19,7 @@ from routers import Routing, TopKRouter
 from sources.images import Images
 from sources.load import load_samples
 from sources.phantoms import SPLITS, seeds
+from sources.records import read_json
 from tests.conftest import build
 from tests.mini import error_line, losses
 
@@ -99,6 +100,15 @@ def test_a_row_begins_with_its_assignment_and_has_others_beside(quick, tmp_path,
     compared, (topk, a3) = score.references(3, BUDGET)
     assert "topk is missing" in topk and "a3 is stale" in a3
     assert score.show(rows[2], compared).count("reference: constant | - | 0.25") == 1
+
+
+def test_the_readmes_rows_are_the_committed_ones():
+    lines = (score.REFERENCE.parent / "README.md").read_text().splitlines()
+    for name in ("constant", "topk", "modality", "oracle"):
+        found = score.cells(read_json(score.REFERENCE / f"{name}.json", dict), None)
+        (line,) = [line for line in lines if line.startswith(f"| {name}: ")]
+        wanted = "facts", "val loss", "closed", "open", "load CV", "MaxVio", "dead", "activated"
+        assert line.strip("| ").split(" | ")[1:] == [found[title] for title in wanted]
 
 
 def test_a_row_is_written_and_verified_number_by_number(quick, base, tmp_path, capsys):

@@ -20,9 +20,8 @@ class Switch(Router):
         if not self.training:
             return gates
         capacity = (self.capacity_factor * mask.sum(dim=1) / probs.shape[-1]).ceil()  # (B,)
-        rank = gates.argsort(dim=1, descending=True, stable=True).argsort(
-            dim=1
-        )  # among its expert's tokens
+        order = gates.argsort(dim=1, descending=True, stable=True)
+        rank = order.argsort(dim=1)  # (B, T, E), of a token among its expert's tokens
         return gates.masked_fill(rank >= capacity[:, None, None], 0.0)
 
     def penalty(self, gates: Tensor, logits: Tensor, mask: Tensor, x: Tensor) -> Tensor:
