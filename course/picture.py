@@ -50,7 +50,7 @@ def draw(rows: list[dict], file: Path) -> None:
     figure.axes[0].legend(title="expert", fontsize=7, title_fontsize=7, ncols=2, frameon=False)
     figure.savefig(file, dpi=100)
     with Image.open(file) as image:  # a quarter of the size
-        image.convert("RGB").quantize(64).save(file, optimize=True)
+        image.convert("RGB").quantize(method=Image.Quantize.FASTOCTREE).save(file, optimize=True)
     print(f"picture: {file}")
 
 
