@@ -214,6 +214,7 @@ def watch(job: dict, folder: Path) -> dict:
     # The model's sizes come from the checkpoint; steps, learning rate and batch from the job.
     found, _ = read_config(Path(job["init"]))
     config.PRESETS["scored"] = replace(config.PRESETS["tiny"], model=replace(found, moe=None))
+    torch.optim.AdamW([torch.zeros(1)])  # before the snapshot: the first one changes its class
     refusals, before = contain.guard(folder, file), contain.snapshot()
     load = TrainingLoad()
     spec = f"{file}:{job['class']}" if file.read_text() else job["class"]  # or one of ours
