@@ -20,6 +20,7 @@ from data import Encoded, Sample, Text, collate, encode_prompt
 from engine import familiar
 from engine.cli import parse, user_errors
 from engine.overlay import Routes, check_png
+from engine.routes import forced_routers, replaced_routers
 from model import autocast, choose_device, generate
 from sources import phantoms, signs
 from sources.images import Images
@@ -29,7 +30,8 @@ from sources.questions import about_image, about_signs, answer
 DEMO = "phantom:2000000004"  # held out, with a finding
 HELP = """/image FILE, phantom:SEED or none   another image, and a new conversation
 /reset            a new conversation about this image
-/show FILE.png    save the image as the model sees it, and the first expert of each patch
+/save FILE.png    save the image as the model sees it, and the first expert of each patch
+                  and token
 /quit             or an empty line: end"""
 
 
@@ -42,7 +44,8 @@ class ChatConfig(Common):
     checkpoint: str = argument("DIR of a finished phase")
     image: str | None = flag(None, f"FILE, phantom:SEED or none (default of phantoms: {DEMO})")
     question: str | None = flag(None, "what to ask (default: read questions from the terminal)")
-    show: str | None = flag(None, "save image and experts, as /show does, to this FILE.png")
+    save: str | None = flag(None, "save image and experts, as /save does, to this FILE.png")
+    expert: int | None = flag(None, "route every token to this expert alone")
     max_new: int = flag(64, "longest answer, in tokens", least=1)
     temperature: float = flag(0.0, "0: always the likeliest token")
     top_p: float = flag(1.0, "sample from the likeliest tokens that make up this probability")
@@ -90,6 +93,7 @@ class Chat:
         ops.choose(flags.kernels, self.device)
         folder = Path(flags.checkpoint)
         self.model, self.text, info = load_model(folder, self.device, self.dtype, flags.router)
+        self.routers = forced_routers(self.model, flags.expert)
         self.known, self.questions = familiar.read(folder), info.get("questions", [])
         self.images = Images(self.model.config.vision.image_size, pad=True)
         if (image := flags.image) is None:
@@ -103,7 +107,8 @@ class Chat:
         if image is not None:
             pixels = self.images.read(image).to(self.device)  # (3, S, S)
             with autocast(self.device, self.dtype):
-                familiar.warn(self.model, pixels, self.known)
+                if unlike := familiar.unlike(self.model, pixels, self.known):
+                    print(unlike, file=sys.stderr)
         self.image, self.history = image, []
 
     def is_phantom(self) -> bool:
@@ -134,7 +139,7 @@ class Chat:
         generator = torch.Generator(self.device).manual_seed(flags.seed)
         stream, steps = Stream(text), []
         max_new = min(flags.max_new, config.decoder.max_len - len(encoded[0]))
-        with autocast(self.device, self.dtype):
+        with replaced_routers(self.model, self.routers), autocast(self.device, self.dtype):
             for step in generate(self.model, batch, text.eos_id, max_new, flags.temperature,
                                  flags.top_p, generator):  # fmt: skip
                 steps.append(step)
@@ -146,27 +151,27 @@ class Chat:
             print(truth(self.image, question))
         self.routes = Routes(config, batch, steps)
         print(end=self.routes.table(text))
-        if flags.show:
-            self.show(flags.show)
+        if flags.save:
+            self.save(flags.save)
 
-    def show(self, file: str) -> None:
-        """Save the image and the first expert of each of its patches. Raises UserError."""
+    def save(self, file: str) -> None:
+        """Save the image and the first expert of each patch and token. Raises UserError."""
         if self.image is None or not self.history:
-            raise UserError(f"{file}: nothing to show yet: it needs an image and a question")
+            raise UserError(f"{file}: nothing to save yet: it needs an image and a question")
         check_png(file, str(self.image))
-        self.routes.overlay(self.images.read(self.image)).save(file)
+        self.routes.overlay(self.images.read(self.image), self.text).save(file)
         print(f"saved {file}", file=sys.stderr)
 
     def command(self, line: str) -> None:
         """One of HELP. Raises UserError for any other."""
         name, _, rest = line.partition(" ")
-        if name in ("/image", "/show") and not rest:
+        if name in ("/image", "/save") and not rest:
             raise UserError(f"{name}: needs a name; /help lists the commands")
         if name == "/image":
             self.begin(rest.strip())
             print(f"The image is {rest.strip()}.", file=sys.stderr)
-        elif name == "/show":
-            self.show(rest.strip())
+        elif name == "/save":
+            self.save(rest.strip())
         elif line == "/reset":
             self.history = []
         elif line == "/help":
@@ -190,8 +195,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--top-p {flags.top_p}: must be above 0 and at most 1")
     if flags.question is not None and flags.question.strip()[:1] in ("", "/"):
         raise UserError(f"--question {flags.question!r}: is empty, or a command")
-    if flags.show:
-        check_png(flags.show, flags.image)
+    if flags.save:
+        check_png(flags.save, flags.image)
     chat = Chat(flags)
     if flags.question is not None:
         print("Not a medical device.", file=sys.stderr)

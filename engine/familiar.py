@@ -8,7 +8,6 @@ Shapes: n images, S image side, P patches, W tower width.
 """
 
 import random
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -111,11 +110,12 @@ def read(directory: Path) -> dict[str, Tensor] | None:
     return dict(open_tensors(file)) if file.is_file() else None
 
 
-def warn(model: MedMoE, image: Tensor, known: dict[str, Tensor] | None) -> None:
-    """Say so on stderr if an image (3, S, S) uint8 is beyond the limit. None: no word."""
+def unlike(model: MedMoE, image: Tensor, known: dict[str, Tensor] | None) -> str:
+    """A sentence if an image (3, S, S) uint8 is beyond the limit, else "". known None: ""."""
     if known is None:
-        return
+        return ""
     far, limit = float(distance(image_features(model, image[None]), known)), float(known["limit"])
-    if far > limit:
-        print(f"This image is unlike the images that the model was trained on (distance {far:.1f}; "
-              f"{KEPT:.0%} of held-out ones are below {limit:.1f}).", file=sys.stderr)  # fmt: skip
+    if far <= limit:
+        return ""
+    return (f"This image is unlike the images that the model was trained on (distance {far:.1f}; "
+            f"{KEPT:.0%} of held-out ones are below {limit:.1f}).")  # fmt: skip

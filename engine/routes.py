@@ -1,10 +1,11 @@
-"""Recorded routes: what every router decided while questions were answered, to be replayed.
+"""Routes that no router decides now: recorded ones, which are replayed, and forced ones.
 
     python eval.py DIR --record-routes FILE.safetensors
     python eval.py DIR --replay-routes FILE.safetensors
+    python chat.py DIR --expert 1
 
-Replayed, no router decides: the same command gives the same logits to the last bit, and another
-model, router or precision answers along the old routes.
+Replayed, the same command gives the same logits to the last bit, and another model, router or
+precision answers along the old routes. Forced ones change what the model's router decided.
 
 The file: for each question, under its identifier, gates and logits (2, n, L, E) fp32 of the n
 positions of its prompt and then of its answer; in the header, how many are its prompt's.
@@ -12,7 +13,7 @@ positions of its prompt and then of its answer; in the header, how many are its 
 Shapes: B batch, T positions, L sparse layers, E experts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, count
 from pathlib import Path
@@ -90,6 +91,55 @@ def replaced_routers(model: MedMoE, routers: Sequence[Router]) -> Iterator[None]
             mlp.router = router
 
 
+class Forced(Router):
+    """Wraps a router. Subclasses change(gates, logits, modality): twice must equal once."""
+
+    frozen = True
+
+    def __init__(self, inner: Router):
+        n_experts, d_model = inner.proj.weight.shape
+        super().__init__(d_model, n_experts, inner.top_k, inner.level)
+        self.inner, self.proj = inner, inner.proj
+        self.causal, self.batch_invariant = inner.causal, inner.batch_invariant
+
+    def forward(self, x: Tensor, mask: Tensor, hints: Hints = Hints()) -> Routing:
+        routing = self.inner(x, mask, hints)
+        gates = self.change(routing.gates, routing.logits, hints.modality)
+        return routing._replace(gates=gates.masked_fill(~mask[..., None], 0.0))
+
+
+class Alone(Forced):
+    """Every token is routed to this one expert, with gate 1."""
+
+    def __init__(self, inner: Router, expert: int):
+        super().__init__(inner)
+        self.expert = expert
+
+    def change(self, gates: Tensor, logits: Tensor, modality: Tensor | None) -> Tensor:
+        return torch.zeros_like(gates).index_fill(-1, torch.tensor(self.expert).to(gates.device), 1)
+
+
+def routers_of(model: MedMoE) -> list[Router]:
+    """One a sparse layer, in order."""
+    return [block.mlp.router for block in model.decoder.blocks if block.is_sparse]
+
+
+def forced(model: MedMoE, make: Callable[[Router], Router]) -> AbstractContextManager[None]:
+    return replaced_routers(model, [make(router) for router in routers_of(model)])
+
+
+def forced_routers(model: MedMoE, expert: int | None) -> list[Router]:
+    """For --expert: Alone for each sparse layer; of None the model's own. Raises UserError."""
+    routers, moe = routers_of(model), model.config.moe
+    if expert is None:
+        return routers
+    if moe is None:
+        raise UserError(f"--expert {expert}: a dense model has no experts")
+    if expert >= moe.n_experts:
+        raise UserError(f"--expert {expert}: must be from 0 to {moe.n_experts - 1}")
+    return [Alone(router, expert) for router in routers]
+
+
 class RouteRecorder:
     """Replays the routes of one file, or records those that are taken to another; or both."""
 
@@ -105,10 +155,9 @@ class RouteRecorder:
         """A context for answering the questions `rows`, which this batch holds."""
         if self.routes is None:
             return nullcontext()
-        routers = [block.mlp.router for block in model.decoder.blocks if block.is_sparse]
         # The layers are computed in order: each router takes the next one.
         routings = chain.from_iterable(replay([self.routes[i] for i in rows], batch.mask))
-        return replaced_routers(model, [Replayed(router, routings) for router in routers])
+        return replaced_routers(model, [Replayed(router, routings) for router in routers_of(model)])
 
     def record(
         self, steps: list[Generated], rows: Sequence[int], batch: Batch, eos_id: int

@@ -1,19 +1,15 @@
-"""Routers for control experiments: --router lab/controls.py:Everyone, and routes that are forced.
+"""Routers for control experiments: --router lab/controls.py:Everyone, and forced routes.
 
 Shapes: B batch, T positions, E experts, k experts a token.
 """
-
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from config import IMAGE_ID
-from engine.routes import replaced_routers
-from model import MedMoE
-from routers import Hints, OracleRouter, Router, Routing
+from engine.routes import Forced
+from routers import OracleRouter, Router
 
 
 class Everyone(Router):
@@ -64,23 +60,6 @@ class Wrong3(Wrong1):
     shift = 3
 
 
-class Forced(Router):
-    """Wraps a router. Subclasses change(gates, logits, modality): twice must equal once."""
-
-    frozen = True
-
-    def __init__(self, inner: Router):
-        n_experts, d_model = inner.proj.weight.shape
-        super().__init__(d_model, n_experts, inner.top_k, inner.level)
-        self.inner, self.proj = inner, inner.proj
-        self.causal, self.batch_invariant = inner.causal, inner.batch_invariant
-
-    def forward(self, x: Tensor, mask: Tensor, hints: Hints = Hints()) -> Routing:
-        routing = self.inner(x, mask, hints)
-        gates = self.change(routing.gates, routing.logits, hints.modality)
-        return routing._replace(gates=gates.masked_fill(~mask[..., None], 0.0))
-
-
 class ByModality(Forced):
     """The largest gate goes to expert (modality + shift) % E: the true one, or shifted a wrong one.
 
@@ -107,17 +86,9 @@ class ByModality(Forced):
         return torch.where((modality >= 0)[:, None, None], moved, gates)
 
 
-class Alone(Forced):
-    """Every token is routed to this one expert, with gate 1."""
-
-    def __init__(self, inner: Router, expert: int):
-        super().__init__(inner)
-        self.expert = expert
+class FirstOnly(Forced):
+    """Every token is routed to the first of its experts alone, with gate 1."""
 
     def change(self, gates: Tensor, logits: Tensor, modality: Tensor | None) -> Tensor:
-        return torch.zeros_like(gates).index_fill(-1, torch.tensor(self.expert).to(gates.device), 1)
-
-
-def forced(model: MedMoE, make: Callable[[Router], Router]) -> AbstractContextManager[None]:
-    routers = [block.mlp.router for block in model.decoder.blocks if block.is_sparse]
-    return replaced_routers(model, [make(router) for router in routers])
+        largest, first = gates.max(dim=-1, keepdim=True)
+        return torch.zeros_like(gates).scatter(-1, first, (largest > 0).to(gates.dtype))

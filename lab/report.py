@@ -23,10 +23,10 @@ import numpy as np
 from PIL import Image
 
 from checkpoint import load_model
-from config import IMAGE_ID, MODALITIES, Common, TrainConfig, UserError, argument, flag
+from config import MODALITIES, Common, TrainConfig, UserError, argument, flag
 from data import Sample
 from engine import cli
-from engine.overlay import COLOURS, draw_patches
+from engine.overlay import COLOURS, Routes, draw_patches, png
 from engine.run import read_log
 from eval import Prediction, Predictor, load_questions, unpack
 from lab.router import ece, reliability
@@ -100,18 +100,18 @@ def choose(samples: Sequence[Sample], n: int) -> list[int]:
 
 
 def explain(predictor: Predictor, sample: Sample) -> dict:
-    """Answer one question again, by itself -> its texts, image and, per layer, patches' gates."""
+    """Answer one question again, by itself -> its texts, image and its tokens' experts."""
     ((_, batch),) = predictor.batches([sample], "example")
     with autocast(predictor.device, predictor.dtype):
         steps = list(generate(predictor.model, batch, predictor.text.eos_id, predictor.max_new))
     answer = unpack(steps, batch.mask, predictor.text)[0].answer
-    is_patch = (batch.ids[0] == IMAGE_ID).cpu()  # (T,)
+    routes = Routes(predictor.model.config, batch, steps)
     return {
         "modality": sample.modality or "unknown", "question": sample.turns[0][0],
         "answer": answer, "truth": sample.turns[0][1],
         "verdict": "right" if value(sample, answer, None) == 1 else "wrong",
         "image": None if sample.image is None else predictor.images.get(sample),  # (3, S, S) uint8
-        "patches": [r.gates[0].cpu()[is_patch] for r in steps[0].routings],  # (P, E) each
+        "patches": routes.patches(), "table": routes.table(predictor.text).strip("\n"),
     }  # fmt: skip
 
 
@@ -188,13 +188,6 @@ def drawn(figure: "Figure", dpi: int = 200) -> Image.Image:
     data = io.BytesIO()
     figure.savefig(data, dpi=dpi, facecolor="white")
     return Image.open(data).convert("RGB")
-
-
-def png(image: Image.Image) -> bytes:
-    """In at most 200 colours."""
-    data = io.BytesIO()
-    image.quantize(200, dither=Image.Dither.NONE).save(data, "PNG", optimize=True)
-    return data.getvalue()
 
 
 def views(e: dict, blocks: Sequence[int]) -> list[dict]:

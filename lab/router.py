@@ -26,8 +26,9 @@ from config import IMAGE_ID, MODALITIES, Common, UserError, argument, flag
 from data import Batch, Dataset, Sample
 from engine.cli import check_outputs, parse, user_errors, write_json
 from engine.experts import mutual_information
+from engine.routes import Alone, forced
 from eval import Predictor, load_questions
-from lab.controls import Alone, ByModality, forced
+from lab.controls import ByModality
 from metrics import bootstrap, expert_names, router_report, wilson
 from model import autocast, choose_device, sparse_layers
 from router_training import collect, one_per_image, train_router

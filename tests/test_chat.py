@@ -43,6 +43,9 @@ def test_it_prints_the_likeliest_answer_and_the_experts_of_tokens(phase3, capsys
     assert answer == generated(phase3, image) != generated(phase3, image, pad=False) and answer
     assert lines[:2] == ["", "experts                  CT      MRI    X-ray  pathology"]
     assert len(lines) == 2 + 4 + 6 + 1  # no routing of the last token: nothing follows it
+    answer, _, _, *rows = asked(capsys, phase3, image, "--expert", "2").split("\n")
+    assert answer != generated(phase3, image) and all(" 0.0%   100.0%  " in x for x in rows[:4])
+    assert len(rows) > 5 and all(x.endswith("block 0: X-ray  block 2: X-ray") for x in rows[4:-1])
 
 
 def test_sampled_answers_follow_seed_temperature_and_top_p(phase3, capsys):
@@ -109,10 +112,10 @@ def test_commands_change_the_image_show_it_and_help(talk, tmp_path):
     examples = about_image(own) + about_signs(own, signs.known(8), 4)
     question = examples[0]
     out, messages, asked = talk(
-        "/help", "/show a.png", question.question.lower(), f"/show {file}",
-        "/image phantom:2000000003", "Is it?", f"/image {image}", "Is it?", f"/show {image}",
-        "/show a.jpg", "/image no.png", "/image phantom:x", "/image none", "Is it?", "/show a.png",
-        "/show", "/what")  # fmt: skip
+        "/help", "/save a.png", question.question.lower(), f"/save {file}",
+        "/image phantom:2000000003", "Is it?", f"/image {image}", "Is it?", f"/save {image}",
+        "/save a.jpg", "/image no.png", "/image phantom:x", "/image none", "Is it?", "/save a.png",
+        "/save", "/what")  # fmt: skip
     assert "/image FILE" in out and all(f"\n{q.question}\n" in out for q in examples)
     caption = f"{question.answer}; a CT of the head with three large infarcts in the lower left"
     assert f"\ntruth: {caption}\n" in out and out.count("truth: ") == 2
@@ -121,10 +124,10 @@ def test_commands_change_the_image_show_it_and_help(talk, tmp_path):
     assert "phantom:2000000004" in first and "Not a medical device" in disclaimer
     wanted = ["a.png: nothing", f"saved {file}", "is phantom:2000000003.", f"is {image}.",
               f"{image}: would be", "a.jpg: must", "no.png: no", "--image phantom:x", "is none.",
-              "a.png: nothing", "/show: needs", "/what: no such"]  # fmt: skip
+              "a.png: nothing", "/save: needs", "/what: no such"]  # fmt: skip
     assert all(w in m for w, m in zip(wanted, messages, strict=True))
     sizes = [sum(i < 0 for i in ids) for ids, _ in asked]
-    assert sizes == [4, 4, 4, 0] and Image.open(file).size == (1040, 396)
+    assert sizes == [4, 4, 4, 0] and Image.open(file).width == 1040
 
 
 def test_other_data_has_no_default_image_and_examples_of_its_own(monkeypatch, talk):
@@ -144,7 +147,7 @@ def test_an_image_unlike_those_of_training_is_called_that(phase3, monkeypatch, c
     for limit, count in ((0.0, 1), (1e9, 0)):
         read = lambda folder, limit=limit: known | {"limit": torch.tensor(limit)}  # noqa: E731
         monkeypatch.setattr(familiar, "read", read)
-        argv = ["--question", "left " * 470, "--max-new", "600", "--show", str(file)]
+        argv = ["--question", "left " * 470, "--max-new", "600", "--save", str(file)]
         chat.main([str(phase3), "--image", "phantom:1", *argv])
         out, error = capsys.readouterr()
         assert out.count("\n  answer ") == 8 and out.endswith(" more tokens\n")
@@ -163,7 +166,8 @@ def test_the_stream_waits_for_whole_characters(capsys):
 
 
 @pytest.mark.parametrize("argv", ["--temperature 0.001", "--top-p 0", "--image phantom:x",
-                                  "--question ", "--question /help", "--show a.jpg"])  # fmt: skip
+                                  "--question ", "--question /help", "--save a.jpg",
+                                  "--expert 4"])  # fmt: skip
 def test_a_setting_that_cannot_be_is_one_line(phase3, argv, capsys):
     with pytest.raises(SystemExit) as stop:
         chat.main([str(phase3), "--question", "Q?", *argv.split(" ")])

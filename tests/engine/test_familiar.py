@@ -67,8 +67,8 @@ def test_a_checkpoint_knows_which_images_are_unlike_its_own(build, tmp_path, cap
     assert (familiar.distance(features, known) > known["limit"]).sum() < 10
     red = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 32, 32)
     for image, n in ((images[0], 0), (red, 1)):
-        familiar.warn(model, image, known)
-        assert capsys.readouterr().err.count("99% of held-out ones are below") == n
+        found = familiar.unlike(model, image, known)
+        assert found.count("99% of held-out ones are below") == n and bool(found) == n
     assert familiar.measure(model, SAMPLES[:40], FLAGS, *FP32) == {}  # too few images
     broken = [*SAMPLES, Sample("", "phantoms", "train", Path("no.png"), ())]
     assert familiar.measure(model, broken, FLAGS, *FP32) == {}  # what was trained is not lost

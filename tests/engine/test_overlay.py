@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from config import IMAGE_ID, MoEConfig
-from engine.overlay import COLOURS, Routes, draw_patches
+from engine.overlay import COLOURS, Routes, Token, draw_patches, overlay
 from model import Generated
 from routers import Routing
 
@@ -39,3 +39,10 @@ def test_a_patch_is_tinted_by_its_first_expert_the_more_the_larger_the_gate():
         mixed = [255 + opacity * (c - 255) for c in bytes.fromhex(COLOURS[expert][1:])]
         assert tile[168 * y + 9, 168 * x + 9] == pytest.approx(mixed, abs=2)
     assert (tile[177, 9] == 255).all() and (tile[168:, :168] == 0).any()  # only "-" is on it
+
+
+def test_the_picture_has_the_tokens_tinted_like_patches():
+    black, gates = torch.zeros(3, 32, 32).byte(), torch.tensor([[0.9, 0.1]] * 4)
+    page = np.asarray(overlay(black, [gates], [0], ["a", "b"], [[Token("no\n", 1, 1.0)]]), int)
+    mixed = [255 + 0.55 * (c - 255) for c in bytes.fromhex(COLOURS[1][1:])]
+    assert page.shape[1] == 2 * (336 + 8) + 8 and (abs(page - mixed).max(-1) < 3).sum() > 100

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from config import IMAGE_ID
-from lab.controls import Alone, ByModality, Everyone, Hash, Wrong1, Wrong2, Wrong3, forced
+from engine.routes import Alone, forced
+from lab.controls import ByModality, Everyone, FirstOnly, Hash, Wrong1, Wrong2, Wrong3
 from model import generate
 from routers import Hints, TopKRouter
 
@@ -67,3 +68,9 @@ def test_forced_routing_holds_while_the_answer_is_generated(build, collate):
     for a, b, one, again in zip(own, shifted, alone, gates(), strict=True):
         assert (b[:, -4:].argmax(-1) == torch.tensor([[3], [0]])).all()  # of modalities 2 and 3
         assert one[:, -1].eq(torch.tensor([0, 1, 0, 0])).all() and torch.equal(a, again)
+
+
+def test_the_first_expert_alone_has_gate_1_and_who_had_none_still_has_none():
+    gates = torch.tensor([[[0.2, 0.3, 0.0], [0.0, 0.0, 0.9], [0.0, 0.0, 0.0]]])
+    first = FirstOnly(TopKRouter(8, 3)).change(gates, gates, None)
+    assert first.tolist() == [[[0, 1, 0], [0, 0, 1], [0, 0, 0]]]
