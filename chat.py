@@ -22,7 +22,7 @@ from engine.cli import parse, user_errors
 from engine.overlay import Routes, check_png
 from engine.routes import forced_routers, replaced_routers
 from model import autocast, choose_device, generate
-from sources import phantoms, signs
+from sources import dicom, phantoms, signs
 from sources.images import Images
 from sources.load import MAX_TURNS
 from sources.questions import about_image, about_signs, answer
@@ -103,7 +103,7 @@ class Chat:
 
     def begin(self, name: str) -> None:
         """A new conversation about this image. Raises UserError."""
-        image = find_image(name)
+        image = dicom.viewed(find_image(name), self.flags.window, self.flags.frame)
         if image is not None:
             pixels = self.images.read(image).to(self.device)  # (3, S, S)
             with autocast(self.device, self.dtype):

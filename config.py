@@ -259,6 +259,8 @@ class Common:
     follow_links: bool = flag(False, "read images that are links out of their source", DATA)
     image_folder: str | None = flag(None, "images of llava: that are not beside their file", DATA)
     router_labels: str | None = flag(None, 'FILE.json of {"image": "CT", ...} to use', DATA)
+    window: Literal["auto", "soft", "brain", "lung"] = flag("auto", "of CT in DICOM files", DATA)
+    frame: Literal["first", "middle"] = flag("first", "of DICOM files with several", DATA)
     lang: Literal["en", "zh", "all"] = flag("en", "language of SLAKE's questions", DATA)
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "matmul precision", SPEED)
     kernels: Literal["auto", "torch", "cuda"] = flag("auto", "cuda/ on a Hopper GPU", SPEED)

@@ -4,6 +4,7 @@ Read ahead by a few threads and kept as bytes, since most images have several qu
 """
 
 import functools
+import io
 import sys
 import warnings
 from collections.abc import Collection, Iterable
@@ -20,13 +21,15 @@ from tqdm import tqdm
 
 from config import UserError
 from data import Image, Packed, Sample
-from sources import medmnist, phantoms
+from sources import dicom, medmnist, packed, phantoms
+from sources.records import open_file
 from vision import square
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow's other decoders are not used
 PHOTOMETRIC = 262  # TIFF's tag; 0: white is zero
 MAX_PIXELS = 50_000_000  # of an image file; 4 bytes each once decoded
 MAX_RATIO = 100  # of its sides; a 1 x 100000 strip is no image, and would make a huge square
+PERCENTILES = (0.5, 99.5)
 CACHE_BYTES = 1_500_000_000  # of decoded images: 40 000 at 112 px, 4 400 at 336 px
 
 
@@ -76,22 +79,31 @@ def open_image(path: str | Path) -> PIL.Image.Image:
     Raises UserError with the file and the reason for whatever cannot be read or claims too much.
     """
     path = Path(path)
-    if not path.is_file():
+    if not packed.is_there(path):
         reason = "is not a file" if path.exists() else "no such file"
         raise UserError(f"image {path}: {reason}")
     try:
+        file, inner = (path, "") if path.is_file() else packed.holder(path)
+        is_dicom = packed.is_dicom(file)
+        if inner and not is_dicom:
+            data = open_file(path)
+            file, inner, is_dicom = io.BytesIO(data), "", packed.has_dicom_magic(data)
+        if is_dicom:
+            return to_rgb(dicom.read(file, inner, path, check_size), False)
         with (
             warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning),
-            PIL.Image.open(path, formats=FORMATS) as image,  # reads the header alone
+            PIL.Image.open(file, formats=FORMATS) as image,  # reads the header alone
         ):
             check_size(*image.size)
             image.load()
             white_is_zero = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
             return to_rgb(upright(image), white_is_zero)
     except PIL.UnidentifiedImageError:
-        empty = path.stat().st_size == 0
-        reason = f"not a readable image ({', '.join(FORMATS)} are; export DICOM in a window as PNG)"
+        empty = path.is_file() and path.stat().st_size == 0
+        reason = f"not a readable image ({', '.join(FORMATS)} and DICOM are)"
         reason = "is empty" if empty else reason
+    except UserError:  # it names the file
+        raise
     except Exception as error:  # a broken file makes a decoder raise anything, struct.error too
         reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
     raise UserError(f"image {path}: {reason}")
@@ -143,12 +155,18 @@ def to_rgb(image: PIL.Image.Image, white_is_zero: bool) -> PIL.Image.Image:
 
 
 def stretch(grey: np.ndarray) -> PIL.Image.Image:
-    """16-bit, 32-bit or float grey (H, W) -> 8 bits: least value black, largest white."""
+    """16-bit, 32-bit or float grey (H, W) -> 8 bits: PERCENTILES black and white.
+
+    So that a few pixels, of metal or damaged, do not decide. Where most pixels are of one value, as
+    in a mask, the least value is black and the largest white.
+    """
     finite = np.isfinite(grey)
     values = grey[finite] if finite.any() else np.zeros(1)
-    low, high = float(values.min()), float(values.max())
-    unit = (np.where(finite, grey, low) - low) / ((high - low) or 1.0)  # (H, W) in 0 .. 1
-    return PIL.Image.fromarray((unit * 255).round().astype(np.uint8))
+    low, high = np.percentile(values, PERCENTILES)
+    if low == high:
+        low, high = float(values.min()), float(values.max())
+    unit = (np.where(finite, grey, low) - low) / ((high - low) or 1.0)
+    return PIL.Image.fromarray((unit.clip(0, 1) * 255).round().astype(np.uint8))  # (H, W)
 
 
 def jitter(images: Tensor) -> Tensor:

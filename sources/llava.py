@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from config import MODALITIES, UserError, warn_once
 from data import Sample, Turns
-from sources.records import Entry, Record, check_regular, read_records, shown
+from sources.records import Entry, Record, check_regular, read_lines, read_records, shown
 
 Faults = list[tuple[str, str]]  # id and reason of records that cannot be used
 
@@ -32,7 +32,7 @@ DOMAINS = {"chest_xray": "X-ray", "mri": "MRI", "ct_scan": "CT", "histology": "p
 def read_llava(
     where: Path, split: str, source: str, image_folder: str | None, follow_links: bool
 ) -> tuple[list[Sample], Faults]:
-    """FILE.json, which serves as any split, or DIR with {train,val,test}.json -> its dialogues.
+    """FILE.json or .jsonl, for any split, or DIR with {train,val,test}.json -> its dialogues.
 
     Images are looked for in "images" beside the file, if it is there, then in image_folder; if
     there is neither, beside the file. Their answer_type is the field's, or "".
@@ -60,7 +60,7 @@ def read_file(
     """
     seen: dict[str, int] = {}
     samples, faults, n_system = [], [], 0
-    records = read_records(file)
+    records = list(read_lines(file)) if file.suffix == ".jsonl" else read_records(file)
     for record in tqdm(records, desc=file.name, delay=2, mininterval=1, file=sys.stderr):
         # Fields that are null, NaN or empty are as good as missing.
         record.values = {k: v for k, v in record.values.items() if v == v and v not in NULLS}

@@ -2,6 +2,7 @@
 
     phantoms  phantoms:N  phantoms:N+FIRST  phantoms:N/S  slake:DIR  vqa-rad:DIR  vqa-rad-3515:DIR
     pathvqa:DIR  medmnist:FILE.npz  llava:FILE.json  llava:DIR
+    table:FILE.csv, .jsonl or .parquet
 
 SOURCE@W takes its samples W times an epoch. Whatever is wrong with a file is found here, before
 anything is trained, and reported in one line.
@@ -18,11 +19,12 @@ from typing import Any
 
 from config import MODALITIES, Common, UserError, tolerate, warn_once
 from data import Image, Packed, Sample
-from sources import medmnist, phantoms, signs
+from sources import dicom, medmnist, packed, phantoms, signs
 from sources.images import unreadable
 from sources.llava import entries, read_llava
 from sources.questions import about_image, about_signs
 from sources.records import Entry, read_json, shown
+from sources.tables import CODES, TITLES, read_table
 from sources.vqa import Row, read_pathvqa, read_slake, read_vqa_rad
 
 N_TRAIN, N_VAL, N_TEST = 4000, 200, 500  # phantoms
@@ -37,11 +39,12 @@ ROWS = {
     "vqa-rad-3515": lambda folder, split, lang, links: read_vqa_rad(folder, split, True, links),
     "pathvqa": lambda folder, split, lang, links: read_pathvqa(folder, split, links),
 }
-KINDS = ("phantoms[:N]", *(f"{kind}:DIR" for kind in ROWS), "medmnist:FILE.npz", "llava:FILE.json")
+KINDS = ("phantoms[:N]", *(f"{kind}:DIR" for kind in ROWS), "medmnist:FILE.npz", "llava:FILE.json",
+         "table:FILE.csv")  # fmt: skip
 # The flags that decide which questions are answered, as checkpoints and results store them.
 READING = {"data": (list, tuple), "lang": str, "max_missing": int, "max_bad": int,
-           "follow_links": bool, "image_folder": str, "router_labels": str, "split": str,
-           "limit": int}  # fmt: skip
+           "follow_links": bool, "image_folder": str, "router_labels": str, "window": str,
+           "frame": str, "split": str, "limit": int}  # fmt: skip
 
 
 def read_phantoms(where: str, split: str, together: bool) -> Iterator[Entry]:
@@ -89,8 +92,7 @@ def read_medmnist(file: Path, split: str) -> Iterator[Entry]:
     One question an image; where an image has several labels (ChestMNIST), a yes or no for each.
     """
     known = medmnist.which(file)
-    a = {"CT": "a CT", "MRI": "an MRI", "X-ray": "an X-ray", "pathology": "a pathology picture"}
-    title = a.get(known.modality, "an image")
+    title = TITLES[known.modality]
     single = f"Which of these does the image show: {', '.join(known.classes)}?"
     for i, label in enumerate(medmnist.read_split(file, split)[1]):
         base = Sample(f"{split}-{i}", known.name, split, Packed(file, split, i), (), known.modality)
@@ -124,7 +126,7 @@ def shape(entries: Iterable[Entry], what: str) -> Iterator[Sample]:
 def missing_images(samples: list[Sample], where: str, max_missing: int) -> set[Image]:
     """The image files that are not there. Raises UserError for more than max_missing."""
     files = dict.fromkeys(s.image for s in samples if isinstance(s.image, Path))
-    missing = {file: None for file in files if not file.is_file()}
+    missing = {file: None for file in files if not packed.is_there(file)}
     if missing:
         names = few([f"{f.parent.name}/{f.name}" for f in missing])
         message = f"--data {where}: {len(missing)} of {len(files)} images are missing: {names}"
@@ -138,12 +140,17 @@ def missing_images(samples: list[Sample], where: str, max_missing: int) -> set[I
 def usable(
     samples: list[Sample], spec: str, keep: bool, max_missing: int, max_bad: int, open_images: bool
 ) -> list[Sample]:
-    """Without those whose image is missing or unreadable.
+    """Without those whose image is missing or unreadable; DICOM's modality labels the unlabelled.
 
     keep: the unreadable ones stay, with a `fault` in place of their image.
     """
     missing = missing_images(samples, spec, max_missing)
     samples = [s for s in samples if s.image not in missing]
+    codes = {i: dicom.modality(i) for i in {s.image for s in samples}
+             if isinstance(i, Path) and packed.is_dicom(i)}  # fmt: skip
+    if codes:
+        samples = [replace(s, modality=CODES.get(codes[s.image]))
+                   if not s.modality and s.image in codes else s for s in samples]  # fmt: skip
     if not open_images:
         return samples
     files = dict.fromkeys(s.image for s in samples if isinstance(s.image, Path))
@@ -201,7 +208,7 @@ def parse_spec(spec: str) -> tuple[str, str, float]:
         if not 0 < weight <= 1000:
             raise UserError(f"--data {spec}: its weight must be above 0 and at most 1000")
     kind, _, where = source.partition(":")
-    if kind != "phantoms" and (kind not in (*ROWS, "medmnist", "llava") or not where):
+    if kind != "phantoms" and (kind not in (*ROWS, "medmnist", "llava", "table") or not where):
         raise UserError(f"--data {spec}: not one of {', '.join(KINDS)}")
     return kind, where, weight
 
@@ -212,16 +219,17 @@ def has_splits(spec: str) -> bool:
     return kind != "llava" or Path(where).is_dir()
 
 
-def llava_names(specs: Iterable[str]) -> dict[str, str]:
-    """The source's name of each llava:WHERE: its stem, and as many folders as tell it apart."""
-    paths = {where: Path(where).resolve() for kind, where, _ in map(parse_spec, specs)
-             if kind == "llava"}  # fmt: skip
+def file_names(specs: Iterable[str]) -> dict[str, str]:
+    """The source's name of each llava:WHERE and table:WHERE: its stem, and as many folders as tell
+    it apart."""
+    kinds = {where: kind for kind, where, _ in map(parse_spec, specs) if kind in ("llava", "table")}
+    paths = {where: Path(where).resolve() for where in kinds}
     ends = {path: (*path.parts[1:-1], path.stem) for path in paths.values()}
     names = {}
     for where, path in paths.items():
         lengths = range(1, len(ends[path]))
         alone = (n for n in lengths if sum(e[-n:] == ends[path][-n:] for e in ends.values()) == 1)
-        names[where] = "/".join(("llava", *ends[path][-next(alone, 1) :]))
+        names[where] = "/".join((kinds[where], *ends[path][-next(alone, 1) :]))
     return names
 
 
@@ -254,7 +262,10 @@ def read_source(
         dialogues = usable(dialogues, spec, keep, max_missing, max_bad, open_images)
         samples = list(shape(entries(dialogues), what))
     else:
-        rows = list(ROWS[kind](Path(where), split, lang, follow_links))
+        if kind == "table":
+            rows = list(read_table(Path(where), split, name, image_folder, follow_links))
+        else:
+            rows = list(ROWS[kind](Path(where), split, lang, follow_links))
         if unanswered := [s.id for s, _ in rows if not s.turns[0][1]]:
             warn_once(f"{spec}: {len(unanswered)} without an answer skipped: qid {few(unanswered)}")
         rows = [(s, title) for s, title in rows if s.turns[0][1]]
@@ -264,7 +275,8 @@ def read_source(
         rows = [(s, titles[s.id]) for s in samples]
         if what != "vqa":
             samples = list(make_captions(rows) if what == "captions" else make_dialogues(samples))
-    if not samples and not (kind.startswith("vqa-rad") and split == "val"):  # it has none
+    may_lack_val = kind in ("vqa-rad", "vqa-rad-3515", "table")
+    if not samples and not (may_lack_val and split == "val"):
         raise UserError(f"--data {spec}: no {what} in its {split} split (language: {lang})")
     return samples if weight == 1 else [replace(s, weight=weight) for s in samples]
 
@@ -272,29 +284,33 @@ def read_source(
 def load_samples(
     specs: Sequence[str], what: str, split: str, lang: str = "en", max_missing: int = 0,
     max_bad: int = 0, follow_links: bool = False, image_folder: str | None = None,
-    router_labels: str | None = None, open_images: bool = True,
+    router_labels: str | None = None, window: str = "auto", frame: str = "first",
+    open_images: bool = True,
 ) -> list[Sample]:  # fmt: skip
     """The samples of one split ("train", "val", "test") of every source that --data names.
 
     what         "captions" (one an image), "instructions" (dialogues), "vqa" (one a question),
                  "tuning" (phase 3's: "vqa", but an embedded image's questions together)
     open_images  whether every image file is decoded once, to find those that cannot be read
-    Only vqa-rad's "val", which does not exist, may be empty. Raises UserError.
+    Only "val" of vqa-rad, which has none, and of a table may be empty. Raises UserError.
     """
     samples: list[Sample] = []
-    names = llava_names(specs)
+    names = file_names(specs)
     for spec in specs:
         new = read_source(spec, what, split, names.get(parse_spec(spec)[1], ""), lang, max_missing,
                           max_bad, follow_links, image_folder, open_images)  # fmt: skip
         if {s.source for s in new} & {s.source for s in samples}:
             raise UserError(f"--data {spec}: {new[0].source} is already named")
         samples += new
-    return label(samples, Path(router_labels)) if router_labels else samples
+    samples = label(samples, Path(router_labels)) if router_labels else samples
+    views = {i: dicom.viewed(i, window, frame) for i in {s.image for s in samples}}
+    return [s if views[s.image] == s.image else replace(s, image=views[s.image]) for s in samples]
 
 
 def reading(flags: Common) -> dict[str, Any]:
     """How to read --data, as keyword arguments of load_samples."""
-    names = ("lang", "max_missing", "max_bad", "follow_links", "image_folder", "router_labels")
+    names = ("lang", "max_missing", "max_bad", "follow_links", "image_folder", "router_labels",
+             "window", "frame")  # fmt: skip
     return {name: getattr(flags, name) for name in names}
 
 
@@ -312,7 +328,10 @@ def how_read(values: Any, file: Path) -> dict[str, Any]:
         if not isinstance(value, kind) or (is_list and not all(isinstance(v, str) for v in value)):
             raise UserError(f'{file}: field "{name}" {value!r} is of the wrong kind')
         found[name] = tuple(value) if is_list else value
-    for name, allowed in (("lang", ("en", "zh", "all")), ("split", ("train", "val", "test"))):
+    for name, allowed in (
+        ("lang", ("en", "zh", "all")), ("split", ("train", "val", "test")),
+        ("window", ("auto", *dicom.WINDOWS)), ("frame", dicom.FRAMES),
+    ):  # fmt: skip
         if found.get(name, allowed[0]) not in allowed:
             raise UserError(f'{file}: field "{name}" must be one of {", ".join(allowed)}')
     return found

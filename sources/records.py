@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 
 from config import UserError
 from data import Sample, Turns
+from sources import packed
 
 MAX_FILE = 4_000_000_000  # bytes of one JSON file; LLaVA-Med's largest has 0.4e9
 MAX_LINE = 1_000_000  # bytes of one JSON line
@@ -73,8 +75,10 @@ class Record:
 
         A link must lead to somewhere in that folder or the one of this file, or be allowed.
         """
+        if re.match("[a-zA-Z]{2,}://|data:", text := self.text(name)):
+            self.fail(name, "a file: nothing is fetched")
         try:
-            path, target, is_inside = locate(folder, self.text(name))
+            path, target, is_inside = locate(folder, text)
         except (OSError, ValueError, RuntimeError):  # too long; a null byte; links in a circle
             self.fail(name, "a usable file name")
         if not is_inside:
@@ -83,6 +87,14 @@ class Record:
             self.fail(name, f"inside {self.file.parent}: it is a link to {target}, which "
                             "--follow-links reads")  # fmt: skip
         return path
+
+
+def distinct(seen: dict[str, int], record: Record, field: str) -> str:
+    """An identifier as text. Raises UserError where an earlier record has it too."""
+    name = record.text_or_number(field)
+    if seen.setdefault(name, record.number) != record.number:
+        record.fail(field, f"another than that of record {seen[name]}")
+    return name
 
 
 @functools.cache
@@ -131,7 +143,9 @@ def check_regular(file: Path) -> None:
 
 
 def open_file(file: Path) -> bytes:
-    """A whole file of at most MAX_FILE bytes."""
+    """A whole file of at most MAX_FILE bytes, or an image in one (packed.py)."""
+    if not os.path.exists(file) and (inner := packed.holder(file))[1]:
+        return packed.read_inner(*inner)
     check_regular(file)
     try:
         return file.read_bytes()

@@ -60,7 +60,7 @@ def test_every_command_has_files_and_flags_that_exist(command):
     if module == "lab.bench" and argv[:1] == ["memory"]:
         module = f"lab.{argv.pop(0)}"
     assert module == "pytest" or (ROOT / f"{module.replace('.', '/')}.py").is_file()
-    if module in SCRIPTS or module.startswith(("lab.", "course.")):
+    if module in SCRIPTS or module.startswith(("lab.", "course.", "sources.")):
         argv = ["1" if word == "N" else word for word in argv]  # stands for a number
         found = vars(importlib.import_module(module)).items()  # a dataclass has its flags
         own = [x for name, x in found if name.endswith("Config") and x.__module__ == module]

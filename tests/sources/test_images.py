@@ -47,6 +47,12 @@ def test_a_transparent_cmyk_deep_grey_or_turned_image_is_shown_as_a_viewer_does(
     values = np.array([[1000, 2000], [3000, 5000]], "<u2").tobytes()
     path = save(tmp_path / "a.png", Image.frombytes("I;16", (2, 2), values))
     assert read(path)[..., 0].tolist() == [[0, 64], [128, 255]]  # stretched, not clipped
+    deep = np.arange(10_000, dtype=np.uint16).reshape(100, 100)
+    deep[5, 5] = 65535  # one bad pixel
+    assert 250 < read(save(tmp_path / "a.png", deep))[99, 99].mean() <= 255
+    mask = np.zeros((100, 100), np.uint16)
+    mask[0, :2] = 3, 7  # fewer than are left out
+    assert read(save(tmp_path / "a.png", mask))[0, :3, 0].tolist() == [109, 255, 0]
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = Image.fromarray(PATTERN).transpose(Image.Transpose.ROTATE_90)

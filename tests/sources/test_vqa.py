@@ -1,9 +1,10 @@
-"""SLAKE, VQA-RAD and PathVQA are read as their owners publish them, and pickles never executed."""
+"""SLAKE, VQA-RAD and PathVQA are read in every form, and pickles never executed."""
 
 import json
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from config import UserError, warn_once
 from data import Sample
 from sources.load import load_samples
+from sources.records import open_file
 from sources.vqa import RAD_FOLDERS, read_slake, read_vqa_rad
 from tests.sources.written import RAD, SLAKE, llava, llava_item, rad, save_image, slake
 
@@ -60,12 +62,18 @@ def test_every_field_that_is_read_must_be_there_and_no_number_come_twice(tmp_pat
         load_samples([write(tmp_path, row | {"qid": 9}, row | {"qid": "9"})], "vqa", "train")
 
 
-def test_missing_files_and_folders_are_named(tmp_path):
-    for kind, named in (("slake", "train.json: No such"), ("vqa-rad", "no folder images or"),
-                        ("llava", "train.json: No such"),
-                        ("pathvqa", "neither .*train_qa.pkl nor .*pvqa_train.json")):  # fmt: skip
-        with pytest.raises(UserError, match=named):
+def test_a_folder_in_no_known_form_is_told_which_there_are(tmp_path):
+    def refused(kind, message):
+        with pytest.raises(UserError, match=message):
             load_samples([f"{kind}:{tmp_path}"], "vqa", "train")
+
+    refused("slake", "no SPLIT.json in it")
+    refused("vqa-rad", r"no VQA_RAD .* or SPLITset.json or data/SPLIT-\*.parquet or")
+    refused("llava", "train.json: No such")
+    slake(tmp_path, SLAKE)
+    refused("pathvqa", "no qas/SPLIT/SPLIT_qa.pkl or .*looks like slake:")
+    rad(tmp_path, RAD, images="elsewhere")
+    refused("vqa-rad", "no folder images or VQA_RAD")
 
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
@@ -121,6 +129,85 @@ def test_a_malicious_or_broken_file_is_refused_in_one_line(tmp_path, content, me
     match = rf"test(_qa\.pkl|\.json): [^\n]*{re.escape(message)}[^\n]*$"
     with pytest.raises(UserError, match=match):
         load_samples([pathvqa(tmp_path, content)], "vqa", "test")
+
+
+SPLITS = {"slake": ("train", "val", "test"), "pathvqa": ("test",)}
+TWO = [CONVERTED, CONVERTED | {"img_id": "t_2"}]
+
+
+def owners(kind, folder, is_real):
+    """A data set as published; images of PathVQA, which may not be passed on, are made up."""
+    if is_real and kind != "pathvqa":
+        return DATA / ("slake" if kind == "slake" else "vqa_rad")
+    for split in ("train", "validate", "test"):
+        slake(folder, SLAKE, SLAKE | {"qid": 12, "answer": split}, file=f"{split}.json")
+    rad(folder, RAD, RAD | {"qid": 7, "phrase_type": "test_para", "question_frame": "A?"})
+    file = DATA / "pathvqa" / "pvqa_test.json"
+    pathvqa(folder, values := json.loads(file.read_text())[:99] if is_real else TWO)
+    for i, value in enumerate(values):
+        save_image(folder / "images" / "test" / f"{value['img_id']}.jpg", 40 * i)
+    return folder
+
+
+def hub_json(source, folder, nested):
+    for name in ("train", "validate", "test"):
+        shutil.copy(source / f"{name}.json", folder / f"{name.replace('ate', 'ation')}.json")
+    archive = shutil.make_archive(folder / "imgs", "zip", source, "imgs")
+    if nested:
+        shutil.unpack_archive(archive, folder / "imgs")
+        os.remove(archive)
+
+
+def data_rad(samples, folder, split):
+    if not (folder / "images").exists():
+        (folder / "images").symlink_to(samples[0].image.parent)
+    rows = [RAD | {"qid": s.id, "question": s.turns[0][0], "answer": s.turns[0][1], "answer_type":
+            s.answer_type, "image_name": s.image.name} for s in samples]  # fmt: skip
+    (folder / f"{split}set.json").write_text(json.dumps(rows))
+
+
+def shards(samples, folder, split):
+    """Two, with an image's bytes at each of its questions."""
+    pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow as pa
+
+    rows = [{"image": {"bytes": s.image.read_bytes()}, "question": s.turns[0][0],
+             "answer": s.turns[0][1]} for s in samples]  # fmt: skip
+    n = min(len(rows), 2)
+    for i in range(n):
+        file = folder / f"{split}-0000{i}-of-0000{n}.parquet"
+        part = rows[i * len(rows) // n : (i + 1) * len(rows) // n]
+        pq.write_table(pa.Table.from_pylist(part), file, max(1, len(rows) // 9))
+
+
+@pytest.mark.parametrize("is_real", [False, True])
+@pytest.mark.parametrize(("kind", "write", "fields"), [
+    ("slake", False, "id answer_type kind modality"), ("slake", True, "id"),
+    ("vqa-rad-3515", data_rad, "id answer_type"), ("vqa-rad", shards, "modality"),
+    ("pathvqa", shards, "answer_type kind modality")])  # fmt: skip
+def test_a_set_in_another_form_is_the_same(tmp_path, kind, write, fields, is_real, capsys):
+    if is_real and not DATA.is_dir():
+        pytest.skip("the data sets are not beside the project")
+    (folder := tmp_path / "form").mkdir()
+    source, splits = owners(kind, tmp_path, is_real), SPLITS.get(kind, ("train", "test"))
+    found = {s: load_samples([f"{kind}:{source}"], "vqa", s, open_images=False) for s in splits}
+    if kind == "slake":
+        hub_json(source, folder, nested=write)
+    for split, theirs in found.items():
+        if kind != "slake":
+            write(theirs, folder, split)
+        ours = load_samples([f"{kind}:{folder}"], "vqa", split, open_images=not is_real)
+        assert len({s.image for s in ours}) <= 2 * len({s.image for s in theirs})  # two shards
+        for s, t in zip(ours, theirs, strict=True):
+            assert (s.turns, open_file(s.image)) == (t.turns, open_file(t.image))
+            assert all(getattr(s, field) == getattr(t, field) for field in fields.split())
+            if write is shards:
+                assert (s.answer_type == "closed") == (s.turns[0][1].lower() in ("yes", "no"))
+    assert ("the rest is open" in capsys.readouterr().err) == (write is shards)
+    if kind == "pathvqa":
+        (folder / "test-00001-of-00002.parquet").unlink()
+        with pytest.raises(UserError, match="1 of 2 files of this split are here"):
+            load_samples([f"pathvqa:{folder}"], "vqa", "test")
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not beside the project")

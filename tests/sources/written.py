@@ -15,9 +15,9 @@ RAD = {
     "question_frame": "NULL"}  # fmt: skip
 
 
-def save_image(path):
+def save_image(path, colour=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8)).save(path)
+    Image.new("RGB", (8, 8), colour).save(path)
     return path
 
 

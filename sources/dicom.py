@@ -1,0 +1,164 @@
+"""DICOM files as grey or colour images, where pydicom is installed.
+
+What a file tells of its patient is neither printed nor stored: messages name the file and speak of
+its pixels, and nothing is read of it but those, how to show them, and the modality.
+"""
+
+import functools
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from config import UserError, warn_once
+from data import Image
+from sources.packed import is_dicom
+
+WINDOWS = {"soft": (40, 400), "brain": (40, 80), "lung": (-600, 1500)}  # of CT: centre, width, HU
+FRAMES = ("first", "middle")
+CODECS = "pip install pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg helps"
+DEFAULT = "auto-first"  # --window and --frame
+
+
+def pydicom(name: Path) -> ModuleType:
+    """The package, kept from printing values. Raises UserError where it is missing."""
+    try:
+        import pydicom as package
+        import pydicom.pixels
+    except ImportError as error:
+        raise UserError(f"{name}: DICOM needs pydicom: pip install pydicom") from error
+    package.config.settings.reading_validation_mode = package.config.IGNORE
+    warnings.filterwarnings("ignore", module=r"pydicom\b")
+    return package
+
+
+@functools.cache
+def modality(file: Path) -> str:
+    """DICOM's code: "CT", "MR", "CR", ...; "" if there is none."""
+    package = pydicom(file)
+    try:
+        tags = package.dcmread(file, force=True, specific_tags=["Modality"])
+        return str(tags.get("Modality", "")).lower()
+    except Exception:  # open_image gives the reason
+        return ""
+
+
+def viewed(image: Image | None, window: str, frame: str) -> Image | None:
+    """A DICOM file with --window and --frame, as a path into it (packed.py)."""
+    view = f"{window}-{frame}"
+    if view == DEFAULT or not isinstance(image, Path) or not is_dicom(image):
+        return image
+    return image / view
+
+
+def read(
+    file: Path | io.BytesIO, view: str, name: Path, check_size: Callable[[int, int], None]
+) -> PIL.Image.Image:
+    """One frame: RGB or L as a viewer shows it, or F where the file names no grey levels.
+
+    view: WINDOW-FRAME, or "". Raises ValueError, UserError with a reason that tells nothing else.
+    """
+    window, _, frame = (view or DEFAULT).partition("-")
+    if window not in ("auto", *WINDOWS) or frame not in FRAMES:
+        raise ValueError(f"{view}: must be WINDOW-FRAME, as soft-first or lung-middle")
+    package = pydicom(name)
+    try:
+        data = package.dcmread(file, force=True)
+    except Exception as error:  # whose message may quote what it could not read
+        raise ValueError(f"damaged DICOM ({type(error).__name__})") from None
+    if "Rows" not in data or "PixelData" not in data:
+        raise ValueError("DICOM without pixels, or no DICOM")
+    check_size(int(data.Columns), int(data.Rows))
+    n_frames = int(data.get("NumberOfFrames") or 1)
+    if n_frames > 1:
+        warn_once(f"DICOM with several frames: the {frame} one of each is read (--frame)")
+    index = n_frames // 2 if frame == "middle" else 0
+    check_codec(package, data)
+    take_frame_groups(data, index)
+    try:
+        pixels = package.pixels.pixel_array(data, index=index)
+    except RuntimeError as error:  # of every decoder that is installed
+        name_of = data.file_meta.TransferSyntaxUID.name
+        raise ValueError(f"damaged, or of a kind of {name_of} for which {CODECS}") from error
+    if data.PhotometricInterpretation == "PALETTE COLOR":
+        colours = package.pixels.apply_color_lut(pixels, data)
+        return eight_bits(colours, 8 * colours.itemsize)
+    if pixels.ndim == 3:
+        return eight_bits(pixels, int(data.BitsStored))
+    return grey(package, pixels, data, window)
+
+
+def check_codec(package: ModuleType, data: Any) -> None:
+    """Raises ValueError with the packages that help, where the pixels cannot be unpacked."""
+    meta = data.file_meta
+    if "TransferSyntaxUID" not in meta:  # an old file without a header
+        implicit, little = data.original_encoding
+        uids = package.uid
+        plain = uids.ExplicitVRLittleEndian if little else uids.ExplicitVRBigEndian
+        meta.TransferSyntaxUID = uids.ImplicitVRLittleEndian if implicit else plain
+    syntax = meta.TransferSyntaxUID
+    try:
+        is_there = package.pixels.get_decoder(syntax).is_available
+    except NotImplementedError:
+        is_there = False
+    if not is_there:
+        raise ValueError(f"packed as {syntax.name}, for which {CODECS}")
+
+
+def take_frame_groups(data: Any, index: int) -> None:
+    """Rescale and window of one frame, where an enhanced file keeps them by frame."""
+    shared = list(data.get("SharedFunctionalGroupsSequence") or ())
+    own = list(data.get("PerFrameFunctionalGroupsSequence") or ())[index : index + 1]
+    for group in (*shared[:1], *own):
+        for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+            if values := group.get(macro):
+                data.update(values[0])
+
+
+def eight_bits(colours: np.ndarray, bits: int) -> PIL.Image.Image:
+    """(H, W, 3) with so many bits -> RGB."""
+    return PIL.Image.fromarray((colours >> max(bits - 8, 0)).astype(np.uint8))
+
+
+def grey(package: ModuleType, pixels: np.ndarray, data: Any, window: str) -> PIL.Image.Image:
+    """(H, W) as stored -> L in the file's window, or its modality's; F if there is neither.
+
+    Source: DICOM PS3.3 C.11.1 (rescale), C.11.2 (window), C.7.6.3.1.2 (MONOCHROME1 is inverted).
+    """
+    has_window = data.get("WindowCenter") is not None and np.ravel(data.get("WindowWidth"))[0]
+    has_any = has_window or data.get("VOILUTSequence")
+    in_hu = data.get("Modality") == "CT" and data.get("RescaleIntercept") is not None
+    values = package.pixels.apply_modality_lut(pixels, data)
+    if in_hu and (window != "auto" or not has_any):
+        data.WindowCenter, data.WindowWidth = WINDOWS["soft" if window == "auto" else window]
+        data.VOILUTFunction, has_window = "LINEAR", True
+    elif data.get("VOILUTSequence"):
+        table = data.VOILUTSequence[0]
+        n, first, bits = table.LUTDescriptor
+        raw = table.LUTData
+        word = "u1" if len(raw) == n else "<u2" if data.original_encoding[1] else ">u2"
+        lut = np.frombuffer(raw, word) if isinstance(raw, bytes) else np.asarray(raw)
+        at = np.clip(values.astype(np.int64) - first, 0, len(lut) - 1)
+        return as_grey(lut[at] / (2**bits - 1), data)
+    if has_window:
+        ends = np.array([-1e9, 1e9])  # what they become is black and white
+
+        def windowed(v: np.ndarray) -> np.ndarray:
+            with np.errstate(over="ignore"):
+                return package.pixels.apply_windowing(v, data)
+
+        low, high = windowed(ends)
+        return as_grey((windowed(values) - low) / (high - low), data)
+    sign = -1 if data.PhotometricInterpretation == "MONOCHROME1" else 1
+    return PIL.Image.fromarray(sign * values.astype(np.float32))
+
+
+def as_grey(unit: np.ndarray, data: Any) -> PIL.Image.Image:
+    """(H, W) in 0 .. 1 -> L."""
+    unit = 1 - unit if data.PhotometricInterpretation == "MONOCHROME1" else unit
+    return PIL.Image.fromarray((unit * 255).round().astype(np.uint8))

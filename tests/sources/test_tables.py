@@ -1,0 +1,70 @@
+"""A table of one's own is read, or refused with its place, in one line."""
+
+import re
+
+import pytest
+from PIL import Image
+
+from config import UserError
+from sources import show
+from sources.load import load_samples
+from sources.tables import tenth
+from tests.sources.written import save_image
+
+HEAD, ROW = "image,question,answer\n", "a/b.png,What?,A lung\n"
+
+
+def table(folder, text, name="t.csv"):
+    save_image(folder / "a" / "b.png")
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return f"table:{folder / name}"
+
+
+@pytest.mark.parametrize(("text", "turn"), [
+    (HEAD + ROW, None), ("\ufeff" + (HEAD + ROW).replace("\n", "\r\n"), None),
+    ((HEAD + ROW).replace(",", ";"), None), (HEAD + "a/b.png,Is it é?,Yes", ("Is it é?", "Yes")),
+    ("Image\tquestion\tANSWER\na\\b.png\tWhat?\tA lung", None),
+    (HEAD + 'a/b.png,"What,\nor ""who""?",A lung\n', ('What,\nor "who"?', "A lung")),
+    ('{"image": "a/b.png", "question": "What?", "answer": "A lung", "id": null}\n', None),
+])  # fmt: skip
+def test_a_table_is_read_whatever_wrote_it(tmp_path, text, turn):
+    spec = table(tmp_path, text, "t.jsonl" if text.startswith("{") else "t.csv")
+    (sample,) = load_samples([spec], "vqa", "test")  # an only image is held out
+    assert (sample.turns[0], sample.image) == (turn or ("What?", "A lung"), tmp_path / "a/b.png")
+    assert (sample.answer_type == "closed", sample.source) == ("Yes" in sample.turns[0], "table/t")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("image,question\n", "lacks the column answer; its columns: image, question"),
+    (HEAD.replace("question", "answer"), "lacks the column question"), ("", "lacks the column ima"),
+    (HEAD + ROW + "a/b.png,What, or who?,A lung", "line 3: 4 cells under 3 columns"),
+    (HEAD + 'a/b.png,"What?,A', "line 2: unexpected end"),
+    (b"image,question,answer\n\xe9,b,c", "line 2 is not UTF-8; save"),
+    (HEAD + "https://x/y.png,What?,A", "a file: nothing is fetched"),
+    ("id," + HEAD + f"7,{ROW}7,{ROW}", 'field "id" "7"; must be another than that of record 0'),
+    ("modality," + HEAD + f"PET,{ROW}", "must be one of CT, MRI, X-ray, pathology, or empty"),
+    ("split," + HEAD + f"tset,{ROW}", 'field "split" "tset"; must be one of train'),
+    (HEAD + "../b.png,What?,A", "inside"), ("PAR1", "parquet file")])  # fmt: skip
+def test_a_bad_table_is_refused_with_its_place(tmp_path, text, message):
+    spec = table(tmp_path, text, "t.parquet" if text == "PAR1" else "t.csv")
+    with pytest.raises(UserError, match=rf"^[^\n]*{re.escape(message)}[^\n]*$"):
+        load_samples([spec], "vqa", "test")
+
+
+def test_splits_are_the_tables_or_a_fixed_tenth_and_show_tells_what_is_odd(tmp_path, capsys):
+    row = "valid,7,mr,open,a/b.png,Is it?,yes\n"
+    spec = table(tmp_path, "split,id,modality,answer_type," + HEAD + row + row.replace("valid",
+                 "train").replace("open", "") + row.replace("valid,7", "train,8"))  # fmt: skip
+    (sample,), (other, _) = (load_samples([spec], "vqa", s) for s in ("val", "train"))
+    assert (sample.id, sample.modality, sample.answer_type) == ("7", "MRI", "open")
+    assert other.answer_type == "closed"
+    assert "1 of 1 images are in more than one split" in capsys.readouterr().err
+    show.main(["--data", spec, "--out", str(tmp_path / "o"), "--samples", "1"])
+    said = capsys.readouterr().out
+    assert "USER: <image: 49 patches>\nIs it? ASSISTANT:[[ yes<|endoftext|>]]" in said
+    assert "train: 2 questions, 1 images; MRI 2; closed 1, open 1\nval: 1 questions" in said
+    assert "odd: 1 images are in more than one split\nodd: 1 questions are asked again" in said
+    assert Image.open(tmp_path / "o" / "0.png").size == (112, 112)
+    names = {f"{n}.png" for n in range(1000)}
+    assert 70 < len(tenth(names)) < 130
+    assert tenth(names | {"1000.png"}) - {"1000.png"} == tenth(names)  # as a table grows
