@@ -171,6 +171,8 @@ PRESETS = {
                             PAPER, PAPER, None, None),
     "stablelm2":     Preset(ModelConfig(CLIP_L, STABLELM2, system=LLAVA_SYSTEM),
                             PAPER, PAPER, None, None),
+    "smollm2-tiny":  Preset(ModelConfig(CLIP_TINY, SMOLLM2),
+                            PAPER, PAPER, ASSETS / "clip", None),
     "smollm2":       Preset(ModelConfig(CLIP_L, SMOLLM2, system=LLAVA_SYSTEM),
                             PAPER, PAPER, None, None),
 }

@@ -170,6 +170,7 @@ class Run:
     ) -> int:  # fmt: skip
         """Resume if asked to, open the log -> the first step. resolved: flags' final values."""
         self.model, self.optimizer, self.n_steps = model, optimizer, n_steps
+        check_routers(model)  # again: their calls so far may have recorded no gradients
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         resolved |= {"data": f"of samples {data_digest(samples)}", "steps": n_steps}
         if moe := model.config.moe:

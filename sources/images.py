@@ -84,12 +84,9 @@ def open_image(path: str | Path) -> PIL.Image.Image:
         raise UserError(f"image {path}: {reason}")
     try:
         file, inner = (path, "") if path.is_file() else packed.holder(path)
-        is_dicom = packed.is_dicom(file)
-        if inner and not is_dicom:
-            data = open_file(path)
-            file, inner, is_dicom = io.BytesIO(data), "", packed.has_dicom_magic(data)
-        if is_dicom:
-            return to_rgb(dicom.read(file, inner, path, check_size), False)
+        if packed.is_dicom(file):
+            return to_rgb(dicom.read(file, inner, check_size), False)
+        file = io.BytesIO(open_file(path)) if inner else file
         with (
             warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning),
             PIL.Image.open(file, formats=FORMATS) as image,  # reads the header alone

@@ -7,21 +7,11 @@ import functools
 import os
 import zipfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from config import UserError
 
 MAX_MEMBER = 1_000_000_000  # bytes of one image, unpacked
-
-
-def pyarrow(file: Path) -> ModuleType:
-    """pyarrow.parquet, which only parquet files need. Raises UserError where it is missing."""
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise UserError(f"{file}: parquet files need pyarrow: pip install pyarrow") from error
-    return parquet
 
 
 @functools.lru_cache(maxsize=16)
@@ -34,9 +24,12 @@ def open_zip(file: Path) -> zipfile.ZipFile:
 
 def open_parquet(file: Path) -> Any:
     """A pyarrow ParquetFile. Raises UserError."""
-    parquet = pyarrow(file)
     try:
-        return parquet.ParquetFile(file)
+        from pyarrow.parquet import ParquetFile
+
+        return ParquetFile(file)
+    except ImportError as error:
+        raise UserError(f"{file}: parquet files need pyarrow: pip install pyarrow") from error
     except Exception as error:  # pyarrow's own classes, OSError, ValueError
         reason = str(error).partition("\n")[0]
         raise UserError(f"{file}: not a parquet file that can be read: {reason}") from error
@@ -83,13 +76,9 @@ def is_dicom(file: Path) -> bool:
         return file.is_file()
     try:
         with file.open("rb") as start:
-            return has_dicom_magic(start.read(132))
+            return start.read(132)[128:] == b"DICM"
     except OSError:
         return False
-
-
-def has_dicom_magic(data: bytes) -> bool:
-    return data[128:132] == b"DICM"
 
 
 def names(file: Path) -> set[str]:

@@ -70,7 +70,7 @@ def read_csv(file: Path) -> Iterator[Record]:
 def parquet_rows(file: Path, *version: int) -> list[dict[str, Any]]:
     """Rows whose image is the path of the first row with the same bytes (packed.py), or a name.
 
-    Read once: each question repeats its image. version: the file's size and time.
+    Cached: every phase comes back. version: the file's size and time.
     """
     table = open_parquet(file)
     names = table.schema_arrow.names
@@ -83,8 +83,6 @@ def parquet_rows(file: Path, *version: int) -> list[dict[str, Any]]:
                 if (data := image_bytes(values["image"])) is not None:
                     key = hashlib.sha256(data).digest()
                     values["image"] = file / str(first.setdefault(key, len(rows)))
-                elif isinstance(values["image"], dict):
-                    values["image"] = values["image"].get("path")
                 rows.append({k: v for k, v in values.items() if v is not None})
     except (OSError, ValueError) as error:  # pyarrow's classes are subclasses of these
         raise UserError(f"{file}: damaged: {str(error).partition(chr(10))[0]}") from error

@@ -16,6 +16,7 @@ DECODERS = {  # rotary_dim, rope_theta, max_len, dropout, n_kv_heads, norm_eps, 
     "phi2": ("phi", 51200, 2560, 32, 32, 10240, 32, 1e4, 2048, 0.1, None, 1e-5, False),
     "stablelm2": ("stablelm", 100352, 2048, 24, 32, 5632, 16, 1e4, 4096, 0.0, None, 1e-5, False),
     "smollm2": ("llama", 49152, 576, 30, 9, 1536, 64, 1e5, 8192, 0.0, 3, 1e-5, True)}  # fmt: skip
+DECODERS["smollm2-tiny"] = DECODERS["smollm2"]
 PAPER = [(1e-3, 1, 64), (2e-5, 3, 64), (2e-5, 9, 64)]  # Table 11
 
 
@@ -23,12 +24,12 @@ def test_presets_phases_and_special_ids_are_those_of_the_papers_and_llava():
     assert {TrainConfig().kernels, TrainConfig().device, TrainConfig().dtype} == {"auto"}
     assert PRESETS.keys() == DECODERS.keys()
     for name, preset in PRESETS.items():
-        is_tiny = name.startswith("tiny")
+        is_tiny, is_whole = "tiny" in name, name.startswith("tiny")  # tower; decoder too
         assert preset.model.vision == (CLIP_TINY if is_tiny else CLIP_L)
         assert preset.model.decoder == DecoderConfig(*DECODERS[name])
         assert preset.model.system == ("" if is_tiny else config.LLAVA_SYSTEM)
-        assert bool(preset.clip) == bool(preset.llm) == is_tiny
-        if not is_tiny:
+        assert (bool(preset.clip), bool(preset.llm)) == (is_tiny, is_whole)
+        if not is_whole:
             wanted = {n: Recipe(*row) for n, row in enumerate(PAPER, 1)}
             assert preset.recipes == preset.long == wanted
     assert (CLIP_TINY.n_patches, CLIP_L.n_patches) == (49, 576)

@@ -83,6 +83,7 @@ def test_the_first_calls_of_a_router_are_checked(body, words):
     ("torch.ones(int('x'))", "", "mine.py, line 2: ValueError: invalid"),  # make_router's
     ("torch.manual_seed(0)", "", "--router .*mine.py:Mine: changes the seed of torch"),
     ("", "raise SystemExit(0)", "mine.py, line 4: SystemExit: 0"),
+    ("", "torch.set_grad_enabled(False); return super().gate(logits, mask, x)", "gradient record"),
     ("", "return -logits", "router Mine, .*mine.py: gate returned negative")])  # fmt: skip
 def test_one_line_names_a_router_file_and_its_line(top, gate, words, tmp_path, capsys, monkeypatch):
     text = f"import torch, routers\n{top}\nclass Mine(routers.TopKRouter):\n"

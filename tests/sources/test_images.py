@@ -7,11 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from config import UserError
 from data import Packed, Sample
 from sources import phantoms
 from sources.images import Images, jitter, open_image, square
-from tests.sources.written import npz
+from tests.sources.written import npz, refused
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 PATTERN = np.zeros((16, 32, 3), np.uint8)  # it has no symmetry
@@ -78,10 +77,8 @@ def test_what_is_no_image_or_claims_too_much_is_refused_with_file_and_reason(tmp
         contents.append((file.read_bytes()[:50], reason))  # hardly any data
     for content, reason in contents:
         file.write_bytes(content)
-        with pytest.raises(UserError, match=rf"^image {file}: [^\n]*{reason}"):
-            open_image(file)
-    with pytest.raises(UserError, match="image nowhere: no such file"):
-        open_image("nowhere")
+        refused(rf"^image {file}: [^\n]*{reason}", open_image, file)
+    refused("image nowhere: no such file", open_image, "nowhere")
 
 
 def sample(image):
@@ -107,8 +104,7 @@ def test_images_of_every_kind_are_read_ahead_and_kept(tmp_path, workers):
     assert images.get(sample(5)) is drawn
     other = sample(save(tmp_path / "y.png", PATTERN))
     assert images.get(other) is not images.get(other)  # there is no more room
-    with pytest.raises(UserError, match=r"bad\.png: not a readable image"):  # when it is used
-        images.get(sample(kinds[3]))
+    refused(r"bad\.png: not a readable image", images.get, sample(kinds[3]))  # when it is used
     images.prefetch([sample(5)])
     assert not images.coming
 
@@ -122,7 +118,6 @@ def test_jitter_rotates_zooms_shifts_and_brightens_each_image_by_itself():
     found = jitter(images)
     torch.manual_seed(0)
     drawn = (torch.rand(6, 5, 1) * 2 - 1)[..., 0].T.tolist()
-    assert len(drawn) == len(found) == 5
     for image, (angle, zoom, dx, dy, gain, lift) in zip(found, drawn, strict=True):
         cos, sin, zoom = np.cos(0.15 * angle), np.sin(0.15 * angle), 1 + 0.12 * zoom
         moved = zoom * (cos * x - sin * y) + 0.12 * dx, zoom * (sin * x + cos * y) + 0.12 * dy

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError
 from sources.records import Record, read_lines, read_records
+from tests.sources.written import refused
 
 
 @pytest.mark.parametrize(("kind", "values"), [
@@ -19,8 +19,7 @@ def test_a_wrong_field_is_named_with_its_record(tmp_path, kind, values):
     more = {"choice": [("CT", "X-ray")], "image": [tmp_path]}.get(kind, ())
     message = r'^x\.json: record 3 \(from 0\): field "a" [^\n]*; must be [^\n]*$'
     for value in values:
-        with pytest.raises(UserError, match=message):
-            getattr(Record(Path("x.json"), 3, {"a": value}), kind)("a", *more)
+        refused(message, getattr(Record(Path("x.json"), 3, {"a": value}), kind), "a", *more)
 
 
 def test_a_link_may_lead_into_the_folder_of_its_file_or_where_it_is_allowed_to(tmp_path):
@@ -37,8 +36,7 @@ def test_a_link_may_lead_into_the_folder_of_its_file_or_where_it_is_allowed_to(t
         is_outside = name in ("out", "sub/x")
         assert record.image(name, images, follow_links=is_outside) == images / name
         if is_outside:
-            with pytest.raises(UserError, match=f"a link to {outside}/x, which --follow-links"):
-                record.image(name, images)
+            refused(f"a link to {outside}/x, which --follow-links", record.image, name, images)
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -48,8 +46,7 @@ def test_a_link_may_lead_into_the_folder_of_its_file_or_where_it_is_allowed_to(t
 def test_a_file_that_is_no_list_of_objects_is_refused_with_the_place(tmp_path, content, message):
     file = tmp_path / "x.json"
     file.write_text(content)
-    with pytest.raises(UserError, match=rf"^{file}: .*{re.escape(message)}[^\n]*$"):
-        read_records(file)
+    refused(f"^{file}: .*{re.escape(message)}", read_records, file)
 
 
 def test_records_are_counted_from_0_and_lines_from_1_and_empty_ones_skipped(tmp_path):
@@ -60,9 +57,6 @@ def test_records_are_counted_from_0_and_lines_from_1_and_empty_ones_skipped(tmp_
     lines = read_lines(file)
     first, second = next(lines), next(lines)
     assert (first.values, second.values) == ({"a": 1}, {"a": 2})
-    with pytest.raises(UserError, match=f'^{file}: line 3: field "a" 2; must be'):
-        second.text("a")
-    with pytest.raises(UserError, match=f"^{file}: line 4 is not JSON"):
-        next(lines)
-    with pytest.raises(UserError, match=f"^{tmp_path}: is not a regular file"):
-        list(read_lines(tmp_path))
+    refused(f'^{file}: line 3: field "a" 2; must be', second.text, "a")
+    refused(f"^{file}: line 4 is not JSON", next, lines)
+    refused(f"^{tmp_path}: is not a regular file", list, read_lines(tmp_path))

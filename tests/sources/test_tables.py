@@ -5,11 +5,9 @@ import re
 import pytest
 from PIL import Image
 
-from config import UserError
 from sources import show
-from sources.load import load_samples
 from sources.tables import tenth
-from tests.sources.written import save_image
+from tests.sources.written import load, refused, save_image
 
 HEAD, ROW = "image,question,answer\n", "a/b.png,What?,A lung\n"
 
@@ -29,14 +27,14 @@ def table(folder, text, name="t.csv"):
 ])  # fmt: skip
 def test_a_table_is_read_whatever_wrote_it(tmp_path, text, turn):
     spec = table(tmp_path, text, "t.jsonl" if text.startswith("{") else "t.csv")
-    (sample,) = load_samples([spec], "vqa", "test")  # an only image is held out
+    (sample,) = load(spec, "vqa", "test")  # an only image is held out
     assert (sample.turns[0], sample.image) == (turn or ("What?", "A lung"), tmp_path / "a/b.png")
     assert (sample.answer_type == "closed", sample.source) == ("Yes" in sample.turns[0], "table/t")
 
 
 @pytest.mark.parametrize(("text", "message"), [
     ("image,question\n", "lacks the column answer; its columns: image, question"),
-    (HEAD.replace("question", "answer"), "lacks the column question"), ("", "lacks the column ima"),
+    ("id,id," + HEAD, "has two columns of the same name"), ("", "lacks the column image"),
     (HEAD + ROW + "a/b.png,What, or who?,A lung", "line 3: 4 cells under 3 columns"),
     (HEAD + 'a/b.png,"What?,A', "line 2: unexpected end"),
     (b"image,question,answer\n\xe9,b,c", "line 2 is not UTF-8; save"),
@@ -47,15 +45,14 @@ def test_a_table_is_read_whatever_wrote_it(tmp_path, text, turn):
     (HEAD + "../b.png,What?,A", "inside"), ("PAR1", "parquet file")])  # fmt: skip
 def test_a_bad_table_is_refused_with_its_place(tmp_path, text, message):
     spec = table(tmp_path, text, "t.parquet" if text == "PAR1" else "t.csv")
-    with pytest.raises(UserError, match=rf"^[^\n]*{re.escape(message)}[^\n]*$"):
-        load_samples([spec], "vqa", "test")
+    refused(re.escape(message), load, spec, split="test")
 
 
 def test_splits_are_the_tables_or_a_fixed_tenth_and_show_tells_what_is_odd(tmp_path, capsys):
     row = "valid,7,mr,open,a/b.png,Is it?,yes\n"
     spec = table(tmp_path, "split,id,modality,answer_type," + HEAD + row + row.replace("valid",
                  "train").replace("open", "") + row.replace("valid,7", "train,8"))  # fmt: skip
-    (sample,), (other, _) = (load_samples([spec], "vqa", s) for s in ("val", "train"))
+    (sample,), (other, _) = (load(spec, "vqa", s) for s in ("val", "train"))
     assert (sample.id, sample.modality, sample.answer_type) == ("7", "MRI", "open")
     assert other.answer_type == "closed"
     assert "1 of 1 images are in more than one split" in capsys.readouterr().err

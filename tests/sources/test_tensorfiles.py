@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from config import UserError
 from sources.tensorfiles import header, open_tensors, read_tensors, weight_files
+from tests.sources.written import refused
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4).bfloat16(), "c": torch.tensor(7)}
 
@@ -21,11 +21,6 @@ def write(path, tensors=TENSORS, form="zip"):
         save_file(tensors, path)
     else:
         torch.save(tensors, path, _use_new_zipfile_serialization=form == "zip")
-
-
-def refused(path, message=""):
-    with pytest.raises(UserError, match=rf"^{path}: [^\n]*{message}[^\n]*\Z"):
-        list(open_tensors(path))
 
 
 @pytest.mark.parametrize(("name", "form"), [
@@ -45,21 +40,19 @@ def test_each_form_is_read_whole_or_in_shards_and_refused_if_truncated(tmp_path,
         assert header(tmp_path / name) == {"a": "F32", "b": "BF16", "c": "I64"}
     for n in ((tmp_path / name).stat().st_size - 1, 9, 0):
         os.truncate(tmp_path / name, n)
-        refused(tmp_path / name, "damaged")
+        refused(f"^{tmp_path}/{name}: .*damaged", list, open_tensors(tmp_path / name))
 
 
 def test_missing_files_and_bad_indices_are_named_and_safetensors_come_before_bin(tmp_path):
-    with pytest.raises(UserError, match=r"model.safetensors: no such file, nor pytorch_model.bin"):
-        weight_files(tmp_path)
+    refused(r"model.safetensors: no such file, nor pytorch_model.bin", weight_files, tmp_path)
     for name in ("pytorch_model.bin", "model.safetensors"):
-        refused(tmp_path / name, "no such file")
+        refused(f"^{tmp_path}/{name}: .*no such file", list, open_tensors(tmp_path / name))
         (tmp_path / name).touch()
         assert weight_files(tmp_path) == [tmp_path / name]
     index = tmp_path / "model.safetensors.index.json"
     for where in ({}, None, {"a": "../secret.safetensors"}):
         index.write_text(json.dumps({"weight_map": where}))
-        with pytest.raises(UserError, match=f"^{index}: "):
-            weight_files(tmp_path)
+        refused(f"^{index}: ", weight_files, tmp_path)
 
 
 def test_a_file_is_opened_once_and_again_only_when_much_of_it_is_mapped(tmp_path, monkeypatch):
@@ -79,5 +72,5 @@ class Touch:
 def test_code_or_anything_but_named_tensors_is_refused(tmp_path, monkeypatch, content, form):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "x.bin", content, form)
-    refused(tmp_path / "x.bin")
+    refused(f"^{tmp_path}/x.bin: .*", list, open_tensors(tmp_path / "x.bin"))
     assert [file.name for file in tmp_path.iterdir()] == ["x.bin"]

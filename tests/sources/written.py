@@ -1,9 +1,13 @@
-"""Small data sets in their owners' forms, written to a folder; each function gives their --data."""
+"""Small data sets in their owners' forms, written to a folder; most functions give their --data."""
 
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from config import UserError
+from sources.load import load_samples
 
 SLAKE = {
     "img_name": "xmlab0/source.jpg", "question": "Is this a CT?", "answer": "Yes", "q_lang": "en",
@@ -13,6 +17,18 @@ RAD = {
     "image_name": "source.jpg", "phrase_type": "freeform", "question_type": "PRES, POS",
     "question": " How many? ", "answer": 4, "answer_type": "OPEN", "image_organ": "ABD", "qid": "0",
     "question_frame": "NULL"}  # fmt: skip
+
+
+def load(spec, what="vqa", split="train", **how):
+    return load_samples([spec] if isinstance(spec, str) else spec, what, split, **how)
+
+
+def refused(match, read, *args, **how):
+    """Reading ends in one line that matches."""
+    with pytest.raises(UserError, match=match) as caught:
+        read(*args, **how)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def save_image(path, colour=0):
@@ -27,9 +43,9 @@ def slake(folder, *rows, file="train.json"):
     return f"slake:{folder}"
 
 
-def rad(folder, *rows, images="images", kind="vqa-rad"):
+def rad(folder, *rows, images="images", kind="vqa-rad", file="VQA_RAD Dataset Public.json"):
     save_image(folder / images / "source.jpg")
-    (folder / "VQA_RAD Dataset Public.json").write_text(json.dumps(rows))
+    (folder / file).write_text(json.dumps(rows))
     return f"{kind}:{folder}"
 
 
