@@ -11,7 +11,6 @@
 inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
-#include "ptx.cuh"
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t smem, cudaStream_t stream,
             const Args&... args) {
@@ -21,6 +20,7 @@ void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t smem, cuda
   check(cudaGetLastError());
 }
 #endif
+#include "ptx.cuh"
 
 template <class T> struct alignas(16) Vec {     // one load or store: 8 bf16 or 4 float
   static constexpr int N = 16 / sizeof(T);

@@ -79,60 +79,101 @@ __device__ inline void clear_from(Slice& s, int k, int tid) {
 
 // ---- what becomes of the sums ------------------------------------------------------------------
 // Value and slope of GELU, tanh-approximated as Phi-2's: z s with s = sigmoid(2 sqrt(2 / pi) (z +
-// 0.044715 z^3)), as (1 + tanh x) / 2 = sigmoid(2 x); and of SiLU: z sigmoid(z).
-__device__ inline float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
+// 0.044715 z^3)), as (1 + tanh x) / 2 = sigmoid(2 x); and of SiLU: z sigmoid(z). By approximate
+// instructions: a division, correctly rounded, would be a call of 30 instructions.
+__device__ inline float sigmoid_log2(float x) { return rcp_approx(1 + exp2_approx(-x)); }
+constexpr float kLog2e = 1.44269504f;                   // sigmoid_log2(x log2(e)) = sigmoid(x)
 __device__ inline float2 gelu(float z) {
-  float s = sigmoid(z * (1.59576912f + 0.07135482f * z * z));
-  return {z * s, s + z * s * (1 - s) * (1.59576912f + 0.21406445f * z * z)};
+  float z2 = z * z, s = sigmoid_log2(z * (1.59576912f * kLog2e + 0.07135482f * kLog2e * z2));
+  float h = z * s;
+  return {h, s + (h - h * s) * (1.59576912f + 0.21406445f * z2)};
 }
 __device__ inline float2 silu(float z) {
-  float s = sigmoid(z);
-  return {z * s, s + z * s * (1 - s)};
+  float s = sigmoid_log2(z * kLog2e), h = z * s;
+  return {h, s + (h - h * s)};
 }
-// As it will be read again in backward, so that both directions see the same number.
-__device__ inline float rounded(float x) { return to_float(from_float<bf16>(x)); }
 
-// Two neighbouring sums, y (and gated, u of up), belong at out[at]. In backward y is the gradient
-// of the activation's result h; h is made again for the weight gradient that needs it, not kept.
+// Two neighbours in a row of bf16, as they are loaded and stored: 4 bytes.
+using Pair = __nv_bfloat162;
+__device__ inline Pair load_pair(const bf16* p, bool inside) {
+  return inside ? *(const Pair*)p : Pair{};
+}
+
+// What is stored of two sums y (and gated, u of up). As z and u are rounded before they are used,
+// backward sees the same numbers. There y is the gradient of the activation's result h; h is made
+// again for the weight gradient that needs it, not kept.
+struct Outputs { Pair pair[3]; };
 template <Product op, Activation act>
-__device__ void store(const Gmm& g, int64_t at, const bf16* bias, const float* y, const float* u) {
-  float out[3][2];
-  for (int i = 0; i < 2; i++) {
-    float sum = bias ? y[i] + to_float(bias[i]) : y[i];
-    out[0][i] = sum;
-    if (op == kForward && act == kGelu) {               // h, z
-      out[1][i] = rounded(sum);
-      out[0][i] = gelu(out[1][i]).x;
-    } else if (op == kForward && act == kSilu) {        // h, z of gate, u of up
-      out[1][i] = rounded(sum), out[2][i] = rounded(u[i]);
-      out[0][i] = silu(out[1][i]).x * out[2][i];
-    } else if (act == kGelu) {                          // the gradient of z, and h
-      float2 h = gelu(to_float(g.z[at + i]));
-      out[0][i] = sum * h.y, out[1][i] = h.x;
-    } else if (act == kSilu) {                          // the gradients of z and u, and h
-      float2 h = silu(to_float(g.z[at + i]));
-      float up = to_float(g.u[at + i]);
-      out[0][i] = sum * up * h.y, out[1][i] = sum * h.x, out[2][i] = h.x * up;
-    }
-  }
-  for (int i = 0; i <= act; i++)
-    *(__nv_bfloat162*)(g.out[i] + at) = __floats2bfloat162_rn(out[i][0], out[i][1]);
+__device__ Outputs activate(float2 y, float2 y_up, Pair z, Pair u) {
+  Pair plain = __floats2bfloat162_rn(y.x, y.y);
+  if (act == kNone) return {plain};
+  if (op == kForward) z = plain, u = __floats2bfloat162_rn(y_up.x, y_up.y);
+  float2 f = __bfloat1622float2(z), up = __bfloat1622float2(u);
+  float2 a = act == kGelu ? gelu(f.x) : silu(f.x), b = act == kGelu ? gelu(f.y) : silu(f.y);
+  if (act == kGelu) up = {1, 1};
+  Pair h = __floats2bfloat162_rn(a.x * up.x, b.x * up.y);
+  if (op == kForward) return {h, z, u};                 // out[0], out[1], out[2]
+  Pair dz = __floats2bfloat162_rn(y.x * up.x * a.y, y.y * up.y * b.y);
+  if (act == kGelu) return {dz, h};
+  return {dz, __floats2bfloat162_rn(y.x * a.x, y.y * b.x), h};
 }
 
+// A thread's part of a tile: two rows, 8 apart, and of every 8 columns two. Pair i has its sums of
+// row i % 2 and of the columns col + i / 2 * 8 and the next; it is stored at at(i) of a result.
+struct Part {
+  int col, cols, left[2];                               // columns from col to the end of a row
+  int64_t start;
+  __device__ bool inside(int i) const { return i / 2 * 8 < left[i % 2]; }
+  __device__ int64_t at(int i) const { return start + (int64_t)(i % 2 * 8) * cols + i / 2 * 8; }
+};
+template <Product op> __device__ Part part_of(const Gmm& g, const Tile& t, int half) {
+  int tid = threadIdx.x % 128, cols = op == kForward ? g.f : g.d;
+  int row = t.row + half * 64 + tid / 32 * 16 + tid % 32 / 4, col = t.col + tid % 4 * 2;
+  int64_t expert = op == kWeightGrad ? (int64_t)t.expert * g.f * g.d : 0;
+  return {col, cols, {row < t.row_end ? cols - col : 0, row + 8 < t.row_end ? cols - col : 0},
+          expert + (int64_t)row * cols + col};
+}
+
+// In batches: all loads of a batch come before its first store, so that they are on their way at
+// the same time, and what a batch computes needs no more registers than there are.
 template <Product op, Activation act>
 __device__ void store_tile(const Gmm& g, const Tile& t, const float (&sum)[32][4], int half) {
-  int tid = threadIdx.x % 128, cols = op == kForward ? g.f : g.d;
-  int row = t.row + half * 64 + tid / 32 * 16 + tid % 32 / 4;
-  int64_t expert = op == kWeightGrad ? (int64_t)t.expert * g.f * g.d : 0;
+  constexpr int kBatch = 16;                            // pairs, of 64 columns
+  constexpr bool kReads = op == kInputGrad && act != kNone;
+  Part p = part_of<op>(g, t, half);
+  bool kept = op != kForward || g.out[act];             // false: there will be no backward
 #pragma unroll
-  for (int j = 0; j < kWidth<op, act> / 8; j++) {
-    int col = t.col + j * 8 + tid % 4 * 2;
-    const bf16* bias = op == kForward && g.bias ? g.bias + t.expert * g.f + col : nullptr;
+  for (int first = 0; first < kWidth<op, act> / 4; first += kBatch) {
+    if (t.col + first * 4 >= p.cols) break;
+    Pair z[kBatch], u[kBatch];
 #pragma unroll
-    for (int below = 0, r = row; below < 2; below++, r += 8)
-      if (r < t.row_end && col < cols)
-        store<op, act>(g, expert + (int64_t)r * cols + col, bias, &sum[j][below * 2],
-                       &sum[act == kSilu ? j % 16 + 16 : j][below * 2]);
+    for (int i = 0; i < kBatch; i++) {
+      bool inside = kReads && p.inside(first + i);
+      z[i] = load_pair(g.z + p.at(first + i), inside);
+      u[i] = load_pair(g.u + p.at(first + i), inside && act == kSilu);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      int j = (first + i) / 2, low = i % 2 * 2, up = act == kSilu ? j % 16 + 16 : j;
+      auto out = activate<op, act>({sum[j][low], sum[j][low + 1]},
+                                   {sum[up][low], sum[up][low + 1]}, z[i], u[i]);
+      for (int k = 0; k <= act; k++)
+        if (p.inside(first + i) && (k == 0 || kept))
+          *(Pair*)(g.out[k] + p.at(first + i)) = out.pair[k];
+    }
+  }
+}
+
+// A tile's sums begin at the bias, which so costs no time after the last product.
+template <Product op>
+__device__ void start_sums(const Gmm& g, const Tile& t, float (&sum)[32][4], int half) {
+  Part p = part_of<op>(g, t, half);
+#pragma unroll
+  for (int j = 0; j < 32; j++) {
+    int col = min(p.col + j * 8, p.cols - 2);           // sums past the matrix are not stored
+    const bf16* bias = g.bias + t.expert * g.f + col;
+    float2 b = __bfloat1622float2(load_pair(bias, op == kForward && g.bias));
+    sum[j][0] = sum[j][2] = b.x, sum[j][1] = sum[j][3] = b.y;
   }
 }
 
@@ -165,7 +206,8 @@ gmm_kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMa
   take_regs<232>();
   int tid = threadIdx.x - 128, half = tid / 128;
   for (int i = blockIdx.x; find_tile<op, act>(g, i, t); i += gridDim.x) {
-    float sum[32][4] = {};                              // a weight gradient of no rows stays 0
+    float sum[32][4];
+    start_sums<op>(g, t, sum, half);                    // a weight gradient of no rows stays 0
     for (int k = t.k_begin; k < t.k_end; k += kDeep, n++) {
       int place = n % kPlaces, round = n / kPlaces;
       Slice& slice = s.slice[place];

@@ -35,7 +35,7 @@ struct Gmm {
   const int* offs;
   const bf16 *a, *b, *up;                // up: the second matrix of a gated FFN, like b
   const bf16 *bias, *z, *u;              // (E, f) or null; what the activation read in forward
-  bf16* out[3];                          // store() in gmm.cu says what goes where
+  bf16* out[3];                          // activate() says what goes where; null: nowhere
   int blocks;                            // one for each multiprocessor
   cudaStream_t stream;
 };

@@ -1,12 +1,15 @@
-// Runs CUDA kernels without a GPU: the .cu files compiled as C++ with -DCUDA_ON_CPU and this header.
+// Runs CUDA kernels without a GPU: the .cu files compiled as C++ with -DCUDA_ON_CPU and this file.
+// The PTX of cuda/ptx.cuh is interpreted: its texts are looked up in a table, see kInstructions.
 //
 // Every CUDA thread is a fiber: a stack of its own, on one thread of the CPU. A fiber runs until it
-// must wait for others, then the next one runs. Shared memory begins as NaN in every block. A copy or
-// a wgmma takes effect as late as the rules allow: at the wait for it, or, of copies, when all wait.
-// So a barrier or a wait that is missing shows in the results, and one that can never end is reported.
-// What is not modelled: time, caches, fences between memory proxies, several blocks at once.
+// must wait for others, then the next one runs. Shared memory begins as NaN in every block. A copy
+// or a wgmma takes effect as late as the rules allow: at the wait for it, or, of copies, when all
+// wait. So a missing barrier or wait shows in the results, and one that can never end is reported.
+// wgmma reads a second copy of shared memory, which what threads write reaches only at a fence.
+// What is not modelled: time, caches, several blocks at once, whose writes a fence is for.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -14,6 +17,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -21,9 +25,9 @@
 
 // What a test sets, through ctypes.
 extern "C" {
-__attribute__((used)) inline int cuda_on_cpu_order = 0;    // 0 forward, 1 reverse, more: random seeds
-__attribute__((used)) inline int cuda_on_cpu_blocks = 3;   // "multiprocessors"
-__attribute__((used)) inline int cuda_on_cpu_only = -1;    // run this block alone; -1: all
+__attribute__((used)) inline int cuda_on_cpu_order = 0;   // 0 forward, 1 reverse, more: random
+__attribute__((used)) inline int cuda_on_cpu_blocks = 3;  // "multiprocessors"
+__attribute__((used)) inline int cuda_on_cpu_only = -1;   // run this block alone; -1: all
 }
 
 // ---- CUDA's language ---------------------------------------------------------------------------
@@ -39,7 +43,6 @@ struct dim3 {
 };
 struct float2 { float x, y; };
 inline int min(int a, int b) { return a < b ? a : b; }
-inline float __expf(float x) { return std::exp(x); }
 
 struct __nv_bfloat16 { uint16_t bits; };
 struct __nv_bfloat162 { __nv_bfloat16 x, y; };
@@ -53,6 +56,9 @@ inline __nv_bfloat16 __float2bfloat16(float x) {           // to the nearest, of
 }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
   return {__float2bfloat16(x), __float2bfloat16(y)};
+}
+inline float2 __bfloat1622float2(__nv_bfloat162 v) {
+  return {__bfloat162float(v.x), __bfloat162float(v.y)};
 }
 
 // ---- fibers ------------------------------------------------------------------------------------
@@ -70,8 +76,8 @@ struct Barrier { int arrived = 0, phase = 0; };
 struct Thread {
   void* stack_top;
   uint3 tid;
-  int index, parity = 0;
-  bool done = false;
+  int index, parity = 0, regs = 0;
+  bool done = false, fenced = false;                       // since the last wait for a wgmma
   std::unique_ptr<char[]> stack;
   std::deque<std::vector<Work>> mmas{1};                   // groups that were not yet waited for
 };
@@ -87,6 +93,9 @@ struct Block {
   Barrier barriers[16];
   std::deque<Work> copies;                                 // asked for, not yet there
   int idle = 0;                                            // switches since something happened
+  int pool = 0;                                            // registers that were given back
+  // Are there mbarriers that the copy engine, or that other threads, may not see yet?
+  bool new_barriers = false, unsynced_barriers = false;
   std::string error;
   int size() const { return (int)threads.size(); }
 };
@@ -94,7 +103,8 @@ inline Block* block;
 inline Thread* self;
 inline void* host;
 inline Work body;
-alignas(1024) inline char smem[228 << 10];
+alignas(1024) inline char smem[228 << 10], async_smem[228 << 10];
+inline size_t smem_used;
 
 inline bool is_random() { return cuda_on_cpu_order > 1; }
 inline unsigned dice = 1;
@@ -114,6 +124,11 @@ inline void next_thread() {                                // go on in a fiber t
   self = &block->threads[i];
   cpu_switch(&from->stack_top, self->stack_top);
 }
+inline void fail(const std::string& why) {                 // ends the kernel
+  auto text = [](int n) { return std::to_string(n); };
+  block->error = why + ": block " + text(block->idx.x) + ", thread " + text(self->index);
+  next_thread();
+}
 template <class Ready> void wait_until(Ready ready) {
   while (!ready()) {
     bool stuck = ++block->idle > (is_random() ? 40 : 2) * block->size();
@@ -124,9 +139,7 @@ template <class Ready> void wait_until(Ready ready) {
       copy();
       continue;
     }
-    if (stuck)
-      block->error = "deadlock: block " + std::to_string(block->idx.x) + ", thread " +
-                     std::to_string(self->index);
+    if (stuck) fail("deadlock");
     next_thread();
   }
   block->idle = 0;
@@ -146,9 +159,12 @@ inline void run_thread() {
 inline void run_block() {
   Block& b = *block;
   memset(smem, 0xFF, sizeof smem);                         // 0xFFFF is a NaN of bf16
+  memset(async_smem, 0xFF, sizeof smem);
+  b.pool = 0;
   for (int i = 0; i < b.size(); i++) {
     Thread& t = b.threads[i];
-    t.done = false, t.index = i, t.tid = {(unsigned)i, 0, 0};
+    t.done = t.fenced = false, t.index = i, t.tid = {(unsigned)i, 0, 0};
+    t.regs = 65536 / b.size() / 8 * 8;
     if (!t.stack) t.stack.reset(new char[kStack]);
     void** top = (void**)((uintptr_t)(t.stack.get() + kStack) & ~(uintptr_t)15);
     *--top = nullptr;
@@ -158,6 +174,7 @@ inline void run_block() {
   }
   self = &b.threads[cuda_on_cpu_order == 1 ? b.size() - 1 : 0];
   cpu_switch(&host, self->stack_top);
+  if (b.error.empty() && b.pool) b.error = "registers were given back that nobody takes";
   if (!b.error.empty()) throw std::runtime_error(b.error);
 }
 }  // namespace cpu
@@ -166,12 +183,14 @@ inline void run_block() {
 #define blockIdx (cpu::block->idx)
 #define blockDim (cpu::block->dim)
 #define gridDim (cpu::block->grid)
-#define __syncthreads() cpu::meet(cpu::block->barriers[0], cpu::block->size())
+#define __syncthreads() \
+  (cpu::meet(cpu::block->barriers[0], cpu::block->size()), cpu::block->unsynced_barriers = false)
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t smem_bytes, cudaStream_t,
             const Args&... args) {
   if (smem_bytes > sizeof cpu::smem) throw std::runtime_error("too much shared memory");
+  cpu::smem_used = smem_bytes;
   cpu::Block block{.dim = dim3(threads), .grid = grid};
   block.threads.resize(threads);
   block.warps.resize((threads + 31) / 32);
@@ -212,103 +231,177 @@ inline unsigned __ballot_sync(unsigned, bool mine) {
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
-// ---- cuda/ptx.cuh ------------------------------------------------------------------------------
+// ---- what cuda/ptx.cuh needs -------------------------------------------------------------------
+#define DEV inline
+#define U32(x) (uint64_t)(x)
+#define U64(x) (uint64_t)(x)
+#define CONST(x) (uint64_t)(x)
+#define PTX(text, ...) [&] {                                                  \
+    static const auto& instruction = cpu::find(text);                         \
+    instruction(std::array<uint64_t, 6>{__VA_ARGS__}.data()); }()
+#define PTX_SUMS(text, d, ...) cpu::wgmma(text, d, {__VA_ARGS__})
+#define PTX_FLOAT(text, y, x) y = cpu::kOfFloat.at(text)(x)
 template <class T> T* dynamic_smem() { return (T*)cpu::smem; }
 inline uint32_t smem_addr(const void* p) { return (uint32_t)((const char*)p - cpu::smem); }
 
+// The driver's part of TMA; what the manual forbids is refused.
+using cuuint64_t = uint64_t;
+using cuuint32_t = uint32_t;
+struct CUtensorMap {
+  const char* base;
+  int64_t size[3], stride[3];                              // the latter in bytes
+  int box[3], swizzle;
+};
+enum { CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9, CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3 };
+enum { cudaEnableDefault, CU_TENSOR_MAP_INTERLEAVE_NONE = 0, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0};
+enum { CU_TENSOR_MAP_SWIZZLE_32B = 1, CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B };
+inline int cuTensorMapEncodeTiled(CUtensorMap* map, int type, uint32_t rank, void* base,
+                                  const uint64_t* size, const uint64_t* stride,
+                                  const uint32_t* box, const uint32_t* step, int interleave,
+                                  int swizzle, int, int fill) {
+  *map = {(const char*)base, {}, {2}, {}, swizzle};
+  bool wrong = type != 9 || rank != 3 || interleave || fill || (uintptr_t)base % 16 ||
+               (swizzle && box[0] * 2 > 16u << swizzle);
+  for (int i = 0; i < 3; i++) {
+    map->size[i] = size[i], map->box[i] = box[i];
+    if (i) map->stride[i] = stride[i - 1], wrong |= stride[i - 1] % 16 != 0;
+    wrong |= size[i] == 0 || size[i] > 1ull << 32 || box[i] == 0 || box[i] > 256 || step[i] != 1;
+  }
+  return wrong;
+}
+struct cudaDriverEntryPointQueryResult {};
+inline int cudaGetDriverEntryPointByVersion(const char* name, void** found, int, int, void*) {
+  if (std::string(name) == "cuTensorMapEncodeTiled") *found = (void*)cuTensorMapEncodeTiled;
+  return 0;
+}
+inline void check(int error) { if (error) throw std::runtime_error("CUDA"); }
+
+// ---- PTX, as NVIDIA's manual has it ------------------------------------------------------------
+namespace cpu {
 struct MBarrier {
   int16_t count, pending;
   int32_t bytes : 31;
   uint32_t phase : 1;
 };
-static_assert(sizeof(MBarrier) == 8);
-inline MBarrier& mbar(uint64_t* b) { return *(MBarrier*)b; }
-inline void mbar_update(MBarrier& m) {
-  cpu::block->idle = 0;
+inline MBarrier& mbar(uint64_t address) { return *(MBarrier*)(smem + address); }
+inline void update(uint64_t address, int arrivals, int bytes) {
+  MBarrier& m = mbar(address);
+  m.pending -= arrivals, m.bytes += bytes, block->idle = 0;
   if (m.pending == 0 && m.bytes == 0) m.pending = m.count, m.phase ^= 1;
 }
-inline void mbarrier_init(uint64_t* b, int n) { mbar(b) = {(int16_t)n, (int16_t)n, 0, 0}; }
-inline void fence_barrier_init() {}
-inline void mbarrier_arrive(uint64_t* b) {
-  --mbar(b).pending;
-  mbar_update(mbar(b));
-  if (cpu::chance(2)) cpu::next_thread();
+// Swizzle: the last bits of the number of a 128-byte row are mixed into that of a 16-byte piece.
+inline uint32_t swizzled(uint32_t address, int bits) {
+  return address ^ (address >> 7 & ((1 << bits) - 1)) << 4;
 }
-inline void mbarrier_expect_bytes(uint64_t* b, int bytes) {
-  mbar(b).bytes += bytes;
-  --mbar(b).pending;
-  mbar_update(mbar(b));
-}
-inline void mbarrier_wait(uint64_t* b, int parity) {
-  cpu::wait_until([&] { return mbar(b).phase != (unsigned)parity; });
-}
-inline void named_barrier(int id, int threads) { cpu::meet(cpu::block->barriers[id], threads); }
-inline void fence_async_proxy() {}
-template <int> void give_regs() {}
-template <int> void take_regs() {}
-
-struct TensorMap {
-  const char* base;
-  int64_t experts, rows, cols;
-  int box_rows;
-};
-inline TensorMap tensor_map(const void* base, int64_t experts, int64_t rows, int64_t cols,
-                            int box_rows) {
-  return {(const char*)base, experts, rows, cols, box_rows};
-}
-inline char* swizzled(uint32_t address) {
-  return cpu::smem + (address ^ (address >> 7 & 7) << 4);
-}
-inline void tma_load(void* to, const TensorMap& map, uint64_t* b, int col, int row, int expert) {
-  cpu::block->copies.push_back([=] {
-    for (int r = 0; r < map.box_rows; r++)
-      for (int c = 0; c < 64; c++) {
-        int64_t y = row + r, x = col + c;
-        bool inside = y >= 0 && y < map.rows && x >= 0 && x < map.cols && expert < map.experts;
-        uint16_t v = 0;
-        if (inside) memcpy(&v, map.base + ((expert * map.rows + y) * map.cols + x) * 2, 2);
-        memcpy(swizzled(smem_addr(to) + r * 128 + c * 2), &v, 2);
+inline void load_box(uint32_t to, const CUtensorMap& map, uint64_t barrier, const int (&from)[3]) {
+  if (block->new_barriers) fail("a copy before the fence of its mbarrier");
+  block->copies.push_back([=] {
+    int n = map.box[0] * map.box[1] * map.box[2];
+    for (int i = 0, rest = 0; i < n; rest = ++i) {
+      const char* source = map.base;
+      bool inside = true;
+      for (int k = 0; k < 3; rest /= map.box[k++]) {
+        int64_t x = from[k] + rest % map.box[k];
+        inside &= 0 <= x && x < map.size[k], source += x * map.stride[k];
       }
-    mbar(b).bytes -= map.box_rows * 128;
-    mbar_update(mbar(b));
+      uint16_t v = 0;
+      if (inside) memcpy(&v, source, 2);
+      for (char* view : {smem, async_smem}) memcpy(view + swizzled(to + i * 2, map.swizzle), &v, 2);
+    }
+    update(barrier, 0, -2 * n);
   });
 }
 
-inline void wgmma_fence() {                                // the four warps start together
-  cpu::meet(cpu::block->barriers[8 + cpu::self->index / 128], 128);
+using Operands = const uint64_t*;
+inline const std::map<std::string, std::function<void(Operands)>> kInstructions = {
+    {"mbarrier.init.shared::cta.b64 [%0], %1;", [](Operands o) {
+       block->new_barriers = block->unsynced_barriers = true;
+       mbar(o[0]) = {(int16_t)o[1], (int16_t)o[1], 0, 0};
+     }},
+    {"fence.mbarrier_init.release.cluster;", [](Operands) { block->new_barriers = false; }},
+    {"mbarrier.arrive.shared::cta.b64 _, [%0];", [](Operands o) {
+       update(o[0], 1, 0);
+       if (chance(2)) next_thread();
+     }},
+    {"mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;",
+     [](Operands o) { update(o[0], 1, o[1]); }},
+    {"{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+     "@!done bra again;\n}",
+     [](Operands o) {
+       if (block->unsynced_barriers) fail("a wait for an mbarrier before __syncthreads");
+       wait_until([=] { return mbar(o[0]).phase != o[1]; });
+     }},
+    {"bar.sync %0, %1;", [](Operands o) { meet(block->barriers[o[0]], o[1]); }},
+    {"fence.proxy.async.shared::cta;", [](Operands) { memcpy(async_smem, smem, smem_used); }},
+    {"setmaxnreg.dec.sync.aligned.u32 %0;", [](Operands o) {
+       if ((int)o[0] > self->regs || o[0] < 24 || o[0] % 8) fail("setmaxnreg.dec");
+       block->pool += self->regs - o[0], self->regs = o[0];
+     }},
+    {"setmaxnreg.inc.sync.aligned.u32 %0;", [](Operands o) {
+       if ((int)o[0] < self->regs || o[0] > 256 || o[0] % 8) fail("setmaxnreg.inc");
+       wait_until([=] { return block->pool >= (int)o[0] - self->regs; });
+       block->pool -= o[0] - self->regs, self->regs = o[0];
+     }},
+    {"cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+     " [%0], [%1, {%2, %3, %4}], [%5];", [](Operands o) {
+       load_box(o[0], *(const CUtensorMap*)o[1], o[5], {(int)o[2], (int)o[3], (int)o[4]});
+     }},
+    {"wgmma.fence.sync.aligned;", [](Operands) {           // the four warps start together
+       meet(block->barriers[8 + self->index / 128], 128);
+       self->fenced = true;
+     }},
+    {"wgmma.commit_group.sync.aligned;", [](Operands) { self->mmas.emplace_back(); }},
+    {"wgmma.wait_group.sync.aligned 0;", [](Operands) {
+       for (auto& groups = self->mmas; groups.size() > 1; groups.pop_front())
+         for (auto& work : groups.front()) work();
+       self->fenced = false;
+       warp_exchange(0);
+     }}};
+inline const auto& find(const char* text) {
+  static const std::function<void(Operands)> unknown = [](Operands) { fail("unknown PTX"); };
+  auto found = kInstructions.find(text);
+  return found == kInstructions.end() ? unknown : found->second;
 }
-inline void wgmma_commit() { cpu::self->mmas.emplace_back(); }
-inline void wgmma_wait() {
-  auto& groups = cpu::self->mmas;
-  for (; groups.size() > 1; groups.pop_front())
-    for (auto& work : groups.front()) work();
-  warp_exchange(0);
-}
+inline const std::map<std::string, float (*)(float)> kOfFloat = {        // as wrong as they may be
+    {"ex2.approx.ftz.f32 %0, %1;", [](float x) { return std::exp2(x) * (1 + 0x1p-22f); }},
+    {"rcp.approx.ftz.f32 %0, %1;", [](float x) { return 1 / x * (1 - 0x1p-23f); }}};
+
 // Element (mn, k) of an operand, from its descriptor: start, step between panels, between 8 rows.
 inline float element(uint64_t d, bool turned, int mn, int k) {
-  uint32_t start = (d & 0x3FFF) << 4, panels = (d >> 16 & 0x3FFF) << 4, rows = (d >> 32 & 0x3FFF) << 4;
+  uint32_t start = (d & 0x3FFF) << 4, panels = (d >> 16 & 0x3FFF) << 4;
+  uint32_t rows = (d >> 32 & 0x3FFF) << 4;
   uint32_t at = turned ? start + mn % 64 * 2 + mn / 64 * panels + k % 8 * 128 + k / 8 * rows
                        : start + mn % 8 * 128 + mn / 8 * rows + k * 2;
   __nv_bfloat16 v;
-  memcpy(&v, swizzled(at), 2);
+  memcpy(&v, async_smem + swizzled(at, (4 - (d >> 62)) % 4), 2);
   return __bfloat162float(v);
 }
-template <int TurnedA, int TurnedB>
-void wgmma_m64n256k16(float (&d)[32][4], uint64_t a, uint64_t b) {
+inline std::string wgmma_text() {
+  std::string text = "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {%0";
+  for (int i = 1; i < 128; i++) text += ",%" + std::to_string(i);
+  return text + "}, %128, %129, 1, 1, 1, %130, %131;";
+}
+struct Matrices { uint64_t a, b, turned_a, turned_b; };
+inline void wgmma(const char* text, float (&d)[32][4], Matrices m) {
+  static const bool known = text == wgmma_text();
   auto sums = &d;
-  int t = cpu::self->index % 128, row = t / 32 * 16 + t % 32 / 4;
-  cpu::self->mmas.back().push_back([=] {
+  int t = self->index % 128, row = t / 32 * 16 + t % 32 / 4;
+  if (!known) fail("unknown PTX");
+  if (!self->fenced) fail("wgmma without wgmma.fence");
+  if ((m.a | m.b) & 0x3FFFC000C000C000) fail("wgmma: bits of a descriptor that must be 0");
+  self->mmas.back().push_back([=] {
     float A[2][16];
     for (int h = 0; h < 2; h++)
-      for (int k = 0; k < 16; k++) A[h][k] = element(a, TurnedA, row + h * 8, k);
+      for (int k = 0; k < 16; k++) A[h][k] = element(m.a, m.turned_a, row + h * 8, k);
     for (int j = 0; j < 32; j++)
       for (int c = 0; c < 2; c++) {
         float s[2] = {};
         for (int k = 0; k < 16; k++) {
-          float v = element(b, TurnedB, j * 8 + t % 4 * 2 + c, k);
+          float v = element(m.b, m.turned_b, j * 8 + t % 4 * 2 + c, k);
           s[0] += A[0][k] * v, s[1] += A[1][k] * v;
         }
         for (int h = 0; h < 2; h++) (*sums)[j][h * 2 + c] += s[h];
       }
   });
 }
+}  // namespace cpu

@@ -35,6 +35,7 @@ def compiled() -> Path:
         if name == "binding.cpp":  # slow because of torch's headers, and little to optimise
             folders = ("include", "include/torch/csrc/api/include")
             flags += ["-O0", *(f"-I{torch_folder / folder}" for folder in folders)]
+            headers = [CUDA / "launchers.h"]
         objects.append(_kept([*flags, str(CUDA / name)], [CUDA / name, *headers], ".o"))
     link = ["-shared", *map(str, objects), f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"]
     return _kept(link, objects, ".so")

@@ -133,6 +133,9 @@ def test_fused_activations_forward_and_in_the_gradient(case, activation):
     bias, up = (randn(len(sizes), f), None) if activation == ops.GELU else (None, up)
     dy = randn(len(x), d, seed=5)
     h, *kept = ops.forward(x, w, bias, offs, activation, up)  # z, and for the gate u
+    with torch.inference_mode():  # no backward: what it would read is not written
+        alone, *empty = ops.forward(x, w, bias, offs, activation, up)
+    assert torch.equal(alone, h) and [len(t) for t in empty] == [0] * len(kept)
     assert torch.equal(kept[0], ops.forward(x, w, bias, offs)[0])
     assert up is None or torch.equal(kept[1], ops.forward(x, up, None, offs)[0])
     leaves = [t.float().requires_grad_() for t in kept]
@@ -187,10 +190,35 @@ def test_grouped_products_may_pass_2_to_the_31(machine, what):
         assert dw[-1, -1, -1] == 20
 
 
-def test_operands_of_the_wrong_kind_are_refused():
+def test_arguments_that_do_not_fit_are_refused_by_name(machine):
     x, w, offs = randn(4, 16), randn(2, 8, 16), torch.tensor([2, 4], dtype=torch.int32)
-    for bad in ((x.float(), w, offs), (x, w[:, :, :8], offs), (x, w, offs.long())):
-        with pytest.raises(RuntimeError):
-            ops.forward(bad[0], bad[1], None, bad[2])
-    with pytest.raises(RuntimeError, match="at most 48 experts"):
-        ops.CALL.route(torch.ones(2, 49))
+    gmm = {"product": ops.FORWARD, "activation": ops.PLAIN, "a": x, "b": w, "offs": offs}
+    gmm |= dict.fromkeys(("up", "bias", "z", "u"))
+    weight, gated = gmm | {"product": ops.WEIGHT_GRAD, "b": x}, gmm | {"activation": 2, "up": w}
+    grad = gated | {"product": ops.INPUT_GRAD, "a": randn(4, 8), "up": None, "z": x, "u": x}
+    slot, gates = torch.tensor([[0], [1]], dtype=torch.int32), torch.ones(2, 1)
+    move = {"x": x[:2], "slot": slot, "n_routed": 2}
+    rows = {"y": x, "slot": slot, "gates": gates}
+    if machine:  # a GPU's values are not read
+        far, negative, beyond = offs * 10**6, offs - 3, slot + 10**8
+    else:
+        far, negative, beyond = offs.cpu(), offs.cpu(), slot.cpu()
+    for op, args, bads in (
+        ("gmm", gmm, (("product", 3, -1), ("activation", 3, -1), ("up", w), ("z", x),
+                      ("a", x.float(), randn(16, 4).t(), x[0], x[:, :8]),
+                      ("b", w[0], randn(3, 8, 16), randn(2, 16, 8).mT),
+                      ("bias", randn(2, 16)), ("offs", offs.long(), offs[:1, None], far))),
+        ("gmm", gated, (("up", None, w[:1]), ("bias", randn(2, 8)))),
+        ("gmm", grad, (("z", None, x[:2]), ("u", None), ("bias", randn(2, 8)), ("up", w))),
+        ("gmm", weight, (("activation", ops.GELU), ("b", w), ("u", x), ("offs", negative))),
+        ("route", {"gates": gates}, (("gates", torch.ones(2, 49), x, gates[0]),)),
+        ("permute", move, (("x", x, x[:2].T), ("n_routed", -1), ("slot", beyond))),
+        ("unpermute", rows, (("y", x.half(), randn(4, 4)), ("slot", slot.long(), slot[0], beyond),
+                             ("gates", gates[:1]))),
+        ("unpermute_grad", rows | {"grad": x[:2]}, (("grad", x), ("y", x.T), ("slot", beyond))),
+    ):  # fmt: skip
+        getattr(ops.CALL, op)(**args)  # as it is, it is allowed
+        for name, *values in bads:
+            for value in values:
+                with pytest.raises(RuntimeError, match=rf"^(a, )?{name}\b"):
+                    getattr(ops.CALL, op)(**args | {name: value})

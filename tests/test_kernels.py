@@ -5,6 +5,7 @@ import itertools
 import re
 import shutil
 import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
@@ -108,6 +109,14 @@ def test_what_is_built_is_used_and_a_compilers_error_printed_in_one_line(gpu, ca
     assert "-gencode=arch=compute_90a,code=sm_90a" in options["extra_cuda_cflags"]
     ops.choose("torch", torch.device("cuda"))
     assert not ops._enabled
+
+
+def test_where_no_gpu_can_be_simulated_a_gpu_is_tested_all_the_same():
+    fake = "import platform, pytest, torch.cuda as c; platform.machine = lambda: 'aarch64';"
+    fake += "c.is_available, c.get_device_capability = lambda: True, lambda *_: (9, 0);"
+    fake += "raise SystemExit(pytest.main(['-qx', 'tests/test_cuda.py', '-k', 'gpu']))"
+    done = subprocess.run([sys.executable, "-c", fake], cwd=CUDA.parent, capture_output=True)
+    assert done.returncode and b"1 error" in done.stdout and b"skipped" not in done.stdout
 
 
 def nvcc(*words):
