@@ -412,6 +412,8 @@ def check_on_gpu() -> dict[str, str]:
                               capture_output=True, text=True)  # fmt: skip
         ends = {0: "passed", 124: "not finished in 120 s", 127: "not run: not installed"}
         ended = ends.get(done.returncode, "FAILED")
+        if ended == "passed" and " passed" not in " ".join(done.stdout.splitlines()[-1:]):
+            ended = "FAILED, all was skipped"
         found[name] = f"{ended}: {' '.join(done.stdout.splitlines()[-1:])}"
         print(done.stdout[-3000:] if done.returncode else "", f"{name}: {found[name]}", flush=True)
     return found
