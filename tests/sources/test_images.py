@@ -118,6 +118,7 @@ def test_jitter_rotates_zooms_shifts_and_brightens_each_image_by_itself():
     found = jitter(images)
     torch.manual_seed(0)
     drawn = (torch.rand(6, 5, 1) * 2 - 1)[..., 0].T.tolist()
+    assert len(drawn) == len(found) == 5
     for image, (angle, zoom, dx, dy, gain, lift) in zip(found, drawn, strict=True):
         cos, sin, zoom = np.cos(0.15 * angle), np.sin(0.15 * angle), 1 + 0.12 * zoom
         moved = zoom * (cos * x - sin * y) + 0.12 * dx, zoom * (sin * x + cos * y) + 0.12 * dy
