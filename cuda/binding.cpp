@@ -11,7 +11,7 @@ extern "C" int cuda_on_cpu_blocks;
 struct Device {
   at::Device where;
   cudaStream_t stream = nullptr;
-  int blocks = cuda_on_cpu_blocks;
+  int blocks = cuda_on_cpu_blocks, major = 9;
   explicit Device(const Tensor& x) : where(x.device()) {}
 };
 #define BACKEND CPU
@@ -22,9 +22,10 @@ struct Device {                          // the tensor's, until the end of the o
   at::Device where;
   c10::cuda::CUDAGuard guard;
   cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  int blocks;
+  int blocks, major;
   explicit Device(const Tensor& x) : where(x.device()), guard(where) {
     cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, x.get_device());
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device());
   }
 };
 #define BACKEND CUDA
@@ -109,6 +110,10 @@ std::tuple<Tensor, Tensor> unpermute_grad_op(const Tensor& grad, const Tensor& y
   return {dy, dgates};
 }
 
+// Compute capability 9.0 has gmm.cu, all others pipelined.cu. Tests and the bench set this to 8, by
+// ctypes, for the latter on 9.0 too; 0: the device's own.
+extern "C" { int medmoe_major = 0; }
+
 // One of the three products of launchers.h -> its out[0], and with an activation out[1], out[2];
 // but nothing in these where no backward can follow: in torch.inference_mode(), forward.
 std::vector<Tensor> gmm_op(int64_t product, int64_t act, const Tensor& a, const Tensor& b,
@@ -144,7 +149,8 @@ std::vector<Tensor> gmm_op(int64_t product, int64_t act, const Tensor& a, const 
     out.push_back(at::empty(i == 0 || kept ? shape : std::vector<int64_t>{0}, a.options()));
     g.out[i] = i == 0 || kept ? (bf16*)out[i].data_ptr() : nullptr;
   }
-  if (R) gmm(g, (Product)product, (Activation)act);
+  bool is_hopper = (medmoe_major ? medmoe_major : device.major) == 9;
+  if (R) (is_hopper ? gmm : gmm_sm80)(g, (Product)product, (Activation)act);
   else if (weight) out[0].zero_();
   return out;
 }

@@ -39,4 +39,5 @@ struct Gmm {
   int blocks;                            // one for each multiprocessor
   cudaStream_t stream;
 };
-void gmm(const Gmm&, Product, Activation);
+void gmm(const Gmm&, Product, Activation);         // on Hopper
+void gmm_sm80(const Gmm&, Product, Activation);    // ladder/pipelined.cu: from 8.0 on

@@ -1,5 +1,5 @@
-// The machine instructions of Hopper that gmm.cu uses, one small function each. In NVIDIA's "PTX
-// ISA" each has a section under its name. tests/cuda_on_cpu.h defines the macros for a CPU: there
+// The machine instructions that the matmuls use, one small function each. In NVIDIA's "PTX ISA"
+// each has a section under its name. tests/cuda_on_cpu.h defines the macros for a CPU: there
 // the same texts are looked up and carried out.
 #pragma once
 #ifndef CUDA_ON_CPU
@@ -7,14 +7,19 @@
 #define U32(x) "r"(x)                                   // operands: %0, %1, ... of the text
 #define U64(x) "l"(x)
 #define CONST(x) "n"(x)
+#define PTX80(text, ...) asm volatile(text ::__VA_ARGS__ : "memory")    // from sm_80 on
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)                  // built for sm_90a
-#define PTX(text, ...) asm volatile(text ::__VA_ARGS__ : "memory")
+#define PTX PTX80
 #define PTX_SUMS(text, d, ...) asm volatile(text : ALL_OF(d) : __VA_ARGS__)
 #else                                                   // others compile too, and stop if called
 #define PTX(...) __trap()
 #define PTX_SUMS(...) __trap()
 #endif
 #define PTX_FLOAT(text, y, x) asm(text : "=f"(y) : "f"(x))
+#define PTX_LOAD4(text, r, x) \
+  asm volatile(text : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : U32(x) : "memory")
+#define PTX_MMA(text, d, a, b0, b1) \
+  asm volatile(text : FOUR(d) : U32(a[0]), U32(a[1]), U32(a[2]), U32(a[3]), U32(b0), U32(b1))
 #define FOUR(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define R4(d, i) FOUR(d[i]), FOUR(d[i + 1]), FOUR(d[i + 2]), FOUR(d[i + 3])
 #define ALL_OF(d) \
@@ -36,6 +41,30 @@ DEV float rcp_approx(float x) {
   PTX_FLOAT("rcp.approx.ftz.f32 %0, %1;", y, x);
   return y;
 }
+// ---- from compute capability 8.0 on -------------------------------------------------------------
+// A thread asks for 16 bytes, or zeros, to be brought to shared memory; both aligned. Requests up
+// to a commit are a group; wait<N> is for all of this thread's groups but the last N.
+DEV void cp_async(void* to, const void* from, bool inside) {
+  PTX80("cp.async.cg.shared.global [%0], [%1], 16, %2;", U32(smem_addr(to)), U64(from),
+        U32(inside ? 16 : 0));
+}
+DEV void cp_async_commit() { PTX80("cp.async.commit_group;"); }
+template <int N> DEV void cp_async_wait() { PTX80("cp.async.wait_group %0;", CONST(N)); }
+// Four matrices of 8 x 8 bf16; lane l names 8 numbers: row l % 8 of matrix l / 8. It gets two of
+// each: columns 2 (lane % 4) and the next of row lane / 4, or, transposed, rows of a column.
+template <bool trans> DEV void ldmatrix(uint32_t (&r)[4], const void* row) {
+  if (trans) PTX_LOAD4("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];", r,
+                       smem_addr(row));
+  else PTX_LOAD4("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];", r,
+                 smem_addr(row));
+}
+// A warp adds 16 x 16 by 16 x 8 to d: columns 2 (lane % 4) and the next of row lane / 4, and of the
+// row 8 below. a: the quarters of its operand, k 0 to 7 first; b0, b1: k 0 to 7, 8 to 15.
+DEV void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  PTX_MMA("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+          "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};", d, a, b0, b1);
+}
+// ---- Hopper: barriers ---------------------------------------------------------------------------
 // An mbarrier lies in shared memory and counts arrivals and bytes. When all that it waits for has
 // come, its phase (0, 1, 0, ...) ends; whoever waits names the phase's parity.
 DEV void mbarrier_init(uint64_t* b, int arrivals) {

@@ -2,10 +2,12 @@
 // The PTX of cuda/ptx.cuh is interpreted: its texts are looked up in a table, see kInstructions.
 //
 // Every CUDA thread is a fiber: a stack of its own, on one thread of the CPU. A fiber runs until it
-// must wait for others, then the next one runs. Shared memory begins as NaN in every block. A copy
-// or a wgmma takes effect as late as the rules allow: at the wait for it, or, of copies, when all
-// wait. So a missing barrier or wait shows in the results, and one that can never end is reported.
-// wgmma reads a second copy of shared memory, which what threads write reaches only at a fence.
+// must wait for others, then the next one runs; if not in random order, one of its warp if possible,
+// so that other warps are as far behind as they may be. Shared memory begins as NaN in every block.
+// A copy or a wgmma takes effect as late as the rules allow: at the wait for it, or, of TMA's
+// copies, when all wait. But cp.async at once in reverse order, and in a random order some of both.
+// So a missing barrier or wait shows in the results, and one that can never end is reported. wgmma
+// reads a second copy of shared memory, which what threads write reaches only at a fence.
 // What is not modelled: time, caches, several blocks at once, whose writes a fence is for.
 #pragma once
 #include <algorithm>
@@ -28,6 +30,7 @@ extern "C" {
 __attribute__((used)) inline int cuda_on_cpu_order = 0;   // 0 forward, 1 reverse, more: random
 __attribute__((used)) inline int cuda_on_cpu_blocks = 3;  // "multiprocessors"
 __attribute__((used)) inline int cuda_on_cpu_only = -1;   // run this block alone; -1: all
+__attribute__((used)) inline int cuda_on_cpu_trace = 0;   // 1: print who waits for what
 }
 
 // ---- CUDA's language ---------------------------------------------------------------------------
@@ -42,6 +45,7 @@ struct dim3 {
   dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 struct float2 { float x, y; };
+struct int2 { int x, y; };
 inline int min(int a, int b) { return a < b ? a : b; }
 
 struct __nv_bfloat16 { uint16_t bits; };
@@ -79,7 +83,7 @@ struct Thread {
   int index, parity = 0, regs = 0;
   bool done = false, fenced = false;                       // since the last wait for a wgmma
   std::unique_ptr<char[]> stack;
-  std::deque<std::vector<Work>> mmas{1};                   // groups that were not yet waited for
+  std::deque<std::vector<Work>> mmas{1}, copies{1};        // groups that were not yet waited for
 };
 struct Warp {
   Barrier barrier;
@@ -96,6 +100,7 @@ struct Block {
   int pool = 0;                                            // registers that were given back
   // Are there mbarriers that the copy engine, or that other threads, may not see yet?
   bool new_barriers = false, unsynced_barriers = false;
+  std::vector<uint64_t> mbarriers;                         // where they are
   std::string error;
   int size() const { return (int)threads.size(); }
 };
@@ -115,6 +120,7 @@ inline void next_thread() {                                // go on in a fiber t
   Thread* from = self;
   int n = block->size(), step = cuda_on_cpu_order == 1 ? n - 1 : 1;
   int i = is_random() ? roll() % n : (from->index + step) % n;
+  if (!is_random() && block->idle < 32) i = from->index / 32 * 32 + (from->index + step) % 32;
   for (int tries = 0; tries < n && block->threads[i].done; tries++) i = (i + step) % n;
   if (block->threads[i].done || !block->error.empty()) {   // none left, or none can go on
     void* dead;
@@ -144,11 +150,19 @@ template <class Ready> void wait_until(Ready ready) {
   }
   block->idle = 0;
 }
-inline void meet(Barrier& b, int expected) {
+// Printed if traced, of one thread in 128.
+template <class... Args> void trace(const char* text, Args... args) {
+  if (!cuda_on_cpu_trace || self->index % 128) return;
+  printf("thread %3d ", self->index);
+  printf(text, args...);
+}
+inline void meet(Barrier& b, int expected, int traced = -1) {
   int phase = b.phase;
   block->idle = 0;
   if (++b.arrived == expected) b.arrived = 0, ++b.phase;
-  else wait_until([&] { return b.phase != phase; });
+  if (b.phase != phase) return;
+  if (traced >= 0) trace("waits for barrier %d\n", traced);
+  wait_until([&] { return b.phase != phase; });
 }
 inline void run_thread() {
   body();
@@ -160,7 +174,7 @@ inline void run_block() {
   Block& b = *block;
   memset(smem, 0xFF, sizeof smem);                         // 0xFFFF is a NaN of bf16
   memset(async_smem, 0xFF, sizeof smem);
-  b.pool = 0;
+  b.pool = 0, b.mbarriers.clear();
   for (int i = 0; i < b.size(); i++) {
     Thread& t = b.threads[i];
     t.done = t.fenced = false, t.index = i, t.tid = {(unsigned)i, 0, 0};
@@ -184,7 +198,8 @@ inline void run_block() {
 #define blockDim (cpu::block->dim)
 #define gridDim (cpu::block->grid)
 #define __syncthreads() \
-  (cpu::meet(cpu::block->barriers[0], cpu::block->size()), cpu::block->unsynced_barriers = false)
+  (cpu::meet(cpu::block->barriers[0], cpu::block->size(), 0), \
+   cpu::block->unsynced_barriers = false)
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t smem_bytes, cudaStream_t,
@@ -239,7 +254,10 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 #define PTX(text, ...) [&] {                                                  \
     static const auto& instruction = cpu::find(text);                         \
     instruction(std::array<uint64_t, 6>{__VA_ARGS__}.data()); }()
+#define PTX80 PTX
 #define PTX_SUMS(text, d, ...) cpu::wgmma(text, d, {__VA_ARGS__})
+#define PTX_LOAD4(text, r, x) cpu::ldmatrix(text, r, x)
+#define PTX_MMA(text, d, a, b0, b1) cpu::mma(text, d, a, b0, b1)
 #define PTX_FLOAT(text, y, x) y = cpu::kOfFloat.at(text)(x)
 template <class T> T* dynamic_smem() { return (T*)cpu::smem; }
 inline uint32_t smem_addr(const void* p) { return (uint32_t)((const char*)p - cpu::smem); }
@@ -284,6 +302,11 @@ struct MBarrier {
   uint32_t phase : 1;
 };
 inline MBarrier& mbar(uint64_t address) { return *(MBarrier*)(smem + address); }
+// Its number in the order in which they were initialised.
+inline int number(uint64_t address) {
+  auto& all = block->mbarriers;
+  return std::find(all.begin(), all.end(), address) - all.begin();
+}
 inline void update(uint64_t address, int arrivals, int bytes) {
   MBarrier& m = mbar(address);
   m.pending -= arrivals, m.bytes += bytes, block->idle = 0;
@@ -308,6 +331,7 @@ inline void load_box(uint32_t to, const CUtensorMap& map, uint64_t barrier, cons
       if (inside) memcpy(&v, source, 2);
       for (char* view : {smem, async_smem}) memcpy(view + swizzled(to + i * 2, map.swizzle), &v, 2);
     }
+    if (cuda_on_cpu_trace) printf("a box of %d bytes comes, mbarrier %d\n", 2 * n, number(barrier));
     update(barrier, 0, -2 * n);
   });
 }
@@ -317,21 +341,27 @@ inline const std::map<std::string, std::function<void(Operands)>> kInstructions 
     {"mbarrier.init.shared::cta.b64 [%0], %1;", [](Operands o) {
        block->new_barriers = block->unsynced_barriers = true;
        mbar(o[0]) = {(int16_t)o[1], (int16_t)o[1], 0, 0};
+       block->mbarriers.push_back(o[0]);
      }},
     {"fence.mbarrier_init.release.cluster;", [](Operands) { block->new_barriers = false; }},
     {"mbarrier.arrive.shared::cta.b64 _, [%0];", [](Operands o) {
+       trace("arrives at mbarrier %d\n", number(o[0]));
        update(o[0], 1, 0);
        if (chance(2)) next_thread();
      }},
     {"mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;",
-     [](Operands o) { update(o[0], 1, o[1]); }},
+     [](Operands o) {
+       trace("expects %d bytes at mbarrier %d\n", (int)o[1], number(o[0]));
+       update(o[0], 1, o[1]);
+     }},
     {"{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
      "@!done bra again;\n}",
      [](Operands o) {
        if (block->unsynced_barriers) fail("a wait for an mbarrier before __syncthreads");
+       if (mbar(o[0]).phase == o[1]) trace("waits for mbarrier %d, %d\n", number(o[0]), (int)o[1]);
        wait_until([=] { return mbar(o[0]).phase != o[1]; });
      }},
-    {"bar.sync %0, %1;", [](Operands o) { meet(block->barriers[o[0]], o[1]); }},
+    {"bar.sync %0, %1;", [](Operands o) { meet(block->barriers[o[0]], o[1], o[0]); }},
     {"fence.proxy.async.shared::cta;", [](Operands) { memcpy(async_smem, smem, smem_used); }},
     {"setmaxnreg.dec.sync.aligned.u32 %0;", [](Operands o) {
        if ((int)o[0] > self->regs || o[0] < 24 || o[0] % 8) fail("setmaxnreg.dec");
@@ -345,6 +375,21 @@ inline const std::map<std::string, std::function<void(Operands)>> kInstructions 
     {"cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
      " [%0], [%1, {%2, %3, %4}], [%5];", [](Operands o) {
        load_box(o[0], *(const CUtensorMap*)o[1], o[5], {(int)o[2], (int)o[3], (int)o[4]});
+     }},
+    {"cp.async.cg.shared.global [%0], [%1], 16, %2;", [](Operands o) {
+       uint64_t to = o[0], from = o[1], bytes = o[2];
+       if (to % 16 || from % 16 || to + 16 > smem_used || bytes > 16) fail("cp.async");
+       auto copy = [=] {
+         memset(smem + to, 0, 16);
+         memcpy(smem + to, (const void*)from, bytes);
+       };
+       if (cuda_on_cpu_order == 1 || chance(2)) copy();
+       else self->copies.back().push_back(copy);
+     }},
+    {"cp.async.commit_group;", [](Operands) { self->copies.emplace_back(); }},
+    {"cp.async.wait_group %0;", [](Operands o) {
+       for (auto& groups = self->copies; groups.size() > o[0] + 1; groups.pop_front())
+         for (auto& work : groups.front()) work();
      }},
     {"wgmma.fence.sync.aligned;", [](Operands) {           // the four warps start together
        meet(block->barriers[8 + self->index / 128], 128);
@@ -375,6 +420,37 @@ inline float element(uint64_t d, bool turned, int mn, int k) {
   __nv_bfloat16 v;
   memcpy(&v, async_smem + swizzled(at, (4 - (d >> 62)) % 4), 2);
   return __bfloat162float(v);
+}
+// Lane l names row l % 8 of matrix l / 8; what it gets of each is in the manual's figures.
+inline void ldmatrix(const std::string& text, uint32_t (&r)[4], uint32_t address) {
+  bool turned = text == "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];";
+  if (!turned && text != "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];")
+    fail("unknown PTX");
+  if (address % 16) fail("ldmatrix: not a multiple of 16 bytes");
+  auto rows = warp_exchange(address);
+  for (int i = 0, lane = self->index % 32; i < 8; i++) {
+    int row = lane / 4, column = lane % 4 * 2 + i % 2, matrix = i / 2;
+    if (turned) std::swap(row, column);
+    memcpy((char*)r + i * 2, smem + rows[matrix * 8 + row] + column * 2, 2);
+  }
+}
+using Quarters = std::array<uint32_t, 4>;
+inline float half_of(uint32_t pair, int i) {
+  return __bfloat162float({(uint16_t)(pair >> i * 16)});
+}
+inline void mma(const std::string& text, float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                uint32_t b1) {
+  static const std::string known = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                                   "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};";
+  if (text != known) fail("unknown PTX");
+  int lane = self->index % 32;
+  Quarters A[4];                                           // of the four lanes with this row
+  memcpy(A, warp_exchange(Quarters{a[0], a[1], a[2], a[3]}) + lane / 4 * 4, sizeof A);
+  auto B = warp_exchange(std::array<uint32_t, 2>{b0, b1});
+  for (int i = 0; i < 4; i++)
+    for (int k = 0; k < 16; k++)
+      d[i] += half_of(A[k % 8 / 2][i / 2 + k / 8 * 2], k % 2) *
+              half_of(B[(lane % 4 * 2 + i % 2) * 4 + k % 8 / 2][k / 8], k % 2);
 }
 inline std::string wgmma_text() {
   std::string text = "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {%0";

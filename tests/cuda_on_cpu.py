@@ -1,4 +1,9 @@
-"""Compiles cuda/ for the CPU, cuda_on_cpu.h in the GPU's place: ops.py's ops of CPU tensors."""
+"""Compiles cuda/ for the CPU, cuda_on_cpu.h in the GPU's place: ops.py's ops of CPU tensors.
+
+    python -m tests.cuda_on_cpu 9    one product, 6 slices deep; prints which thread waits for what
+
+9 is cuda/gmm.cu, 8 cuda/ladder/pipelined.cu.
+"""
 
 import ctypes
 import hashlib
@@ -27,16 +32,16 @@ def missing() -> str | None:
 def compiled() -> Path:
     """The library, compiled once for these sources and this torch. Raises CalledProcessError."""
     torch_folder = Path(torch.__file__).parent
-    headers = [HERE / "cuda_on_cpu.h", *sorted(CUDA.glob("*.h")), *sorted(CUDA.glob("*.cuh"))]
+    headers = [HERE / "cuda_on_cpu.h", *sorted(CUDA.rglob("*.h")), *sorted(CUDA.glob("*.cuh"))]
     objects = []
-    for name in ("permute.cu", "gmm.cu", "binding.cpp"):
+    for path in (*sorted(CUDA.rglob("*.cu")), CUDA / "binding.cpp"):
         flags = ["-O1", "-std=c++20", "-fPIC", "-DCUDA_ON_CPU", "-x", "c++", "-c"]
         flags += ["-Wno-unknown-pragmas", f"-I{HERE}", f"-I{CUDA}"]
-        if name == "binding.cpp":  # slow because of torch's headers, and little to optimise
+        if path.name == "binding.cpp":  # slow because of torch's headers, and little to optimise
             folders = ("include", "include/torch/csrc/api/include")
             flags += ["-O0", *(f"-I{torch_folder / folder}" for folder in folders)]
             headers = [CUDA / "launchers.h"]
-        objects.append(_kept([*flags, str(CUDA / name)], [CUDA / name, *headers], ".o"))
+        objects.append(_kept([*flags, str(path)], [path, *headers], ".o"))
     link = ["-shared", *map(str, objects), f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"]
     return _kept(link, objects, ".so")
 
@@ -55,6 +60,11 @@ def _kept(flags: list[str], reads: list[Path], suffix: str) -> Path:
     return made
 
 
+def force_major(library: ctypes.CDLL, major: int) -> None:
+    """Which grouped matmul: 9 gmm.cu, 8 ladder/pipelined.cu, 0 the one for this device."""
+    ctypes.c_int.in_dll(library, "medmoe_major").value = major
+
+
 class Machine:
     """The library in this process. A test chooses the order of threads, and may run one block."""
 
@@ -63,6 +73,17 @@ class Machine:
         self.library = ctypes.CDLL(str(library))
 
     def set(self, **values: int) -> None:
-        """order, blocks: how many multiprocessors, only: the one block to run, -1 for all."""
+        """order, blocks: how many multiprocessors, only: one block, -1 for all; trace: 0, 1."""
         for name, value in values.items():
             ctypes.c_int.in_dll(self.library, f"cuda_on_cpu_{name}").value = value
+
+
+if __name__ == "__main__":
+    import ops
+
+    machine = Machine(compiled())
+    force_major(machine.library, int(sys.argv[1]))
+    deep = 384 if sys.argv[1] == "9" else 192
+    x, w = torch.ones(2, deep, dtype=torch.bfloat16), torch.ones(1, 8, deep, dtype=torch.bfloat16)
+    machine.set(blocks=1, only=0, trace=1)
+    ops.forward(x, w, None, torch.tensor([2], dtype=torch.int32))

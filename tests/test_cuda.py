@@ -1,7 +1,10 @@
 """The kernels in cuda/ equal torch, on cuda_on_cpu.h in three orders of threads and blocks, and on
-the GPU itself where there is a Hopper; with outputs that begin as NaN. tests/mutate_kernels.py
-breaks the kernels and checks that these tests fail.
+the GPU itself where there is one of 8.0 or later; with outputs that begin as NaN.
+tests/mutate_kernels.py breaks the kernels and checks that these tests fail.
 """
+
+import ctypes
+import re
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ import ops
 from tests import cuda_on_cpu
 
 MACHINES = [f"order {order}" for order in cuda_on_cpu.ORDERS]
-if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+GPU = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+if GPU >= (8, 0):
     MACHINES.append("gpu")
 
 # Rows of each expert, and the widths F and D of its matrix.
@@ -37,6 +41,24 @@ def _machine(request):
     with torch.device(device):
         yield machine
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(name="library")
+def _library(machine):
+    """What is loaded for this machine, for ctypes."""
+    gpus = (path for path in torch.ops.loaded_libraries if re.search(r"medmoe_(?!on)", path))
+    library = machine.library if machine else ctypes.CDLL(next(gpus))
+    yield library
+    cuda_on_cpu.force_major(library, 0)
+
+
+@pytest.fixture(name="major", params=[8, 9])
+def _major(machine, library, request):
+    """Which grouped matmul: ladder/pipelined.cu, or gmm.cu, which only a Hopper can run."""
+    if machine is None and request.param == 9 and GPU != (9, 0):
+        pytest.skip("gmm.cu is for compute capability 9.0")
+    cuda_on_cpu.force_major(library, request.param)
+    return request.param
 
 
 def randn(*shape, seed=0, dtype=torch.bfloat16):
@@ -96,6 +118,7 @@ def operands(sizes, f, d):
     return offs, randn(n, d), randn(n, f, seed=1), randn(len(sizes), f, d, seed=2)
 
 
+@pytest.mark.usefixtures("major")
 @pytest.mark.parametrize("case", CASES)
 def test_grouped_products_equal_one_matmul_an_expert(case):
     sizes, f, d = CASES[case]
@@ -109,6 +132,7 @@ def test_grouped_products_equal_one_matmul_an_expert(case):
     check(ops.bias_grad(dy, offs), torch.stack(each(lambda a: a.sum(dim=0), dys)))
 
 
+@pytest.mark.usefixtures("major")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_rows_and_weights_of_other_experts_do_not_reach_an_expert(bad):
     """Tiles extend past an expert's rows, and past its matrix: what lies there must not count."""
@@ -124,6 +148,7 @@ def test_rows_and_weights_of_other_experts_do_not_reach_an_expert(bad):
     assert torch.equal(clean[2][[0, 2]], dirty[2][[0, 2]]) and not dirty[2][1].isfinite().any()
 
 
+@pytest.mark.usefixtures("major")
 @pytest.mark.parametrize("activation", [ops.GELU, ops.SILU])
 @pytest.mark.parametrize("case", list(CASES)[:3])
 def test_fused_activations_forward_and_in_the_gradient(case, activation):
@@ -149,6 +174,16 @@ def test_fused_activations_forward_and_in_the_gradient(case, activation):
         check(ours, exact)
 
 
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 8, 8), (130, 200, 72), (77, 264, 328)])
+def test_every_rung_of_the_ladder_computes_the_same_product(library, major, m, n, k):
+    a, b, offs = randn(m, k), randn(n, k, seed=1), torch.tensor([m], dtype=torch.int32)
+    found = [ops.forward(a, b[None], None, offs)[0]]  # the fourth, or the last
+    for rung in (library.naive, library.tiles, library.tensor_cores) if major == 8 else ():
+        found.append(torch.empty(m, n, dtype=torch.bfloat16))
+        rung(*(ctypes.c_void_p(t.data_ptr()) for t in (a, b, found[-1])), m, n, k, None)
+    check(torch.cat(found), (a.float() @ b.float().T).repeat(len(found), 1))
+
+
 # More than 2^31 entries, of which few are ever touched: memory is only taken where it is written.
 D = 2560
 LAST = 2**31 // D + 5  # a row that begins beyond
@@ -171,18 +206,18 @@ def test_rows_times_columns_may_pass_2_to_the_31():
 
 
 @pytest.mark.parametrize("what", ["rows of a result", "weights of all experts"])
-def test_grouped_products_may_pass_2_to_the_31(machine, what):
-    """Only the last tile is computed: one multiprocessor for each, and only the last one runs."""
+def test_grouped_products_may_pass_2_to_the_31(machine, major, what):
+    """Only the last tile is computed: a block for each, and only the last one runs."""
     of_rows, n_experts, f, d = what == "rows of a result", 12, 8 * D, 10240
     tiles = -(-(LAST + 1) // 128) * (D // 256) if of_rows else n_experts * f // 128 * d // 256
-    if machine:
-        machine.set(blocks=tiles, only=tiles - 1)
+    if machine:  # pipelined.cu: two blocks a multiprocessor, two tiles where gmm.cu has one
+        machine.set(blocks=tiles, only=tiles * (2 if major == 8 else 1) - 1)
     if of_rows:
         offs = torch.tensor([LAST + 1], dtype=torch.int32)
         x, w = sparse(LAST + 1, 8), randn(1, D, 8)
         x[-40:] = randn(40, 8, seed=1)
         y = ops.forward(x, w, None, offs)[0]
-        check(y[-3:, -256:], (x[-3:].float() @ w[0].float().T)[:, -256:])
+        check(y[-3:, -128:], (x[-3:].float() @ w[0].float().T)[:, -128:])
     else:
         offs = torch.zeros(n_experts, dtype=torch.int32)
         offs[-1] = 40
@@ -203,7 +238,7 @@ def test_arguments_that_do_not_fit_are_refused_by_name(machine):
         far, negative, beyond = offs * 10**6, offs - 3, slot + 10**8
     else:
         far, negative, beyond = offs.cpu(), offs.cpu(), slot.cpu()
-    for op, args, bads in (
+    calls = (
         ("gmm", gmm, (("product", 3, -1), ("activation", 3, -1), ("up", w), ("z", x),
                       ("a", x.float(), randn(16, 4).t(), x[0], x[:, :8]),
                       ("b", w[0], randn(3, 8, 16), randn(2, 16, 8).mT),
@@ -216,9 +251,12 @@ def test_arguments_that_do_not_fit_are_refused_by_name(machine):
         ("unpermute", rows, (("y", x.half(), randn(4, 4)), ("slot", slot.long(), slot[0], beyond),
                              ("gates", gates[:1]))),
         ("unpermute_grad", rows | {"grad": x[:2]}, (("grad", x), ("y", x.T), ("slot", beyond))),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for op, args, _ in calls:
         getattr(ops.CALL, op)(**args)  # as it is, it is allowed
-        for name, *values in bads:
-            for value in values:
-                with pytest.raises(RuntimeError, match=rf"^(a, )?{name}\b"):
-                    getattr(ops.CALL, op)(**args | {name: value})
+    bad = [(getattr(ops.CALL, op), args, name, value) for op, args, bads in calls
+           for name, *values in bads for value in values]  # fmt: skip
+    assert len(bad) > 40
+    for op, args, name, value in bad:
+        with pytest.raises(RuntimeError, match=rf"^(a, )?{name}\b"):
+            op(**args | {name: value})

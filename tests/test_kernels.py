@@ -84,11 +84,11 @@ def test_nothing_is_compiled_where_it_was_not_chosen_or_cannot_run(gpu, capsys):
     ops.choose("auto", torch.device("cpu"))
     ops.choose("torch", torch.device("cuda"))
     assert capsys.readouterr() == ("", "")
-    older = gpu(8, 0)
+    older = gpu(7, 5)
     ops.choose("auto", older)
     (printed,) = capsys.readouterr().err.splitlines()
-    assert "torch" in printed and "this GPU has 8.0" in printed
-    for device, why in ((older, "this GPU has 8.0"), (torch.device("cpu"), "needs a GPU, not cpu")):
+    assert "torch" in printed and "this GPU has 7.5" in printed
+    for device, why in ((older, "this GPU has 7.5"), (torch.device("cpu"), "needs a GPU, not cpu")):
         with pytest.raises(UserError, match=f"--kernels cuda: .*{why}"):
             ops.choose("cuda", device)
     assert not ops._enabled
@@ -101,12 +101,14 @@ def test_what_is_built_is_used_and_a_compilers_error_printed_in_one_line(gpu, ca
     (log,) = tmp_path.rglob("build.log")
     assert "compiling cuda/" in progress and log.read_text() == text and not ops._enabled
     assert "gmm.cu(31): error: no such name" in message and str(log) in message
-    load = Mock()
-    ops.choose("auto", gpu(9, 0, load=load))
-    assert ops._enabled == {"cuda"}
-    ((name, sources), options) = load.call_args
-    assert ops.digest() in name and all(Path(source).is_file() for source in sources)
-    assert "-gencode=arch=compute_90a,code=sm_90a" in options["extra_cuda_cflags"]
+    for capability, target in (((9, 0), "90a"), ((8, 6), "86"), ((12, 0), "120")):
+        load = Mock()
+        ops.choose("auto", gpu(*capability, load=load))
+        assert ops._enabled == {"cuda"}
+        ((name, sources), options) = load.call_args
+        assert ops.digest() in name and name.endswith(target)
+        assert {*map(Path, sources)} == {CUDA / "binding.cpp", *CUDA.rglob("*.cu")}
+        assert f"-gencode=arch=compute_{target},code=sm_{target}" in options["extra_cuda_cflags"]
     ops.choose("torch", torch.device("cuda"))
     assert not ops._enabled
 
@@ -129,11 +131,14 @@ def nvcc(*words):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
 def test_nvcc_compiles_kernels_and_binding_without_spills_or_warnings(tmp_path):
     out = ["-o", str(tmp_path / "out.o")]
-    for target, source in itertools.product(("80", "90a"), ("permute.cu", "gmm.cu")):
+    sources = [*CUDA.rglob("*.cu")]
+    assert len(sources) == 6
+    for target, source in itertools.product(("80", "86", "89", "90a"), sources):
         arch = f"arch=compute_{target},code=sm_{target}"
-        printed = nvcc("-Xptxas", "-v", str(CUDA / source), "-gencode", arch, *out)
+        printed = nvcc("-Xptxas", "-v", str(source), "-gencode", arch, *out)
         none = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
-        assert printed.count("Compiling entry function") == 7 == printed.count(none)
+        n_kernels = 1 if source.stem in ("naive", "tiles", "tensor_cores") else 7
+        assert printed.count("Compiling entry function") == n_kernels == printed.count(none)
         assert not re.search(r"warning|C75\d\d|serializ", printed)
     # torch without CUDA has the headers all the same, but for one that its build would make.
     include = Path(torch.__file__).parent / "include"
