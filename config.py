@@ -254,7 +254,7 @@ class Common:
     lacks: ClassVar[tuple[str, ...]] = ()
 
     data: tuple[str, ...] = flag((), "SOURCE or SOURCE@WEIGHT; repeatable (sources/README.md)")
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
+    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where to compute")
     batch_size: int | None = flag(None, "samples per step (default: the phase's)", least=1)
     max_missing: int = flag(0, "image files of a source that may be missing", DATA)
     max_bad: int = flag(0, "records of a source, or its images, that may be unusable", DATA)
@@ -265,7 +265,7 @@ class Common:
     frame: Literal["first", "middle"] = flag("first", "of DICOM files with several", DATA)
     lang: Literal["en", "zh", "all"] = flag("en", "language of SLAKE's questions", DATA)
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "matmul precision", SPEED)
-    kernels: Literal["auto", "torch", "cuda"] = flag("auto", "cuda/ on a Hopper GPU", SPEED)
+    kernels: Literal["auto", "torch", "cuda"] = flag("auto", "cuda/ on a GPU", SPEED)
     seed: int = flag(0, "of weights, order and dropout; not of the data", OPTIM)
     json: str | None = flag(None, "also write the results to this FILE", SAVE)
 

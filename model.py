@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import IGNORE, IMAGE_ID, ModelConfig, MoEConfig, UserError
+from config import IGNORE, IMAGE_ID, ModelConfig, MoEConfig, UserError, warn_once
 from data import Batch
 from decoder import Cache, Decoder
 from moe import upcycle
@@ -196,15 +196,22 @@ def count_parameters(model: MedMoE) -> dict[str, int]:
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """--device, --dtype -> where to compute, and in what precision matmuls run.
 
-    "auto" takes bf16 where it is fast: on a GPU, and on CPUs that multiply it in hardware.
+    "auto" takes bf16 where it is fast: on GPUs from compute capability 8.0 on (older ones, as T4
+    and V100, only emulate it), and on CPUs that multiply it in hardware; else fp32.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here")
+    if device == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("--device mps: torch sees no Apple GPU here")
+        warn_once("--device mps: torch's own ops; this has not been tried on a Mac")
     if dtype == "auto":
-        able = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = device == "cuda" or able.get("avx512_bf16") or able.get("amx_bf16")
+        able = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
+        fast = able.get("avx512_bf16") or able.get("amx_bf16")
+        if device == "cuda":
+            fast = torch.cuda.get_device_capability() >= (8, 0)
         dtype = "bfloat16" if fast else "float32"
     return torch.device(device), getattr(torch, dtype)
 

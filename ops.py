@@ -7,7 +7,7 @@
 
 `SortedExperts` does so in place of moe.Experts' loop, with the same result; no token is ever
 dropped or padded, whatever the router decides. What stands here in torch is the definition of each
-op; on a Hopper GPU the kernels of cuda/ compute the same, where --kernels allows it. Nothing is
+op; on a GPU the kernels of cuda/ compute the same, where --kernels allows it. Nothing is
 compiled when this file is imported. Read it with cuda/README.md.
 
 Shapes: N tokens, E experts, R routed tokens, D, F widths; slot (N, E) says where among the R a
@@ -17,6 +17,7 @@ token's row for an expert lies, -1: nowhere.
 import hashlib
 import os
 import re
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -26,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import UserError
-from moe import Experts, GatedMLP
+from config import UserError, one_line
+from moe import Experts, GatedMLP, MoE
 
 # On a CPU, oneDNN and ideep each keep what they compile for a bf16 matmul, 0.25 MB, by default for
 # the last 1 024 shapes, and an expert has another number of rows in each batch.
@@ -65,10 +66,17 @@ def _as_list(plan: DispatchPlan) -> DispatchPlan:
     return plan if plan.token is not None else _listed(plan.slot.t() >= 0)
 
 
-def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
-    """x (N, D) -> (R, D): a copy of its token for every row."""
+def permute(x: Tensor, plan: DispatchPlan, most: int | None = None) -> Tensor:
+    """x (N, D) -> (R, D): a copy of its token for every row.
+
+    most: a bound of R, for the kernels alone: (most, D), of which the first R rows are filled, and
+    no host sync. Where it is exceeded the run ends.
+    """
     if plan.slot is not None and supports_rows(x):
-        return CALL.permute(x.contiguous(), plan.slot, int(plan.offsets[-1]))
+        if most is not None:
+            torch._assert_async(plan.offsets[-1] <= most, "a token has more than top_k experts")
+        n_rows = int(plan.offsets[-1]) if most is None else most
+        return CALL.permute(x.contiguous(), plan.slot, n_rows)
     return x.index_select(0, _as_list(plan).token)
 
 
@@ -85,18 +93,35 @@ def unpermute(y: Tensor, gates: Tensor, plan: DispatchPlan) -> Tensor:
 class SortedExperts(Experts):
     """moe.Experts, computed for all experts together. `use_sorted_experts` puts it in place."""
 
+    layer: tuple[MoE, ...] = ()  # that these experts are of; in a tuple, so that it is no submodule
+
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
         plan = dispatch_plan(gates)
-        out = self.grouped_ffn(permute(x, plan), plan)  # (R, D)
+        out = self.grouped_ffn(permute(x, plan, self.most_rows(x)), plan)  # (R, D)
         return unpermute(out, gates, plan)
+
+    def most_rows(self, x: Tensor) -> int | None:
+        """N k, if the router routes a token to at most k experts, and the kernels do all the rest.
+
+        They read none of the rows after the last expert's; torch's ops would.
+        """
+        router = self.layer[0].router if self.layer else None
+        if not getattr(router, "at_most_k", False) or not self.is_fused(x):
+            return None
+        return len(x) * router.top_k
+
+    def is_fused(self, x: Tensor) -> bool:
+        """Do the kernels compute a whole FFN?"""
+        if not enabled(x) or hasattr(next(self.children()), "lora_a"):
+            return False
+        return supports(*_cast(*(t[:0] for t in (x, *self.parameters()))))
 
     def grouped_ffn(self, rows: Tensor, plan: DispatchPlan) -> Tensor:
         """rows (R, D) in the plan's order -> (R, D), each through its expert's FFN."""
         is_gated = isinstance(self.ffn[0], GatedMLP)
-        if enabled(rows) and not hasattr(next(self.children()), "lora_a"):
-            cast, *params = _cast(rows, *self.parameters())
-            if supports(cast, *params):
-                return call(GatedFFN if is_gated else GeluFFN, cast, *params, plan.offsets)
+        if self.is_fused(rows):
+            function = GatedFFN if is_gated else GeluFFN
+            return call(function, *_cast(rows, *self.parameters()), plan.offsets)
         if is_gated:
             hidden = F.silu(_linear(rows, self.gate, plan)) * _linear(rows, self.up, plan)
             return _linear(hidden, self.down, plan)
@@ -109,6 +134,8 @@ def use_sorted_experts(model: nn.Module, cls: type[Experts] = SortedExperts) -> 
     for module in model.modules():
         if isinstance(module, Experts):
             module.__class__ = cls
+        if isinstance(module, MoE):
+            module.experts.layer = (module,)
 
 
 def place_experts(model: nn.Module, device: torch.device) -> None:
@@ -170,7 +197,7 @@ def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
     if x.device.type == "cpu":
         able = torch.is_grad_enabled()
     else:
-        able = torch.cuda.get_device_capability(x.device) >= (9, 0)
+        able = x.device.type != "mps" and torch.cuda.get_device_capability(x.device) >= (9, 0)
     aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
     return able and aligned and x.dtype != torch.float64 and len(x) > 0
 
@@ -201,7 +228,7 @@ _enabled: set[str] = set()  # device types that the extension computes for, see 
 def choose(how: str, device: torch.device) -> None:
     """Apply --kernels: "cuda" the extension or a UserError, "torch" not, "auto" where it can be.
 
-    On a GPU that it is not made for, or where it cannot be built, "auto" says so in one line.
+    On a GPU that is too old for it, or where it cannot be built, "auto" says so in one line.
     """
     _enabled.discard(device.type)
     if how == "torch" or (how == "auto" and device.type != "cuda"):
@@ -217,15 +244,16 @@ def choose(how: str, device: torch.device) -> None:
 
 
 def build(device: torch.device) -> None:
-    """Compile cuda/ with nvcc, or load what an earlier run has compiled. Raises UserError."""
+    """Compile cuda/ for this GPU by nvcc, or load what an earlier run has. Raises UserError."""
     if device.type != "cuda":
         raise UserError(f"cuda/ needs a GPU, not {device.type}")
-    if (found := torch.cuda.get_device_capability(device)) != (9, 0):
-        raise UserError("cuda/ is made for compute capability 9.0 (Hopper), this GPU has "
-                        f"{found[0]}.{found[1]}")  # fmt: skip
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise UserError(f"cuda/ needs compute capability 8.0, this GPU has {major}.{minor}")
     from torch.utils import cpp_extension
 
-    name = f"medmoe_{digest()}"
+    target = f"{major}{minor}" + "a" * (major == 9)  # "a": with Hopper's own instructions
+    name, arch = f"medmoe_{digest()}_{target}", f"arch=compute_{target},code=sm_{target}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     folder = Path(root) / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -234,23 +262,40 @@ def build(device: torch.device) -> None:
     try:
         cpp_extension.load(
             name,
-            [str(SOURCES / file) for file in ("binding.cpp", "permute.cu", "gmm.cu")],
+            [str(file) for file in (SOURCES / "binding.cpp", *sorted(SOURCES.rglob("*.cu")))],
             extra_cflags=["-O2", "-std=c++20"],
-            extra_cuda_cflags=["-O3", "-std=c++20", "-gencode=arch=compute_90a,code=sm_90a"],
+            extra_cuda_cflags=["-O3", "-std=c++20", f"-gencode={arch}"],
             build_directory=str(folder),
             is_python_module=False,
         )
     except (RuntimeError, OSError) as error:  # no nvcc, no ninja, a compiler's error
         log = folder / "build.log"
         log.write_text(str(error))
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        first = next((line for line in lines if re.search(r"\berror\b:", line)), lines[0])
-        raise UserError(f"cuda/ cannot be built: {first} (all in {log})") from None
+        lines = [line.strip() for line in str(error).splitlines() if re.search(r"\berror\b:", line)]
+        why = "; ".join(lines[:1] + lacking_tools()) or one_line(str(error), 300)
+        raise UserError(f"cuda/ cannot be built: {why} (all in {log})") from None
+
+
+def lacking_tools() -> list[str]:
+    """What the compilation needs and is not here, or not of torch's version."""
+    from torch.utils import cpp_extension
+
+    ours, found = torch.version.cuda, []
+    if not cpp_extension.is_ninja_available():
+        found.append("ninja is missing: pip install ninja")
+    nvcc = Path(cpp_extension.CUDA_HOME or "", "bin/nvcc")
+    if not nvcc.is_file():
+        return [*found, f"nvcc is missing: install the CUDA toolkit {ours}, or set CUDA_HOME"]
+    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    theirs = re.search(r"release ([\d.]+)", printed)
+    if theirs and ours and theirs[1].split(".")[0] != ours.split(".")[0]:
+        found.append(f"the toolkit is CUDA {theirs[1]}, torch was built with {ours}")
+    return found
 
 
 def digest() -> str:
     """Of the sources and of torch's version: where one changes, cuda/ is compiled again."""
-    files = sorted(file for file in SOURCES.iterdir() if file.suffix != ".md")
+    files = sorted(file for file in SOURCES.rglob("*.*") if file.suffix != ".md")
     text = torch.__version__.encode() + b"".join(file.read_bytes() for file in files)
     return hashlib.sha256(text).hexdigest()[:12]
 

@@ -107,13 +107,13 @@ def information(
         hints = Hints(prompt=batch.prompt(), modality=batch.modality)
         with autocast(device, dtype):
             _, routings = model(batch.ids, batch.mask, batch.images, hints)
-        gates = torch.stack([r.gates for r in routings])  # (L, B, T, E)
+        gates = torch.stack([r.gates for r in routings]).cpu()  # (L, B, T, E)
         first = F.one_hot(gates.argmax(dim=-1), gates.shape[-1]).double()
-        routed = (gates.amax(dim=-1) > 0) & hints.prompt  # (L, B, T)
-        modality = F.one_hot(batch.modality, len(MODALITIES)).double()  # (B, M)
+        routed = (gates.amax(dim=-1) > 0) & hints.prompt.cpu()  # (L, B, T)
+        modality = F.one_hot(batch.modality.cpu(), len(MODALITIES)).double()  # (B, M)
         joint = joint + torch.einsum("lbte,lbt,bm->lme", first, routed.double(), modality)
     model.train(was_training)
-    return [mutual_information(table) for table in joint.cpu().numpy()]
+    return [mutual_information(table) for table in joint.numpy()]
 
 
 def show_information(bits: dict) -> str:

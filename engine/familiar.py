@@ -34,8 +34,8 @@ KEPT = 0.99  # of held-out images are below the limit
 @torch.no_grad()
 def image_features(model: MedMoE, images: Tensor) -> Tensor:
     """(n, 3, S, S) uint8 -> (n, 2 W) float64, on the CPU."""
-    patches = model.vision(normalise(images)).double()  # (n, P, W)
-    return torch.cat([patches.mean(dim=1), patches.std(dim=1, correction=0)], dim=1).cpu()
+    patches = model.vision(normalise(images)).cpu().double()  # (n, P, W)
+    return torch.cat([patches.mean(dim=1), patches.std(dim=1, correction=0)], dim=1)
 
 
 def fit(trained: Tensor, held_out: Tensor) -> dict[str, Tensor]:

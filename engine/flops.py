@@ -89,7 +89,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     while sum(seconds[1:]) < 0.3:  # the first one warms up
         start = time.perf_counter()
         a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 2 * n**3 / statistics.median(seconds[1:])

@@ -117,5 +117,6 @@ def shard_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
             part = distribute_tensor(param.data, mesh["part"], [Shard(0)], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(part, param.requires_grad))
     experts.__class__ = ParallelExperts
+    experts.layer = ()  # how many rows are sent has to be known
     experts.group, experts.n = mesh["part"].get_group(), mesh["part"].size()
     fully_shard(experts, mesh=mesh["copy"], shard_placement_fn=lambda _: Shard(1))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from config import DecoderConfig, ModelConfig, UserError, VisionConfig, one_line, warn_once
 from engine.durable import digest
@@ -131,6 +132,8 @@ def slots(
 ) -> dict[str, Tensor]:
     """Our name -> the storage to fill. by_expert: each expert's share of a stacked one by itself.
 
+    detach, not .data: what is filled counts as a new version of the parameter (engine/casts.py).
+
     decoder.blocks.0.mlp.experts.fc1.weight (E, F, D) becomes ...experts[0].fc1.weight (F, D), ...
     """
     found = {}
@@ -138,10 +141,10 @@ def slots(
         if name.startswith(prefix):
             before, stacked, after = name.partition(".mlp.experts.")
             if by_expert and stacked:
-                for e, share in enumerate(param.data):
+                for e, share in enumerate(param.detach()):
                     found[f"{before}.mlp.experts[{e}].{after}"] = share
             else:
-                found[name] = param.data
+                found[name] = param.detach()
     return found
 
 
@@ -357,12 +360,19 @@ def check_config(file: Path, config: ModelConfig) -> None:
             check("moe.layers", layers, is_right, f"null, or ascending numbers below {n}")
 
 
+class WithoutNormal(TorchFunctionMode):
+    """nn.init.normal_ does nothing. For a "meta" tensor it would import torch._dynamo, for 1 s."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if func is nn.init.normal_ else func(*args, **(kwargs or {}))
+
+
 def check_size(directory: Path, config: ModelConfig) -> None:
     """Raise UserError if model.safetensors is too short for the model, before memory is taken."""
     file = directory / "model.safetensors"
     if config.moe is not None:  # a built-in router: no code of others runs to count
         config = replace(config, moe=replace(config.moe, router="topk"))
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutNormal():
         n = sum(p.numel() for p in MedMoE(config).parameters())
     if file.is_file() and (size := file.stat().st_size) < 2 * n:  # no type has fewer bytes
         raise UserError(f"{directory / 'config.json'}: a model of {n:,} parameters, but "

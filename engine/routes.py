@@ -69,6 +69,8 @@ def replay(routes: Sequence[Route], mask: Tensor) -> Iterator[list[Routing]]:
 class Replayed(Router):
     """In place of a router: the recorded routings, one a call."""
 
+    at_most_k = False  # top_k was another router's
+
     def __init__(self, inner: Router, routings: Iterator[Routing]):
         super().__init__(inner.proj.in_features, inner.proj.out_features)
         self.routings = routings

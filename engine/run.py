@@ -29,6 +29,7 @@ import ops
 from checkpoint import load_checkpoint, read_config, save_checkpoint
 from config import IMAGE_ID, TrainConfig, UserError, to_dict, warn_once
 from data import Batch, Sample
+from engine.casts import cast_once
 from engine.durable import agree, discard, in_first, locked, recover, sync, verify, write_file
 from engine.features import cache_features
 from engine.first_gate import check_routers
@@ -196,6 +197,11 @@ class Run:
             checkpoint_blocks(model)
         ops.place_experts(model, self.device)
         shard(model, self.processes, self.device, self.flags.expert_parallel)
+        # On a GPU without micro-batches each forward casts once a step anyway, and its copies go
+        # while the gradients come; recomputed blocks keep none, to save memory.
+        saves = self.flags.accumulate > 1 and not self.flags.activation_checkpointing
+        if self.world == 1 and (self.device.type == "cpu" or saves):
+            cast_once(model)
         cache_features(model, self.flags, self.world)
         check_routers(model)
         if self.rank:  # else all processes would use the same dropout masks
@@ -215,7 +221,7 @@ class Run:
         """Add a micro-batch to the step's counts, for its MFU and the load of the experts."""
         if not out.n_tokens:  # another process's samples: see train.micro_batches
             return
-        lengths = batch.mask.sum(dim=1).double()  # of real positions
+        lengths = batch.mask.sum(dim=1).cpu().double()  # of real positions; mps has no doubles
         patches = (batch.ids == IMAGE_ID).sum()
         counts = [len(batch.images), patches, len(lengths), lengths.sum(), lengths.square().sum()]
         self.counts += torch.tensor([*counts, out.n_tokens], dtype=torch.float64)

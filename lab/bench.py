@@ -6,7 +6,9 @@
     python -m lab.bench kernels --gpu-check         the sparse layer and, on a GPU, its kernels
 
 train, generate: same weights, batches and precision as Assembled (pip install transformers).
-kernels: experts alone, compared with their definition before they are timed. Ends with JSON.
+kernels: experts alone, as a default run has them (fp32 weights, matmuls in bf16), compared with
+their definition before they are timed. --gpu-check prints JSON for each case, then a table for
+cuda/README.md, in about eight minutes. Ends with JSON.
 """
 
 import copy
@@ -32,6 +34,7 @@ import model as models
 import ops
 from config import Common, ModelConfig, UserError, argument, flag, preset
 from data import Batch, Dataset, Sample, Text, collate, encode_prompt
+from engine import casts
 from engine.cli import parse, user_errors
 from engine.inference import prepare
 from engine.published import clip_table, decoder_table, load_published, rename, slots
@@ -47,7 +50,9 @@ MID = ModelConfig(
 )
 CPU = torch.device("cpu")
 SIZES = (1024, 4096, 16384, 65536)  # tokens, on a GPU
-SMALL = "gpu and not many and not than_16 and not 2_to_the_31 and not 4096 and not 2560"
+LARGE = 4096  # tokens from which on the aims hold
+LIMIT = 400  # seconds after which --gpu-check begins no further case
+SMALL = "gpu and not many and not more and not 2_to_the_31 and not 4096 and not 2560"
 N_EXPERTS, K = 4, 2
 PHASE_2 = "projector.*", "decoder.*"  # what it trains
 
@@ -287,17 +292,18 @@ def gates_of(n: int, routing: str, device: torch.device) -> Tensor:
     return torch.zeros(n, N_EXPERTS).scatter(1, top, values).to(device)
 
 
-def experts_of(name: str, device: torch.device, dtype: torch.dtype) -> Experts:
+def experts_of(name: str, device: torch.device) -> Experts:
     decoder = preset(name).model.decoder
     mlp = MLP if decoder.family == "phi" else GatedMLP
-    experts = Experts(mlp(decoder.d_model, decoder.d_ff), N_EXPERTS).to(device, dtype)
+    with device:
+        experts = Experts(mlp(decoder.d_model, decoder.d_ff), N_EXPERTS)
     for param in experts.parameters():
         nn.init.normal_(param, std=param.shape[-1] ** -0.5)
-    ops.use_sorted_experts(experts)
     return experts
 
 
-LAYERS = {"loop": Experts.forward, "sorted": ops.SortedExperts.forward}
+# The definition; sorted, weights cast in every call; the same, cast once a step.
+LAYERS = {"loop": Experts, "sorted": ops.SortedExperts, "cast once": casts.CastOnceSortedExperts}
 
 
 def products(pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
@@ -305,22 +311,37 @@ def products(pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
     return lambda: [torch.mm(a, b, out=o) for (a, b), o in zip(pairs, outs, strict=True)]
 
 
-def matmuls(experts: Experts, x: Tensor, gates: Tensor) -> Callable[[], None]:
+def matmuls(experts: Experts, gates: Tensor, dtype: torch.dtype) -> Callable[[], None]:
     """-> a function that multiplies what the layer multiplies, forward and backward."""
-    pairs = []
+    pairs, like = [], {"device": gates.device, "dtype": dtype}
     for part in experts.children():
         n_out, n_in = part.weight.shape[1:]
-        for weight, n in zip(part.weight.detach(), (gates != 0).sum(dim=0).tolist(), strict=True):
-            rows, grad = torch.randn(n, n_in).to(x), torch.randn(n, n_out).to(x)
+        weights = part.weight.detach().to(dtype)
+        for weight, n in zip(weights, (gates != 0).sum(dim=0).tolist(), strict=True):
+            rows, grad = torch.randn(n, n_in, **like), torch.randn(n, n_out, **like)
             pairs += [(rows, weight.T), (grad, weight), (grad.T, rows)]
     return products(pairs)
 
 
-def both_ways(layer: Callable, experts: Experts, x: Tensor, gates: Tensor, dy: Tensor) -> list:
-    """Forward and backward of a layer -> its output and all gradients."""
+def one_way(cls: type[Experts], experts: Experts, dtype: torch.dtype, *inputs: Tensor) -> Tensor:
+    ops.use_sorted_experts(experts, cls)
+    with autocast(inputs[0].device, dtype):
+        return experts(*inputs)
+
+
+def both_ways(cls, experts: Experts, dtype, x: Tensor, gates: Tensor, dy: Tensor) -> list[Tensor]:
+    """Forward and backward of the experts, computed by cls -> their output and all gradients."""
     inputs = [x.detach().requires_grad_(), gates.detach().requires_grad_()]
-    y = layer(experts, *inputs)
-    return [y, *torch.autograd.grad(y, [*inputs, *experts.parameters()], dy)]
+    y = one_way(cls, experts, dtype, *inputs)
+    return [y, *torch.autograd.grad(y, [*inputs, *experts.parameters()], dy.to(y))]
+
+
+def cast_again(experts: Experts, dtype: torch.dtype) -> None:
+    """What the first forward after a step does more than others, where weights are cast once."""
+    params = [param for param in experts.parameters() if param.dtype != dtype]
+    torch.autograd.graph.increment_version(params)
+    for param in params:
+        casts.cast(param, dtype)
 
 
 def check(name: str, ours: Tensor, expected: Tensor, most: float) -> float:
@@ -331,28 +352,30 @@ def check(name: str, ours: Tensor, expected: Tensor, most: float) -> float:
     return error
 
 
-def bench_layer(experts: Experts, routing: str, n: int, timer: Callable) -> dict:
+def bench_layer(experts: Experts, routing: str, n: int, dtype, timer: Callable) -> dict:
     """Each implementation's time, and its ratios to the matmuls alone and to the loop."""
-    weight, wide = next(experts.parameters()), copy.deepcopy(experts).float()
-    x, dy = torch.randn(2, n, weight.shape[-1]).to(weight)
+    weight = next(experts.parameters())
+    x, dy = torch.randn(2, n, weight.shape[-1], device=weight.device)
     gates, few = gates_of(n, routing, weight.device), gates_of(64, routing, weight.device)
-    small = torch.randn(2, 64, weight.shape[-1]).to(weight)
-    exact = both_ways(LAYERS["loop"], wide, small[0].float(), few, small[1].float())
-    found = [both_ways(layer, experts, small[0], few, small[1]) for layer in LAYERS.values()]
-    error = max(check("the layer", *pair, 0.03) for ours in found
-                for pair in zip(ours, exact, strict=True))  # fmt: skip
-    train = timer({"matmuls": matmuls(experts, x, gates)} | {
-        name: partial(both_ways, layer, experts, x, gates, dy) for name, layer in LAYERS.items()
-    })  # fmt: skip
+    small = torch.randn(2, 64, weight.shape[-1], device=weight.device)
+    run = partial(both_ways, experts=experts, x=small[0], gates=few, dy=small[1])
+    exact = run(Experts, dtype=torch.float32)
+    error = max(check("the layer", *pair, 0.03) for cls in LAYERS.values()
+                for pair in zip(run(cls, dtype=dtype), exact, strict=True))  # fmt: skip
+    ways = {"matmuls": matmuls(experts, gates, dtype), "cast": lambda: cast_again(experts, dtype)}
+    train = timer(ways | {name: partial(both_ways, cls, experts, dtype, x, gates, dy)
+                          for name, cls in LAYERS.items()})  # fmt: skip
     with torch.no_grad():
-        answer = timer({k: partial(layer, experts, x, gates) for k, layer in LAYERS.items()})
+        answer = timer({name: partial(one_way, cls, experts, dtype, x, gates)
+                        for name, cls in LAYERS.items()})  # fmt: skip
     flops = 2 * K * n * sum(part.weight[0].numel() for part in experts.children())
     print(f"layer, {n} tokens, {routing}: {3 * flops / 1e12:.2f} TFLOP, relative error {error:.1e}")
     for what, times, work in (("train", train, 3 * flops), ("answer", answer, flops)):
         for name, seconds in times.items():
             limit = f"{seconds / times['matmuls']:6.2f} x the matmuls" if what == "train" else ""
-            print(f"  {what:<8}{name:<8}{seconds * 1e3:10.1f} ms {work / seconds / 1e12:9.3f} "
-                  f"TFLOP/s {limit:<20}{seconds / times['loop']:6.2f} x the loop")  # fmt: skip
+            rate = "" if name == "cast" else f"{work / seconds / 1e12:9.3f} TFLOP/s"
+            print(f"  {what:<8}{name:<10}{seconds * 1e3:10.1f} ms {rate:<17} {limit:<20}"
+                  f"{seconds / times['loop']:6.2f} x the loop")  # fmt: skip
     return {"flops": 3 * flops, "seconds": train, "answer_seconds": answer}
 
 
@@ -362,7 +385,7 @@ def bench_each(x: Tensor, part: nn.Module, gates: Tensor, timer: Callable) -> di
     slot, offs = call.route(gates)
     n, sizes = int(offs[-1]), torch.diff(offs, prepend=offs.new_zeros(1)).tolist()
     rows = call.permute(x, slot, n)
-    dy = torch.randn(n, weight.shape[1], device=x.device).to(x)
+    dy = torch.randn(n, weight.shape[1], device=x.device, dtype=x.dtype)
     forward, back = list(zip(rows.split(sizes), weight.mT, strict=True)), dy.split(sizes)
     inputs = list(zip(back, weight, strict=True))
     weights = [(g.T, r) for g, r in zip(back, rows.split(sizes), strict=True)]
@@ -395,22 +418,64 @@ def bench_each(x: Tensor, part: nn.Module, gates: Tensor, timer: Callable) -> di
         if torchs:
             expected = torch.cat([a @ b for a, b in pairs]) if pairs else torchs()
             check(name, ours().flatten(0, -2), expected, most)
-        found[name] = times = timer(ways)
+        times = timer(ways)
+        found[name] = {"work": work, "seconds": times}
         others = [f", {times[k] / times['ours']:.2f} x {k}" for k in ways if k != "ours"]
-        rate = work / times["ours"] / 1e12
-        print(f"  {name:<16}{times['ours'] * 1e6:9.1f} us {rate:8.3f} TFLOP/s or TB/s", *others)
+        rate = f"{work / times['ours'] / 1e12:8.3f} TFLOP/s or TB/s" if work else ""
+        print(f"  {name:<16}{times['ours'] * 1e6:9.1f} us {rate}", *others, flush=True)
     return found
+
+
+def aims(result: dict) -> str:
+    """The table "On a GPU" of cuda/README.md, with what was measured."""
+    cases = [case for case in result["sizes"] if case["tokens"] >= LARGE]
+
+    def span(digits: int, unit: str, value: Callable, *names: str) -> str:
+        """From the least to the most of value(seconds, work), over the cases and these kernels."""
+        rows = [case["kernels"][name] for case in cases for name in names
+                if name in case.get("kernels", {})]  # fmt: skip
+        found = [value(row["seconds"], row["work"]) for row in rows]
+        if not found:
+            return "not run"
+        return f"{min(found):.{digits}f} to {max(found):.{digits}f} {unit}"
+
+    grouped, copied = ("forward", "input grad", "weight grad"), result.get("copy_bytes_per_s", 1)
+    checks = result.get("checks", {})
+    sanitizers = "; ".join(f"{k} {checks[k]}" for k in ("memcheck", "racecheck") if k in checks)
+    layers = [case["layer"]["seconds"] for case in cases]
+    layers = [row["cast once"] / row["matmuls"] for row in layers]
+    rows = (
+        ("all tests of the kernels on the device, outputs poisoned", "pass", checks.get("tests")),
+        ("compute-sanitizer memcheck, racecheck", "clean", sanitizers),
+        (f"grouped matmul, T ≥ {LARGE:,}: a loop of cuBLAS calls", "≥ 0.95 x",
+         span(2, "x", lambda s, _: s["loop"] / s["ours"], *grouped)),
+        (f"grouped matmul, T ≥ {LARGE:,}: `F.grouped_mm`", "≥ 1 x",
+         span(2, "x", lambda s, _: s["torch"] / s["ours"], *grouped)),
+        ("grouped matmul on an H100", "700 TFLOP/s",
+         span(0, "TFLOP/s", lambda s, work: work / s["ours"] / 1e12, *grouped)),
+        ("permute, unpermute: of a copy's bandwidth", "≥ 85 %",
+         span(0, "%", lambda s, work: 100 * work / s["ours"] / copied, "permute", "unpermute")),
+        ("first matmul with bias and GELU: apart", "≥ 1.08 x",
+         span(2, "x", lambda s, _: s["torch"] / s["ours"], "gelu")),
+        (f"routing, T ≥ {LARGE:,}, 4 experts", "≤ 15 µs at 4,096",
+         span(1, "µs", lambda s, _: s["ours"] * 1e6, "route")),
+        ("the layer, forward and backward, of its matmuls", "≤ 1.10 x",
+         f"{min(layers):.2f} to {max(layers):.2f} x" if layers else ""),
+    )  # fmt: skip
+    table = ["| what | aim | measured |", "|---|---|---|"]
+    table += [f"| {what} | {aim} | {value or 'not run'} |" for what, aim, value in rows]
+    return "\n".join(table).replace("4,096", "4 096").replace(" x |", " \u00d7 |")
 
 
 def check_on_gpu() -> dict[str, str]:
     """Run the tests of cuda/ on the GPU, and a part of them under compute-sanitizer."""
     found, tests = {}, [sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py", "-k"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
-    for name in ("tests", "memcheck", "racecheck"):
+    for name, seconds in {"tests": 120, "memcheck": 75, "racecheck": 75}.items():
         command = [*tests, "gpu"] if name == "tests" else [*sanitizer, name, *tests, SMALL]
-        done = subprocess.run(["timeout", "120", *command], cwd=Path(__file__).parent.parent,
-                              capture_output=True, text=True)  # fmt: skip
-        ends = {0: "passed", 124: "not finished in 120 s", 127: "not run: not installed"}
+        done = subprocess.run(["timeout", str(seconds), *command], capture_output=True, text=True,
+                              cwd=Path(__file__).parent.parent)  # fmt: skip
+        ends = {0: "passed", 124: f"not finished in {seconds} s", 127: "not run: not installed"}
         ended = ends.get(done.returncode, "FAILED")
         if ended == "passed" and " passed" not in " ".join(done.stdout.splitlines()[-1:]):
             ended = "FAILED, all was skipped"
@@ -420,7 +485,8 @@ def check_on_gpu() -> dict[str, str]:
 
 
 def bench_kernels(flags: BenchConfig, device: torch.device, dtype: torch.dtype) -> dict:
-    is_gpu, result, cases = device.type == "cuda", {"sizes": []}, [(flags.preset, "balanced")]
+    is_gpu, start = device.type == "cuda", time.monotonic()
+    result, cases = {"sizes": []}, [(flags.preset, "balanced")]
 
     def timer(ways: dict[str, Callable]) -> dict[str, float]:
         timed = interleave(ways, flags.rounds * (10 if is_gpu else 1), device)
@@ -435,15 +501,22 @@ def bench_kernels(flags: BenchConfig, device: torch.device, dtype: torch.dtype) 
         print(f"copy: {result['copy_bytes_per_s'] / 1e12:.3f} TB/s, read and written")
     sizes = (flags.tokens,) if flags.tokens else SIZES if is_gpu else (2048,)
     for (name, routing), n in itertools.product(cases, sizes):
-        print(f"{name}, {routing}, {n} tokens")
+        print(f"{name}, {routing}, {n} tokens", flush=True)
+        if flags.gpu_check and time.monotonic() - start > LIMIT:
+            print(f"  not run: {LIMIT} s are over")
+            continue
         torch.manual_seed(0)
-        experts, found = experts_of(name, device, dtype), {"preset": name, "routing": routing}
-        part, gates = next(experts.children()), gates_of(n, routing, device)
+        experts, found = experts_of(name, device), {"preset": name, "routing": routing, "tokens": n}
+        part = copy.deepcopy(next(experts.children())).to(dtype)
         if ops.supports(part.weight):
-            x = torch.randn(n, part.weight.shape[-1], device=device).to(dtype)
-            found["kernels"] = bench_each(x, part, gates, timer)
-        found["layer"] = bench_layer(experts, routing, n, timer)
-        result["sizes"].append(found | {"tokens": n})
+            x = torch.randn(n, part.weight.shape[-1], device=device, dtype=dtype)
+            found["kernels"] = bench_each(x, part, gates_of(n, routing, device), timer)
+        found["layer"] = bench_layer(experts, routing, n, dtype, timer)
+        result["sizes"].append(found)
+        if flags.gpu_check:
+            print(json.dumps(found), flush=True)
+    if flags.gpu_check:
+        print(aims(result))
     return result
 
 

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from config import IGNORE, IMAGE_ID, PRESETS, ModelConfig, MoEConfig, UserError
+from config import IGNORE, IMAGE_ID, PRESETS, ModelConfig, MoEConfig, UserError, warn_once
 from model import MedMoE, choose_device, count_parameters, generate, make_sparse, pick
 from routers import Hints
 from tests import reference
@@ -156,13 +156,25 @@ def test_models_have_the_published_number_of_parameters(preset, decoder, project
 
 
 @pytest.mark.parametrize(("flags", "has_gpu", "cpu", "expected"), [
-    (("auto", "auto"), True, {}, ("cuda", torch.bfloat16)),
-    (("auto", "auto"), False, {"amx_bf16": True}, ("cpu", torch.bfloat16)),
-    (("cpu", "auto"), True, {}, ("cpu", torch.float32))])  # fmt: skip
+    (("auto", "auto"), (8, 0), {}, ("cuda", torch.bfloat16)),
+    (("auto", "auto"), (7, 5), {"amx_bf16": True}, ("cuda", torch.float32)),  # T4; V100 is 7.0
+    (("cuda", "bfloat16"), (7, 0), {}, ("cuda", torch.bfloat16)),
+    (("auto", "auto"), None, {"amx_bf16": True}, ("cpu", torch.bfloat16)),
+    (("cpu", "auto"), (9, 0), {}, ("cpu", torch.float32))])  # fmt: skip
 def test_device_and_precision_are_what_there_is(monkeypatch, flags, has_gpu, cpu, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", Mock(return_value=has_gpu))
+    monkeypatch.setattr(torch.cuda, "is_available", Mock(return_value=has_gpu is not None))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", Mock(return_value=has_gpu))
     monkeypatch.setattr(torch.cpu, "get_capabilities", Mock(return_value=cpu))
     assert choose_device(*flags) == (torch.device(expected[0]), expected[1])
     if not has_gpu:
         with pytest.raises(UserError, match="--device cuda"):
             choose_device("cuda", "auto")
+
+
+def test_a_mac_is_warned_that_it_is_the_first(monkeypatch, capsys):
+    warn_once.cache_clear()
+    monkeypatch.setattr(torch.backends.mps, "is_available", Mock(side_effect=[False, True]))
+    with pytest.raises(UserError, match="--device mps"):
+        choose_device("mps", "auto")
+    assert choose_device("mps", "auto") == (torch.device("mps"), torch.float32)
+    assert "not been tried on a Mac" in capsys.readouterr().err

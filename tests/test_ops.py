@@ -2,16 +2,20 @@
 
 import copy
 import ctypes
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils import cpp_extension
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops
 from engine.lora import add_to_ffn
-from moe import Experts
+from moe import Experts, MoE
 from ops import SortedExperts, dispatch_plan, grouped_linear, permute, unpermute
-from tests import reference
+from routers import Hints, TopKRouter
+from tests import cuda_on_cpu, reference
 from tests.conftest import FFNS, build, close, prompts, randn, shake
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -86,6 +90,41 @@ def test_sorted_experts_equal_the_definition_and_with_lora_the_loop(ffn, rank):
         close(found[1][0], reference.experts(params, x, gates))
 
 
+class Refused(TorchDispatchMode):
+    """No op that waits for the GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.name() not in ("aten::_local_scalar_dense", "aten::nonzero"), function
+        return function(*args, **(kwargs or {}))
+
+
+@FFNS
+@pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason="no simulated GPU here")
+def test_where_a_router_bounds_the_experts_a_token_the_host_asks_for_nothing(ffn, monkeypatch):
+    cuda_on_cpu.Machine(cuda_on_cpu.compiled()).set(order=2, blocks=3, only=-1)
+    monkeypatch.setattr(ops, "_enabled", {"cpu"})
+    torch.use_deterministic_algorithms(True)  # what is not written yet is NaN
+    layer, found = shake(MoE(ffn(16, 24), TopKRouter(16, 3), 3)).to(HALF), []
+    ops.use_sorted_experts(layer)
+    x, mask = randn(2, 5, 16, dtype=HALF).requires_grad_(), torch.ones(2, 5, dtype=torch.bool)
+    mask[0, 3:] = False  # padding: fewer rows than N k
+    for at_most_k in (True, False, True):
+        layer.router.at_most_k = at_most_k
+        inputs = (x, *layer.experts.parameters(), layer.router.proj.weight)
+        with Refused() if at_most_k else nullcontext():
+            y, _ = layer(x, mask, Hints())
+            found.append([y, *torch.autograd.grad(y.sum(), inputs)])
+    torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, found[0], found[1])) and found[0][0].isfinite().all()
+    with pytest.raises(AssertionError), Refused():
+        layer.router.at_most_k = False
+        layer(x, mask, Hints())
+    layer.router.at_most_k, layer.router.top_k = True, 1  # a promise that is not kept
+    monkeypatch.setattr(layer.router, "gate", lambda logits, mask, x: logits.exp())
+    with pytest.raises(RuntimeError, match="more than top_k experts"):
+        layer(x, mask, Hints())
+
+
 def test_every_sparse_layer_is_sorted_where_that_is_faster():
     model, batch = build(moe={"layers": (0, 1, 2)}), prompts()
     before, _ = model(batch.ids, batch.mask, batch.images)
@@ -113,6 +152,21 @@ def test_what_the_extension_and_grouped_mm_support(monkeypatch):
     for capability in ((8, 9), (9, 0), (10, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert ops._has_grouped_mm(x, weight) is (capability >= (9, 0))
+
+
+def test_what_the_compilation_lacks_is_told_in_a_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: False)
+    assert [line.split()[0] for line in ops.lacking_tools()] == ["ninja", "nvcc"]
+    monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: True)
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    for release, found in (("12.8", ["the toolkit is CUDA 12.8, torch was built with 13.0"]),
+                           ("13.1", [])):  # fmt: skip
+        nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V1")
+        nvcc.chmod(0o755)
+        assert ops.lacking_tools() == found
 
 
 def test_memory_does_not_grow_with_the_number_of_shapes_that_were_multiplied():

@@ -1,5 +1,6 @@
 """What the benchmark compares computes the same; some of it needs transformers."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import ops
 from config import IGNORE, IMAGE_ID, UserError
 from lab import bench
 from model import freeze_all_but
+from moe import MLP, Experts
 from tests import cuda_on_cpu
 from tests.conftest import build, collate
 from tests.mini import error_line
@@ -53,9 +55,9 @@ def test_kernels_on_a_cpu_time_the_layer_unless_it_is_wrong(name, monkeypatch, c
     assert gates.sum(dim=1).eq(2).all() and gates.sum(dim=0)[0] == 40  # half of all, two a token
     flags = ["kernels", "--preset", name, "--tokens", "16", "--rounds", "1"]
     layer = bench.main(flags)["sizes"][0]["layer"]
-    assert set(layer["seconds"]) == {"matmuls", "loop", "sorted"}
+    assert set(layer["seconds"]) == {"matmuls", "cast", "loop", "sorted", "cast once"}
     assert layer["flops"] == 3 * 2 * 2 * 16 * (2 if name == "phi2" else 3) * 16 * 24
-    monkeypatch.setattr(ops, "permute", lambda x, plan: x[plan.token].roll(1, 0))
+    monkeypatch.setattr(ops, "permute", lambda x, plan, most: x[plan.token].roll(1, 0))
     assert "the layer is wrong" in error_line(capsys, bench.main, *flags)
 
 
@@ -66,6 +68,37 @@ def test_every_kernel_is_compared_and_timed_where_the_extension_is_on(name, monk
     flags = bench.BenchConfig(what="kernels", preset=name, rounds=1, tokens=16)
     kernels = bench.bench_kernels(flags, CPU, torch.bfloat16)["sizes"][0]["kernels"]
     assert len(kernels) == (8 if name == "phi2" else 7)
+    assert kernels["forward"]["work"] == 2 * 32 * 16 * 24
     monkeypatch.setattr(ops, "weight_grad", lambda dy, x, offs: torch.zeros(4, 24, 16))
     with pytest.raises(UserError, match="weight grad is wrong"):
         bench.bench_kernels(flags, CPU, torch.bfloat16)
+
+
+def test_a_gpu_check_prints_each_case_and_a_table_and_stops_in_time(monkeypatch, capsys):
+    def layer(*_):
+        clock[:] = 1e6 * (len(clock) > 1), *clock  # so the second case takes too long
+        return {"seconds": {"matmuls": 1, "cast once": len(clock)}}
+
+    clock = [0]
+    checks = {"tests": "passed: 9 passed", "memcheck": "passed: 3 passed", "racecheck": "not run"}
+    times = {"ours": 2e-6, "torch": 3e-6, "loop": 1e-6}
+    row = {"work": 4e6, "seconds": times}
+    monkeypatch.setattr(bench.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(bench, "check_on_gpu", lambda: checks)
+    monkeypatch.setattr(bench, "experts_of", lambda *_: Experts(MLP(8, 8), 4))
+    monkeypatch.setattr(bench, "bench_layer", layer)
+    monkeypatch.setattr(ops, "supports", lambda *_: True)
+    monkeypatch.setattr(bench, "bench_each", lambda *_: dict.fromkeys(("forward", "gelu"), row))
+    flags = bench.BenchConfig(what="kernels", gpu_check=True, tokens=4096)
+    result = bench.bench_kernels(flags, CPU, torch.bfloat16)
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line) for line in lines if line.startswith("{")] == result["sizes"]
+    assert [case["routing"] for case in result["sizes"]] == ["balanced", "skewed"]
+    assert lines.count(f"  not run: {bench.LIMIT} s are over") == 1
+    cells = [line.strip("|").split(" | ") for line in lines if line.startswith("|")]
+    assert {len(row) for row in cells[2:]} == {3} and lines[-9].endswith("| passed: 9 passed |")
+    measured = "; ".join(row[2].strip() for row in cells[3:]).replace("\u00d7", "x")
+    assert measured == (
+        "memcheck passed: 3 passed; racecheck not run; 0.50 to 0.50 x; 1.50 to 1.50 x; "
+        "2 to 2 TFLOP/s; not run; 1.50 to 1.50 x; not run; 2.00 to 3.00 x"
+    )
