@@ -145,13 +145,14 @@ class Page:
         self, shown: Shown, question: str, how: str, other: int
     ) -> Iterator[tuple[str, str, str]]:
         """-> the question with what is true, and both answers, as they are generated."""
-        question, right, told = question.strip(), None, ""
+        question, right, shown_truth = question.strip(), None, ""
         link = {"question": question, "change": how, "with": other}
         if shown.seed is not None:
             link |= {"image": shown.seed}
             right = answer(phantoms.draw(shown.seed), question)
-            told = truth(shown.seed, question)
-        head = self.html.asked(one_line(question), told, "?" + urlencode(link), "image" in link)
+            shown_truth = truth(shown.seed, question)
+        address, is_embedded = "?" + urlencode(link), "image" in link
+        head = self.html.asked(one_line(question), shown_truth, address, is_embedded)
         sides, asked = ["", ""], dict.fromkeys([(0, OWN), (other, how)])  # once, if they are one
         for i, (place, change) in enumerate(asked):
             c, pixels = self.checkpoints[place], shown.pixels[place]

@@ -42,6 +42,8 @@ EDITS = {  # name -> words of the check that fails, what the solution says, what
                           "(z * mask).sum() / mask.sum().clamp(min=1)", "z.mean()"),
     "3-overflow": ("The penalty overflows", "logits.logsumexp(dim=-1)",
                    "logits.exp().sum(dim=-1).log()"),
+    "3-weight-of-its-own": ("weight has to stay", "weight = 0.001",
+                            "weight = property(lambda self: 0.0, lambda self, value: None)"),
     "4-tokens-choose": ("Tokens of each expert: Found [8.0",
                         "dim=1, descending=True, stable=True).argsort(dim=1)",
                         "dim=2, descending=True, stable=True).argsort(dim=2)"),
