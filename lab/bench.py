@@ -12,6 +12,7 @@ cuda/README.md, in about eight minutes. Ends with JSON.
 """
 
 import copy
+import ctypes
 import itertools
 import json
 import statistics
@@ -54,6 +55,7 @@ LARGE = 4096  # tokens from which on the aims hold
 LIMIT = 400  # seconds after which --gpu-check begins no further case
 SMALL = "gpu and not many and not more and not 2_to_the_31 and not 4096 and not 2560"
 N_EXPERTS, K = 4, 2
+SIDE = 8192  # of the ladder's matrices
 PHASE_2 = "projector.*", "decoder.*"  # what it trains
 
 
@@ -379,6 +381,54 @@ def bench_layer(experts: Experts, routing: str, n: int, dtype, timer: Callable) 
     return {"flops": 3 * flops, "seconds": train, "answer_seconds": answer}
 
 
+def extension() -> ctypes.CDLL:
+    """The compiled cuda/, for what is no op of torch: the ladder, and which matmul is chosen."""
+    (path,) = (p for p in torch.ops.loaded_libraries if Path(p).name.startswith("medmoe_"))
+    return ctypes.CDLL(path)
+
+
+def on_major(library: ctypes.CDLL, major: int, product: Callable) -> Callable:
+    """product, by the grouped matmul of this compute capability: 8 pipelined.cu, 9 gmm.cu."""
+    chosen = ctypes.c_int.in_dll(library, "medmoe_major")
+
+    def run() -> Any:
+        chosen.value = major
+        try:
+            return product()
+        finally:
+            chosen.value = 0
+
+    return run
+
+
+def bench_ladder(library: ctypes.CDLL, side: int, device: torch.device, timer: Callable) -> dict:
+    """The product of two square matrices by each rung of cuda/ladder, and by torch -> TFLOP/s."""
+    a, b, c = torch.randn(3, side, side, device=device, dtype=torch.bfloat16)
+    offs, is_gpu = torch.tensor([side], dtype=torch.int32, device=device), device.type == "cuda"
+    stream = torch.cuda.current_stream(device).cuda_stream if is_gpu else None
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, b, c)]
+
+    def rung(name: str) -> Tensor:
+        getattr(library, name)(*pointers, side, side, side, ctypes.c_void_p(stream))
+        return c
+
+    def grouped() -> Tensor:
+        return ops.forward(a, b[None], None, offs)[0]
+
+    ways = {name: partial(rung, name) for name in ("naive", "tiles", "tensor_cores")}
+    ways["pipelined"] = on_major(library, 8, grouped)
+    if not is_gpu or torch.cuda.get_device_capability(device)[0] == 9:
+        ways["gmm"] = on_major(library, 9, grouped)
+    expected = a @ b.T
+    for name, run in ways.items():
+        check(name, run(), expected, 6e-3)
+    rates = {}
+    for name, seconds in timer(ways | {"cuBLAS": lambda: torch.mm(a, b.T, out=c)}).items():
+        rates[name] = 2 * side**3 / seconds / 1e12
+        print(f"  {name:<16}{seconds * 1e3:9.2f} ms {rates[name]:8.3f} TFLOP/s", flush=True)
+    return rates
+
+
 def bench_each(x: Tensor, part: nn.Module, gates: Tensor, timer: Callable) -> dict:
     """x (N, D), part.weight (E, F, D): every kernel checked, and timed beside torch's ways."""
     call, weight, plan = ops.CALL, part.weight.detach(), ops._listed(gates.t() != 0)
@@ -415,6 +465,8 @@ def bench_each(x: Tensor, part: nn.Module, gates: Tensor, timer: Callable) -> di
         ways = {"ours": ours} | ({"torch": torchs} if torchs else {})
         if pairs:
             ways["loop"] = products(pairs)
+        if pairs and x.is_cuda:  # what GPUs from 8.0 to 8.9 have, here too
+            ways["mma.sync"] = on_major(extension(), 8, ours)
         if torchs:
             expected = torch.cat([a @ b for a, b in pairs]) if pairs else torchs()
             check(name, ours().flatten(0, -2), expected, most)
@@ -442,6 +494,7 @@ def aims(result: dict) -> str:
     grouped, copied = ("forward", "input grad", "weight grad"), result.get("copy_bytes_per_s", 1)
     checks = result.get("checks", {})
     sanitizers = "; ".join(f"{k} {checks[k]}" for k in ("memcheck", "racecheck") if k in checks)
+    ladder = ", ".join(f"{name} {rate:.0f}" for name, rate in result.get("ladder", {}).items())
     layers = [case["layer"]["seconds"] for case in cases]
     layers = [row["cast once"] / row["matmuls"] for row in layers]
     rows = (
@@ -453,6 +506,10 @@ def aims(result: dict) -> str:
          span(2, "x", lambda s, _: s["torch"] / s["ours"], *grouped)),
         ("grouped matmul on an H100", "700 TFLOP/s",
          span(0, "TFLOP/s", lambda s, work: work / s["ours"] / 1e12, *grouped)),
+        (f"ladder/pipelined.cu, T ≥ {LARGE:,}: a loop of cuBLAS calls", "≥ 0.8 x",
+         span(2, "x", lambda s, _: s["loop"] / s["mma.sync"], *grouped)),
+        (f"each rung of the ladder, {SIDE} \u00d7 {SIDE}", "faster than the one before",
+         ladder and f"{ladder} TFLOP/s"),
         ("permute, unpermute: of a copy's bandwidth", "≥ 85 %",
          span(0, "%", lambda s, work: 100 * work / s["ours"] / copied, "permute", "unpermute")),
         ("first matmul with bias and GELU: apart", "≥ 1.08 x",
@@ -488,8 +545,8 @@ def bench_kernels(flags: BenchConfig, device: torch.device, dtype: torch.dtype) 
     is_gpu, start = device.type == "cuda", time.monotonic()
     result, cases = {"sizes": []}, [(flags.preset, "balanced")]
 
-    def timer(ways: dict[str, Callable]) -> dict[str, float]:
-        timed = interleave(ways, flags.rounds * (10 if is_gpu else 1), device)
+    def timer(ways: dict[str, Callable], rounds=flags.rounds * (10 if is_gpu else 1)) -> dict:
+        timed = interleave(ways, rounds, device)
         return {name: statistics.median(row) for name, row in timed.items()}
 
     if flags.gpu_check:
@@ -499,6 +556,9 @@ def bench_kernels(flags: BenchConfig, device: torch.device, dtype: torch.dtype) 
         a, b = torch.empty(2, 1 << 31, dtype=torch.uint8, device=device)
         result["copy_bytes_per_s"] = 2 * a.numel() / timer({"copy": lambda: b.copy_(a)})["copy"]
         print(f"copy: {result['copy_bytes_per_s'] / 1e12:.3f} TB/s, read and written")
+        if ops.enabled(a):
+            few = partial(timer, rounds=flags.rounds)  # the first rung is slow
+            result["ladder"] = bench_ladder(extension(), SIDE, device, few)
     sizes = (flags.tokens,) if flags.tokens else SIZES if is_gpu else (2048,)
     for (name, routing), n in itertools.product(cases, sizes):
         print(f"{name}, {routing}, {n} tokens", flush=True)

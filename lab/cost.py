@@ -20,6 +20,7 @@ from torch import nn
 
 from config import ModelConfig, MoEConfig, flag, preset
 from data import Batch, Text
+from engine.casts import cast_once
 from engine.cli import parse, user_errors
 from engine.flops import model_flops
 from engine.inference import prepare
@@ -102,6 +103,8 @@ def training(name: str, key: str, device: torch.device) -> MedMoE:
     """To train phase 3's experts and meta, or the dense FFNs in their place."""
     model = build(dimensions(name), VARIANTS[key])
     place_experts(model.to(device).train(), device)
+    if device.type == "cpu":  # as engine/run.py does
+        cast_once(model)
     blocks = range(0, len(model.decoder.blocks), 2)  # [!r]: all but the router
     freeze_all_but(model, [f"decoder.blocks.{i}.mlp.[!r]*" for i in blocks])
     return model

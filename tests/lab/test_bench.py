@@ -1,5 +1,6 @@
 """What the benchmark compares computes the same; some of it needs transformers."""
 
+import ctypes
 import json
 from dataclasses import replace
 
@@ -81,7 +82,7 @@ def test_a_gpu_check_prints_each_case_and_a_table_and_stops_in_time(monkeypatch,
 
     clock = [0]
     checks = {"tests": "passed: 9 passed", "memcheck": "passed: 3 passed", "racecheck": "not run"}
-    times = {"ours": 2e-6, "torch": 3e-6, "loop": 1e-6}
+    times = {"ours": 2e-6, "torch": 3e-6, "loop": 1e-6, "mma.sync": 4e-6}
     row = {"work": 4e6, "seconds": times}
     monkeypatch.setattr(bench.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(bench, "check_on_gpu", lambda: checks)
@@ -96,9 +97,34 @@ def test_a_gpu_check_prints_each_case_and_a_table_and_stops_in_time(monkeypatch,
     assert [case["routing"] for case in result["sizes"]] == ["balanced", "skewed"]
     assert lines.count(f"  not run: {bench.LIMIT} s are over") == 1
     cells = [line.strip("|").split(" | ") for line in lines if line.startswith("|")]
-    assert {len(row) for row in cells[2:]} == {3} and lines[-9].endswith("| passed: 9 passed |")
+    assert {len(row) for row in cells[2:]} == {3} and lines[-11].endswith("| passed: 9 passed |")
     measured = "; ".join(row[2].strip() for row in cells[3:]).replace("\u00d7", "x")
     assert measured == (
         "memcheck passed: 3 passed; racecheck not run; 0.50 to 0.50 x; 1.50 to 1.50 x; "
-        "2 to 2 TFLOP/s; not run; 1.50 to 1.50 x; not run; 2.00 to 3.00 x"
+        "2 to 2 TFLOP/s; 0.25 to 0.25 x; not run; not run; 1.50 to 1.50 x; not run; 2.00 to 3.00 x"
     )
+    result["ladder"] = {"naive": 32.1, "cuBLAS": 716}
+    assert "than the one before | naive 32, cuBLAS 716 TFLOP/s |" in bench.aims(result)
+
+
+@pytest.mark.skipif(cuda_on_cpu.missing() is not None, reason="no simulated GPU here")
+def test_every_rung_of_the_ladder_is_compared_and_timed(monkeypatch):
+    machine = cuda_on_cpu.Machine(cuda_on_cpu.compiled())
+    machine.set(order=0, blocks=3, only=-1)
+    calls = []
+
+    def timer(ways):
+        for name, run in ways.items():
+            run()
+            calls.append(name)
+        return dict.fromkeys(ways, 2 * 64**3 / 1e12)
+
+    rates = bench.bench_ladder(machine.library, 64, CPU, timer)
+    names = ["naive", "tiles", "tensor_cores", "pipelined", "gmm", "cuBLAS"]
+    assert rates == dict.fromkeys(names, 1.0) and calls == names
+    major = ctypes.c_int.in_dll(machine.library, "medmoe_major")
+    assert (bench.on_major(machine.library, 8, lambda: major.value)(), major.value) == (8, 0)
+    forward = ops.forward
+    monkeypatch.setattr(ops, "forward", lambda *args: [-forward(*args)[0]])
+    with pytest.raises(UserError, match="pipelined is wrong"):
+        bench.bench_ladder(machine.library, 64, CPU, timer)
