@@ -133,7 +133,7 @@ def test_nvcc_compiles_kernels_and_binding_without_spills_or_warnings(tmp_path):
     out = ["-o", str(tmp_path / "out.o")]
     sources = [*CUDA.rglob("*.cu")]
     assert len(sources) == 6
-    for target, source in itertools.product(("80", "86", "89", "90a"), sources):
+    for target, source in itertools.product(("80", "86", "89", "90a", "100", "120"), sources):
         arch = f"arch=compute_{target},code=sm_{target}"
         printed = nvcc("-Xptxas", "-v", str(source), "-gencode", arch, *out)
         none = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
