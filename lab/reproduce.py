@@ -1,9 +1,11 @@
 """Make again what results/ holds: python -m lab.reproduce all, or some of it, by name.
 
 Hours are of two cores. What a kill left is continued by the same command. Real data are named as
-for --data, slake:DIR; of them, as of phantoms, three seeds are trained and scored.
+for --data, slake:DIR, or both sets together, slake:DIR+vqa-rad:DIR; of them, as of phantoms, three
+seeds are trained and scored.
 """
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,8 +25,8 @@ ABLATIONS = {  # set -> seeds, hours
     "layers": (3, 0.2), "trains": (3, 0.2), "labels": (3, 0.4), "backbones": (3, 0.5),
 }  # fmt: skip
 RUNS = {  # flags beside --data, hours of three seeds
-    "phantoms": ("", 0.2), "slake": ("", 2.0), "vqa-rad": ("--router topk", 1.0),
-    "medmnist": ("--router topk --steps 300", 1.0),
+    "phantoms": ("", 0.2), "slake": ("", 1.2), "vqa-rad": ("--router topk", 0.4),
+    "slake+vqa-rad": ("", 1.7), "medmnist": ("--router topk --steps 300", 0.5),
 }  # fmt: skip
 ROUTER = "-m lab.router runs/phantoms-tiny-0/phase3 --device cpu --json results/router/tiny-seed0"
 
@@ -41,7 +43,8 @@ def commands(names: Sequence[str]) -> list[tuple[str, float]]:
     """-> what follows "python", and its hours."""
     found = []
     for name in ("phantoms", "router", *ABLATIONS) if "all" in names else names:
-        kind = name.partition(":")[0]
+        sources = re.split(r"\+(?=vqa-rad:)", name)
+        kind = "+".join(source.partition(":")[0] for source in sources)
         if name in ABLATIONS:
             seeds, hours = ABLATIONS[name]
             found.append((f"-m lab.ablate {name} --seeds {seeds}", hours))
@@ -49,10 +52,13 @@ def commands(names: Sequence[str]) -> list[tuple[str, float]]:
             found += [(f"{ROUTER}.json", 0.1),
                       (f"{ROUTER}-shuffled-labels.json --break-router", 0.1)]  # fmt: skip
         elif kind in RUNS and (kind == "phantoms") == (kind == name):
-            more, hours = RUNS[kind]
-            more = f" --data {shlex.quote(name)} {more}" * (kind != name)
+            flags, hours = RUNS[kind]
+            file = f"results/{kind}-tiny{re.sub('[ -]+', '-', flags)}-seed"
+            if kind != name:
+                data = "".join(f" --data {shlex.quote(source)}" for source in sources)
+                flags = f"{data} {flags}".rstrip()
             found += [(f"train.py --phase 3 --seed {seed} --out runs/{kind}-tiny-{seed} --resume "
-                       f"--json results/{kind}-tiny-seed{seed}.json{more}".rstrip(), hours / 3)
+                       f"--json {file}{seed}.json{flags}", hours / 3)
                       for seed in range(3)]  # fmt: skip
         else:
             known = ", ".join(("all", "router", *ABLATIONS, *RUNS))

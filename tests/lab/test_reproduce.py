@@ -26,6 +26,8 @@ def test_all_is_every_set_of_the_ablations_and_three_seeds(tmp_path, monkeypatch
     reproduce.main(["slake:a b"])
     assert [command[-33:] for command in ran] == [
         f"slake-tiny-seed{seed}.json --data slake:a b"[-33:] for seed in range(3)]  # fmt: skip
+    reproduce.main(["slake:a+vqa-rad:b"])
+    assert ran[-1].endswith("/slake+vqa-rad-tiny-seed2.json --data slake:a --data vqa-rad:b")
 
 
 @pytest.mark.parametrize("name", ["nope", "phantoms:9", "slake"])
