@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
@@ -133,9 +134,18 @@ def test_nvcc_compiles_kernels_and_binding_without_spills_or_warnings(tmp_path):
     out = ["-o", str(tmp_path / "out.o")]
     sources = [*CUDA.rglob("*.cu")]
     assert len(sources) == 6
-    for target, source in itertools.product(("80", "86", "89", "90a", "100", "120"), sources):
+
+    def compile_one(job):
+        target, source = job
         arch = f"arch=compute_{target},code=sm_{target}"
-        printed = nvcc("-Xptxas", "-v", str(source), "-gencode", arch, *out)
+        made = str(tmp_path / f"{source.stem}{target}.o")
+        return nvcc("-Xptxas", "-v", str(source), "-gencode", arch, "-o", made)
+
+    jobs = [*itertools.product(("80", "86", "89", "90a", "100", "120"), sources)]
+    with ThreadPoolExecutor(2) as pool:
+        results = [*pool.map(compile_one, jobs)]
+    assert len(results) == 36
+    for (_, source), printed in zip(jobs, results, strict=True):
         none = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
         n_kernels = 1 if source.stem in ("naive", "tiles", "tensor_cores") else 7
         assert printed.count("Compiling entry function") == n_kernels == printed.count(none)
