@@ -57,9 +57,16 @@ def commands(names: Sequence[str]) -> list[tuple[str, float]]:
             if kind != name:
                 data = "".join(f" --data {shlex.quote(source)}" for source in sources)
                 flags = f"{data} {flags}".rstrip()
-            found += [(f"train.py --phase 3 --seed {seed} --out runs/{kind}-tiny-{seed} --resume "
-                       f"--json {file}{seed}.json{flags}", hours / 3)
-                      for seed in range(3)]  # fmt: skip
+            for seed in range(3):
+                out = f"runs/{kind}-tiny-{seed}"
+                train = f"train.py --phase 3 --seed {seed} --out {out} --resume"
+                if len(sources) == 1:
+                    found.append((f"{train} --json {file}{seed}.json{flags}", hours / 3))
+                else:  # each set's questions by themselves
+                    found.append((f"{train} --no-eval{flags}", hours / 3))
+                    found += [(f"eval.py {out}/phase3 --data {shlex.quote(source)} --blind --json "
+                               f"{file}{seed}-{source.partition(':')[0]}.json", 0.1)
+                              for source in sources]  # fmt: skip
         else:
             known = ", ".join(("all", "router", *ABLATIONS, *RUNS))
             raise UserError(f"{name}: not one of {known} (real data with :DIR)")

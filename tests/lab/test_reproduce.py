@@ -26,8 +26,15 @@ def test_all_is_every_set_of_the_ablations_and_three_seeds(tmp_path, monkeypatch
     reproduce.main(["slake:a b"])
     assert [command[-33:] for command in ran] == [
         f"slake-tiny-seed{seed}.json --data slake:a b"[-33:] for seed in range(3)]  # fmt: skip
+    ran.clear()
     reproduce.main(["slake:a+vqa-rad:b"])
-    assert ran[-1].endswith("/slake+vqa-rad-tiny-seed2.json --data slake:a --data vqa-rad:b")
+    assert len(ran) == 9 and ran[6:] == [
+        "train.py --phase 3 --seed 2 --out runs/slake+vqa-rad-tiny-2 --resume --no-eval "
+        "--data slake:a --data vqa-rad:b",
+        "eval.py runs/slake+vqa-rad-tiny-2/phase3 --data slake:a --blind "
+        "--json results/slake+vqa-rad-tiny-seed2-slake.json",
+        "eval.py runs/slake+vqa-rad-tiny-2/phase3 --data vqa-rad:b --blind "
+        "--json results/slake+vqa-rad-tiny-seed2-vqa-rad.json"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["nope", "phantoms:9", "slake"])
