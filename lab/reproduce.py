@@ -65,7 +65,7 @@ def commands(names: Sequence[str]) -> list[tuple[str, float]]:
                 else:  # each set's questions by themselves
                     found.append((f"{train} --no-eval{flags}", hours / 3))
                     found += [(f"eval.py {out}/phase3 --data {shlex.quote(source)} --blind --json "
-                               f"{file}{seed}-{source.partition(':')[0]}.json", 0.1)
+                               f"{file}{seed}-{source.partition(':')[0]}.json", 0.01)
                               for source in sources]  # fmt: skip
         else:
             known = ", ".join(("all", "router", *ABLATIONS, *RUNS))
