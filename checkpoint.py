@@ -30,21 +30,24 @@ from engine.durable import verify, write_directory
 from engine.first_gate import check_routers
 from engine.processes import ALONE, Processes, write_tensors
 from engine.published import check_config, check_size, fill, stored, with_router
-from model import MedMoE
+from model import MedMoE, make_router
 from sources.load import how_read
 from sources.records import read_json
 from sources.tensorfiles import header, open_tensors
 
 
 def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> MedMoE:
-    """A model to be filled from a file: nothing is initialised. Routers are fp32."""
+    """A model to be filled from a file: only its routers are initialised, which stay in fp32.
+
+    A router may have tensors that no file holds.
+    """
     with torch.device("meta"):
         model = MedMoE(config)
-    model = model.to(dtype)
-    for block in model.decoder.blocks:
-        if block.is_sparse:
-            block.mlp.router.float()
-    model = model.to_empty(device="cpu")
+    model = model.to(dtype).to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        for block in model.decoder.blocks:
+            if block.is_sparse:
+                block.mlp.router = make_router(config, config.moe)
     model.decoder.tie()  # to_empty makes two of what was one
     return model
 

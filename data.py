@@ -209,6 +209,10 @@ class Batch(NamedTuple):
         """(B, T) bool: real positions before the first answer token."""
         return self.mask & ((self.labels != IGNORE).cumsum(dim=1) == 0)
 
+    def prompt_from_image(self) -> Tensor:
+        """(B, T) bool: positions of the prompt from the image on; text before has not seen it."""
+        return self.prompt() & ((self.ids == IMAGE_ID).cumsum(dim=1) > 0)
+
 
 def collate(
     samples: Sequence[Sample], encoded: Sequence[Encoded], images: Any, eos_id: int,
@@ -248,7 +252,8 @@ def epoch_rows(weights: Sequence[float], rng: random.Random) -> list[int]:
     rows = []
     for weight, group in groups.items():
         rows += group * int(weight)
-        rows += rng.sample(group, math.ceil(weight % 1 * len(group)))
+        rest = round(weight % 1 * len(group), 6)  # 1.1 % 1 * 10 is a little more than 1
+        rows += rng.sample(group, math.ceil(rest))
     rng.shuffle(rows)
     return rows
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import ops
 from checkpoint import load_model, read_seen
 from config import Common, TrainConfig, UserError, argument, flag, warn_once
-from data import Batch, Encoded, Sample, Text, collate, encode_all, encode_prompt
+from data import Batch, Encoded, Packed, Sample, Text, collate, encode_all, encode_prompt
 from engine import cli
 from engine.experts import facts_by_expert, show_facts, show_information
 from engine.inference import option_likelihoods
@@ -124,7 +124,7 @@ class Predictor:
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         groups = self.processes.share(groups)
         bar = tqdm(groups, desc=title, mininterval=1, disable=not self.processes.is_first)
-        for rows, later in zip(bar, [*groups[1:], []], strict=True):
+        for rows, later in zip(bar, [*groups, []][1:], strict=True):  # none where it has no share
             self.images.prefetch(samples[i] for i in later)
             batch = collate([samples[i] for i in rows], [encoded[i] for i in rows], self.images,
                             self.text.eos_id, side="left")  # fmt: skip
@@ -249,14 +249,16 @@ def report_scores(samples: list[Sample], answers: list[str], flags: EvalConfig) 
 def show_examples(samples: Sequence[Sample], answers: Sequence[str], flags: EvalConfig) -> None:
     """Three questions about different images, and the command that asks the last one again."""
     pairs = sorted(zip(samples, answers, strict=True), key=lambda pair: len(pair[0].turns[0][1]))
-    longest = list({s.image: (s, answer) for s, answer in pairs}.values())  # truth of each image
-    for s, answer in longest[:: max(1, len(longest) // 3)][2::-1]:
-        image = f"phantom:{s.image}" if isinstance(s.image, int) else s.image
+    by_image = list({s.image: (s, answer) for s, answer in pairs}.values())  # its longest truth
+    for s, answer in reversed(by_image[:: max(1, len(by_image) // 3)][:3]):
+        image = f"phantom:{s.image}" if isinstance(s.image, int) else s.image or "none"
         (question, truth), *_ = s.turns
-        print(f"{image}: {question}\n  answer: {answer}\n  truth:  {truth}")
-    where = f" --image {image}" if isinstance(s.image, int | Path) else ""
-    where += f" --router {flags.router}" if flags.router else ""
-    print(f"try it: python chat.py {flags.checkpoint}{where} --question {shlex.quote(question)}")
+        name = leaks.name_of(image) if isinstance(image, Packed) else image
+        print(f"{name}: {question}\n  answer: {answer}\n  truth:  {truth}")
+    command = ["python", "chat.py", str(flags.checkpoint), "--image", str(image)]
+    command += ["--router", flags.router] if flags.router else []
+    if not isinstance(image, Packed):  # chat.py opens files
+        print(f"try it: {shlex.join([*command, '--question', question])}")
 
 
 def classification(predictor: Predictor, samples: list[Sample], answers: list[str]) -> dict:
@@ -363,8 +365,11 @@ def main(argv: list[str] | None = None) -> dict:
     flags = cli.parse(EvalConfig, argv, "eval.py")
     if [flags.checkpoint, flags.predictions, flags.compare].count(None) != 2:
         raise UserError("eval.py takes one of: a checkpoint DIR, --predictions FILE, --compare A B")
-    if (flags.answers or flags.record_routes or flags.replay_routes) and not flags.checkpoint:
-        raise UserError("--answers and routes: only for a checkpoint")
+    if not flags.checkpoint:
+        for name in ("answers", "blind", "max_new", "router", "router_level", "record_routes",
+                     "replay_routes"):  # fmt: skip
+            if getattr(flags, name) != getattr(EvalConfig, name):
+                raise UserError(f"--{name.replace('_', '-')}: only for a checkpoint")
     read = flags.predictions, flags.replay_routes, *(flags.compare or ())
     cli.check_outputs((flags.json, flags.answers, flags.record_routes), read)
     if flags.compare:

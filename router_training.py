@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import IMAGE_ID, MODALITIES, TrainConfig
+from config import MODALITIES, TrainConfig
 from data import Batch, Dataset, Sample, Text
 from metrics import expert_names, format_confusion, router_report
 from model import MedMoE, autocast
@@ -87,8 +87,8 @@ def router_inputs(
     x = ffn_inputs(model, batch, layers)  # (L, B, T, D)
     prompt = batch.prompt()
     pooled = torch.stack([pool(layer, prompt)[:, 0] for layer in x], dim=1)  # (B, L, D)
-    after = prompt & ((batch.ids == IMAGE_ID).cumsum(dim=1) > 0)  # text before has not seen it
-    picks = torch.multinomial(after.float().cpu(), N_POSITIONS, generator=generator)  # (B, M)
+    after = batch.prompt_from_image().float().cpu()
+    picks = torch.multinomial(after, N_POSITIONS, generator=generator)  # (B, M)
     picks = picks.to(x.device)
     sample = torch.arange(len(picks), device=x.device)[:, None]  # (B, 1)
     return pooled, x[:, sample, picks].transpose(0, 1)
@@ -101,6 +101,10 @@ def collect(
     """The router inputs and labels of all samples."""
     images = Images(model.config.vision.image_size)
     data = Dataset(samples, text, model.config, plain=False, images=images, max_bad=len(samples))
+    if not data.samples:  # as of those held out, if there is one image of each modality
+        shape = 0, len(layers), N_POSITIONS, model.config.decoder.d_model
+        single = torch.zeros(shape, device=device)
+        return single[:, :, 0], single, torch.zeros(0, dtype=torch.long, device=device)
     generator, found = torch.Generator().manual_seed(seed), []
     parts = torch.arange(len(data.samples)).split(64)
     for rows in tqdm(parts, desc="router features", file=sys.stderr, mininterval=1):

@@ -73,12 +73,12 @@ class Router(nn.Module):
         """
 
     def forward(self, x: Tensor, mask: Tensor, hints: Hints = Hints()) -> Routing:
-        """x (B, T, D), mask (B, T) True on real tokens -> the routing, 0 on padding."""
+        """x (B, T, D), mask (B, T) True on real tokens -> the routing; gates are 0 on padding."""
         if self.level != "token" and hints.previous is not None:  # decided on the prompt
             gates, logits, _ = hints.previous
             return Routing(*(t.expand(-1, x.shape[1], -1) for t in (gates, logits)))
         if self.level == "once" and hints.first is not None:
-            return Routing(hints.first.gates, hints.first.logits)
+            return hints.first
         with torch.autocast(x.device.type, enabled=False):  # fp32: bf16 rounding flips close calls
             h, real = x.float(), mask  # (B, T, D), for a decision at each position
             if self.level != "token":  # (B, 1, D), for one on the mean of the prompt

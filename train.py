@@ -11,6 +11,7 @@ starts from the checkpoint of the phase before; a missing one is trained first.
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -24,7 +25,6 @@ from torch import Tensor
 from checkpoint import load_checkpoint, read_config, read_seen
 from config import (
     IGNORE,
-    IMAGE_ID,
     PHASES,
     RELEASED_EXTRA,
     ModelConfig,
@@ -44,7 +44,14 @@ from engine.first_gate import unchanged
 from engine.optim import cast_weights, make_optimizer
 from engine.processes import ALONE, Processes, join_processes
 from engine.published import load_published, with_router
-from engine.run import Run, claim, refuse_changed_flags, seed_all, unfinished
+from engine.run import (
+    Run,
+    claim,
+    refuse_changed_flags,
+    refuse_other_experts,
+    seed_all,
+    unfinished,
+)
 from model import Loss, MedMoE, autocast, freeze_all_but, make_router, make_sparse, sparse_layers
 from router_training import learn_router
 from routers import ROUTERS, Routing, get_router, load_balancing_loss, router_z_loss
@@ -77,10 +84,9 @@ def router_losses(out: Loss, batch: Batch, flags: TrainConfig) -> Tensor | float
     return total / max(1, len(out.routings))
 
 
-def modality_loss(routing: Routing, batch: Batch) -> Tensor:
-    """Phase 2's loss of the router, on the positions from the image on, where it is known."""
-    seen = batch.prompt() & ((batch.ids == IMAGE_ID).cumsum(dim=1) > 0)
-    seen = seen & (batch.modality >= 0)[:, None]  # (B, T)
+def modality_loss(routing: Routing, batch: Batch) -> Tensor | float:
+    """Phase 2's loss of the router, on the positions from the image on; 0 where none is known."""
+    seen = batch.prompt_from_image() & (batch.modality >= 0)[:, None]  # (B, T)
     truth = batch.modality[:, None].expand_as(seen)[seen] % routing.logits.shape[-1]
     return F.cross_entropy(routing.logits[seen], truth) if len(truth) else 0.0
 
@@ -136,6 +142,7 @@ def train(model: MedMoE, data: Dataset, flags: TrainConfig, recipe: Recipe, run:
         # Sums over the processes, as FSDP has summed the gradients. load (L, E): tokens routed
         # to each expert, per real position.
         loss, load = run.sum_loss_and_load(loss)
+        run.drop_idle_gradients()  # of what no image of this step has reached
         norm = run.clip_gradients(flags.clip_grad)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             ids = ", ".join(data.samples[r].id for r in rows)
@@ -231,7 +238,9 @@ def prepare(number: int, flags: TrainConfig, init: Path | None) -> tuple[MedMoE,
     model, tokenizer, router_weights = initial_model(flags, init)
     if flags.weights != "float32":
         cast_weights(model, torch.bfloat16)
-    if number == 3 and model.config.moe is None and flags.experts:
+    if model.config.moe is not None:
+        refuse_other_experts(init, number, model.config, sparse_config(flags, model.config))
+    elif number == 3 and flags.experts:
         go_sparse(model, flags, router_weights)
     if flags.lora_rank:
         lora.add_lora(model, flags.lora_rank, number)
@@ -279,6 +288,8 @@ def run_phase(
     images = Images(model.config.vision.image_size, pad=not phase.plain, workers=flags.workers)
     data = Dataset(samples, text, model.config, phase.plain, images, flags.max_bad)
     samples = data.samples
+    if not samples:
+        raise UserError(f"--data {' '.join(flags.data)}: none of its samples can be learned from")
     if number == 1 and not any(sample.image for sample in samples):
         raise UserError(f"phase 1 trains on images, and {' '.join(flags.data)} has none: add a "
                         "source of images, or begin with --phase 2 --init DIR")  # fmt: skip
@@ -363,12 +374,12 @@ def run_phases(flags: TrainConfig, processes: Processes) -> None:
         command = [str(Path(__file__).with_name("eval.py")), str(path), "--blind", *router]
         command += ["--device", flags.device, "--dtype", flags.dtype]
         command += ["--json", flags.json] if flags.json else []
-        print(f"\npython eval.py {' '.join(command[1:])}", flush=True)
+        print(f"\npython eval.py {shlex.join(command[1:])}", flush=True)
         alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         if code := subprocess.run([sys.executable, *command], env=alone).returncode:
             raise SystemExit(code)
         return
-    print(f"\ntry it: python chat.py {' '.join([str(path), *router])}")
+    print(f"\ntry it: python chat.py {shlex.join([str(path), *router])}")
 
 
 # Flags: the defaults that depend on other flags. Skip on first reading.

@@ -58,7 +58,7 @@ def first_call(router: Router, name: str, method: Callable, *args: Any, **hints:
         elif name == "penalty":
             found = wrong_penalty(result)
         elif name == "forward":  # Router's masks padding, but it may have been overridden
-            found = wrong_routing(router, result, *args[:2])
+            found = wrong_routing(router, result, args[1])
         # Of weights or inputs that are NaN all of this is NaN: not the router's fault.
         if found and all(a.isfinite().all() for a in args if isinstance(a, Tensor)):
             raise UserError(f"{who} returned {found}")
@@ -88,7 +88,7 @@ def wrong_gates(router: Router, gates: Any, shape: tuple[int, ...], mask: Tensor
     return ""
 
 
-def wrong_routing(router: Router, routing: Any, x: Tensor, mask: Tensor) -> str:
+def wrong_routing(router: Router, routing: Any, mask: Tensor) -> str:
     if not isinstance(routing, Routing):
         return f"{type(routing).__name__}, not a Routing"
     shape = (*mask.shape, router.proj.out_features)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 import ops
 from checkpoint import load_checkpoint, read_config, save_checkpoint
-from config import IMAGE_ID, TrainConfig, UserError, to_dict, warn_once
+from config import IMAGE_ID, ModelConfig, MoEConfig, TrainConfig, UserError, to_dict, warn_once
 from data import Batch, Sample
 from engine.casts import cast_once
 from engine.durable import agree, discard, in_first, locked, recover, sync, verify, write_file
@@ -38,7 +39,7 @@ from engine.inference import compile_blocks
 from engine.parallel import shard
 from engine.processes import ALONE, Processes, like
 from engine.published import router_hash
-from model import Loss, MedMoE, choose_device
+from model import Loss, MedMoE, choose_device, sparse_layers
 from sources.records import parse
 from sources.tensorfiles import open_tensors
 
@@ -88,7 +89,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def data_digest(samples: Iterable[Sample]) -> str:
     """16 hex digits that change with the samples or their order."""
-    rows = ((s.source, s.id, s.turns, s.modality, s.weight) for s in samples)
+    rows = ((s.source, s.id, Path(str(s.image)).parts[-2:],  # folder and file, wherever they lie
+             s.image_turn, s.turns, s.modality, s.weight) for s in samples)  # fmt: skip
     return hashlib.sha256("\n".join(map(json.dumps, rows)).encode()).hexdigest()[:16]
 
 
@@ -104,6 +106,25 @@ def refuse_changed_flags(path: Path, before: dict, flags: TrainConfig, unread=fr
     for name, now in to_dict(flags).items():
         if name not in MAY_DIFFER | unread and before[name] != now:
             refuse(path, name, before[name], now)
+
+
+def refuse_other_experts(init: Path, number: int, config: ModelConfig, ours: MoEConfig) -> None:
+    """Raise UserError where phase `number` cannot go on with init's experts, or flags name others.
+
+    config: init's; ours: what the flags say. How the experts began makes no difference.
+    """
+    if number < 3:
+        raise UserError(f"--init {init}: has experts, and phase {number} trains a dense model")
+    theirs, ours = (
+        to_dict(replace(moe, start="", layers=tuple(sparse_layers(config, moe))))
+        for moe in (config.moe, ours)
+    )
+    flags = {"n_experts": "experts", "level": "router-level", "layers": "moe-layers"}
+    for name, before in theirs.items():
+        if before != ours[name]:
+            flag = "--" + flags.get(name, name.replace("_", "-"))
+            raise UserError(f"--init {init}: its experts are of {flag} {before}, now {flag} "
+                            f"{ours[name]}: give the same, or phase 2's checkpoint")  # fmt: skip
 
 
 def checkpoint_blocks(model: MedMoE) -> None:
@@ -232,11 +253,14 @@ class Run:
         """Sum the step's loss and counts over the processes -> loss, load (L, E) per position."""
         loss, *counts = self.sum(loss, *self.counts.tolist(), *self.routed.flatten().tolist())
         self.counts, self.routed = counts[:6], torch.tensor(counts[6:]).view(self.load_shape)
-        if not self.counts[0]:  # no image: with a gradient of 0 AdamW would go on by its momentum
+        return loss, (self.routed / counts[3]).float()
+
+    def drop_idle_gradients(self) -> None:
+        """After a step without images: a gradient of 0 would let AdamW go on by its momentum."""
+        if not self.counts[0]:
             for name in self.params:
                 if name.startswith(("vision.", "projector.")):
                     self.params[name].grad = None
-        return loss, (self.routed / counts[3]).float()
 
     def clip_gradients(self, largest: float) -> float:
         """Scale all gradients to a joint norm of at most `largest` (0: as they are) -> their norm.
@@ -329,8 +353,7 @@ class Run:
         """A checkpoint to resume from. Older ones are removed after it has been read back."""
         state = {}
         for name, param in self.params.items():
-            kept = self.optimizer.state[param].items()  # its step follows from the run's
-            state |= {f"{key}.{name}": t for key, t in kept if key != "step"}
+            state |= {f"{key}.{name}": t for key, t in self.optimizer.state[param].items()}
         path = self.folder / f"phase{self.number}-step{step:07}"
         self.save(path, self.model, {"trainer": state}, generators(self.device), step=step)
         # A later one is damaged, or this run would have resumed from it.
@@ -389,12 +412,12 @@ class Run:
             kind, _, name = key.partition(".")
             if (param := self.params.get(name)) is None:
                 raise UserError(f"{path}: trained {name}, which this run freezes")
-            self.optimizer.state[param][kind] = like(param, tensor)
+            # How many steps a parameter has made is one number, and never sharded.
+            now = tensor.to(self.device) if kind == "step" else like(param, tensor)
+            self.optimizer.state[param][kind] = now
         own = path / f"process{self.rank}.safetensors"
         states = dict(open_tensors(own)) if own.is_file() else {}
         step = info["step"]
-        for param in self.params.values():
-            self.optimizer.state[param]["step"] = torch.tensor(float(step), device=self.device)
         set_generators(states, self.device, f"{self.flags.seed} {step} {self.rank}")
         return step
 

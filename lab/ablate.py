@@ -62,7 +62,7 @@ class Row:
 CORE = {
     "medmoe": Row("Med-MoE: modality router, top-2 and meta expert"),
     "no-phase-1": Row("without phase 1 (63 steps of the projector)", phase1=SKIP),
-    "no-phase-2": Row("without phase 2 (157 of projector and decoder)", phase2=SKIP),
+    "no-phase-2": Row("without phase 2 (158 of projector and decoder)", phase2=SKIP),
     "no-phase-3": Row("without phase 3 (125 of two blocks' FFNs)", phase3=None),
     "no-router-training": Row("router as initialised", phase3="--router random"),
     "no-meta": Row("without meta expert", phase3="--no-meta"),

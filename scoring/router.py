@@ -34,7 +34,8 @@ def expert_load(samples: Sequence[Sample], predictions: Sequence[Any]) -> dict[s
     for s, p in zip(samples, predictions, strict=True):
         name = s.modality or "unknown"
         total[name] = total.get(name, 0) + p.load.double()
-    return {name: (t / t.sum(1, keepdim=True)).tolist() for name, t in sorted(total.items())}
+    return {name: (t / t.sum(1, keepdim=True).clamp(min=1)).tolist()  # 0 where all are dropped
+            for name, t in sorted(total.items())}  # fmt: skip
 
 
 def show_load(load: dict[str, list], names: Sequence[str], blocks: Sequence[int]) -> str:

@@ -80,6 +80,32 @@ def test_weights_are_widened_cast_or_kept_and_routers_are_fp32(build, tmp_path, 
     assert torch.equal(router, before.blocks[0].mlp.router.proj.weight)
 
 
+OWN = """
+import routers, torch
+
+class Scaled(routers.TopKRouter):
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.register_buffer("scale", torch.full((4,), 7.0), persistent=False)
+        self.plain = torch.ones(4)
+"""
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_router_has_the_tensors_that_no_file_holds(build, tmp_path, stored):
+    (tmp_path / "own.py").write_text(OWN)
+    router = f"{tmp_path / 'own.py'}:Scaled"
+    config = build("llama", {"router": router}).config
+    folder = save(tmp_path / "x", shake(empty_model(config, stored)))
+    found = load_model(folder, CPU, router=router)[0].decoder.blocks[0]
+    assert found.attn.q.weight.dtype == stored
+    found = found.mlp.router
+    assert found.scale.tolist() == [7.0] * 4 and found.plain.tolist() == [1.0] * 4
+    assert torch.equal(
+        found.proj.weight, weights(folder)["decoder.blocks.0.mlp.router.proj.weight"]
+    )
+
+
 def test_the_router_and_its_level_can_be_replaced(phase3, build, tmp_path):
     moe = load_model(phase3, CPU)[0].config.moe
     other = load_model(phase3, CPU, router="random", level="sequence")[0]

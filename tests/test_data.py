@@ -1,6 +1,7 @@
 """Labels cover exactly the answers, whatever users type; batches hold every sample, well padded."""
 
 import itertools
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -177,6 +178,8 @@ def test_fifty_batches_at_a_time_are_sorted_by_length_and_a_weight_is_how_often_
     assert (counts[:, :40] == 1).all() and set(np.unique(counts[:, 40:70])) == {2, 3}
     wanted = [1] * 40 + [2.5] * 30 + [6 / 21] * 21
     assert counts.mean(axis=0) == pytest.approx(wanted, abs=0.1)
+    for weight, n, all_rows in ((1.1, 10, 11), (2.2, 5, 11), (1.3, 10, 13), (0.25, 1, 1)):
+        assert len(data.epoch_rows([weight] * n, random.Random(0))) == all_rows
 
 
 def test_a_dataset_reads_ahead_weighs_and_does_not_sort_by_answers(text):

@@ -66,6 +66,8 @@ def test_batches_are_of_similar_lengths_and_shared_among_processes(predictor):
     assert n == sorted(n) and n[0] < n[-1] and sorted(itertools.chain(*rows)) == list(range(11))
     predictor.processes = Processes(1, 2)
     assert [part for part, _ in predictor.batches(samples, "x")] == [rows[1]]
+    predictor.processes = Processes(3, 4)  # of 3 batches it gets none
+    assert [*predictor.batches(samples, "x")] == []
 
 
 def test_answers_are_what_the_model_generates_whatever_the_batch(predictor):
@@ -209,7 +211,8 @@ def test_two_sets_of_answers_are_compared_from_files_of_either_kind(scored, tmp_
 @pytest.mark.parametrize(("argv", "named"), [
     ("runs --predictions x", "takes one of"), ("runs --limit 0", "--limit 0"),
     ("--predictions none.jsonl --data phantoms", "none.jsonl: No such file"),
-    ("--predictions x --replay-routes y", "only for a checkpoint"),
+    ("--predictions x --replay-routes y", "--replay-routes: only for a checkpoint"),
+    ("--compare a b --blind", "--blind: only for"), ("--predictions x --max-new 9", "--max-new: o"),
     ("--compare a.json b.json --json b.json", "over another file"),
     ("nowhere", "checkpoint nowhere: no such directory")])  # fmt: skip
 def test_a_wrong_call_is_one_line(argv, named, capsys):

@@ -141,3 +141,6 @@ def test_phase_2_trains_it_on_one_question_an_image_of_which_a_fifth_is_held_out
     assert found[1] == wanted[1]
     unknown = [replace(s, modality=None) for s in samples]
     assert rt.learn_router(model, unknown, text, flags, (0, 2), *how) == ({}, {})
+    few = replace(flags, router_images=4, router_noise=0.0)  # one of each modality: none held out
+    weights, report = rt.learn_router(model, samples, text, few, (0, 2), *how)
+    assert report["n"] == 0 and weights["bias"].isfinite().all()

@@ -64,6 +64,8 @@ def test_a_penalty_is_computed_in_training_only_and_padding_never_counts(level):
     close(routing.penalty, gates[:, 0].mean())
     routing.penalty.backward()
     assert router.proj.weight.grad.any()
+    later = Own(16, 4, level="once")(X, MASK, hints._replace(first=routing))
+    assert later is routing  # its penalty counts in each block, as those of others do
 
 
 FILE = """

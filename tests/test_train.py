@@ -13,6 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -329,9 +330,38 @@ def test_an_own_router_is_named_again_to_all_that_load_it(finished, tmp_path, mo
     assert train.initial_model(flags, three)[0].config.moe.router == f"{file}:A"
     with pytest.raises(UserError, match=f"{three}: trained with --router {file}:A"):
         train.initial_model(replace(flags, router="topk"), three)
+    assert train.prepare(3, flags, three)[0].config.moe.router == flags.router
     file.write_text(file.read_text() + "\n")
     train.main([*argv, "--out", str(tmp_path / "a"), "--resume"])
     assert f"router_sha256 {digest}, now " in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_experts_is_trained_on_by_the_flags_that_it_was_made_with(
+    finished, capsys
+):
+    three = finished.phases[2]
+    argv = [*ARGV, "--init", str(three), "--out", str(finished.folder / "more")]
+    for change, named in (
+        ("--top-k 1", "--top-k 2, now --top-k 1"), ("--experts 0", "--experts 4, now --experts 0"),
+        ("--router topk --router-level once", "--router modality, now --router topk"),
+        ("--router-level token", "--router-level once, now"), ("--no-meta", "--meta True, now"),
+        ("--moe-layers all", "--moe-layers [0, 2], now --moe-layers [0, 1, 2]"),
+        ("--phase 2", "has experts, and phase 2 trains a dense model")):  # fmt: skip
+        line = error_line(capsys, train.main, *argv, *change.split())
+        assert f"--init {three}: " in line and named in line
+    flags = TrainConfig(preset="mini", moe_layers="0,2", start="released")  # named in another way
+    assert train.prepare(3, flags, three)[0].config.moe.start == "preserving"
+
+
+def test_a_run_without_a_sample_that_can_be_learned_from_ends_in_a_line(finished, capsys, tmp_path):
+    images = tmp_path / "a.png", tmp_path / "b.png"
+    for file in images:
+        Image.new("L", (40, 40)).save(file)
+    rows = [f"{file.name},{'why ' * 600},yes,train" for file in images]
+    (table := tmp_path / "t.csv").write_text("\n".join(["image,question,answer,split", *rows]))
+    argv = ["--data", f"table:{table}", "--router", "topk", "--max-bad", "9", "--phase", "2"]
+    argv += ["--init", str(finished.phases[0]), "--preset", "mini", "--out", str(tmp_path / "o")]
+    assert "none of its samples can be learned" in error_line(capsys, train.main, *argv)
 
 
 def test_phases_that_are_done_are_kept_and_must_have_been_trained_alike(finished, capsys, tmp_path):

@@ -199,13 +199,35 @@ def test_a_run_is_not_resumed_as_another_with_the_same_flags(begin, tmp_path, mo
         ({"lr": 0.5}, "with --lr 0.1, now --lr 0.5"), ({"n_steps": 7}, "with --steps 9, now --s"),
         ({"samples": [SAMPLE, SAMPLE]}, "with --data of samples"),
         *(({"samples": [replace(SAMPLE, **other)]}, "with --data of samples") for other in (
-            {"id": ""}, {"turns": (("a", "c"),)}, {"weight": 2}, {"modality": ""}, {"source": ""})),
+            {"image": 3}, {"image_turn": 1}, {"id": ""}, {"turns": (("a", "c"),)}, {"weight": 2},
+            {"modality": ""}, {"source": ""})),
         ({"system": "Be brief."}, "began with another model or tokenizer"),
         ({"tokenizer": tmp_path / "tokenizer.json"}, "began with another model")]:  # fmt: skip
         with pytest.raises(Changed, match=f"phase1-step0000002: .*{message}"):
             begin(**change)
     monkeypatch.setattr(torch, "__version__", "2.99.0")  # this is only warned of
     begin()
+
+
+def test_a_parameter_that_steps_have_left_out_resumes_at_its_own_count(begin):
+    run = begin()
+    never, once, *others = run.params
+    for left_out in ((never, once), (never,)):
+        for name, param in run.params.items():
+            param.grad = None if name in left_out else torch.ones_like(param)
+        run.optimizer.step()
+    for param in run.params.values():
+        param.data.fill_(2.0)
+    run.save_step(2)
+    again = begin()
+    steps = [again.optimizer.state[again.params[name]]["step"].item() for name in (once, *others)]
+    assert others and steps == [1, *[2] * len(others)]
+    assert not again.optimizer.state[again.params[never]]
+    for each in (run, again):
+        for param in each.params.values():
+            param.grad = torch.ones_like(param)
+        each.optimizer.step()
+    assert same(run.params, again.params)
 
 
 def test_the_log_keeps_what_the_checkpoint_knows_and_harm_is_named(begin, tmp_path):
@@ -288,6 +310,7 @@ def test_a_step_without_an_image_leaves_what_images_reach_to_no_momentum():
         counts = torch.tensor([n_images, 0, 0, 4, 0, 0])
         run = bare(params=params, counts=counts, routed=torch.ones(1, 2), load_shape=(1, 2))
         run.sum_loss_and_load(3.0)
+        run.drop_idle_gradients()
         assert [n for n, p in params.items() if p.grad is not None] == left
 
 
