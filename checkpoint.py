@@ -29,7 +29,7 @@ from engine import inference, older
 from engine.durable import verify, write_directory
 from engine.first_gate import check_routers
 from engine.processes import ALONE, Processes, write_tensors
-from engine.published import check_config, check_size, fill, stored, with_router
+from engine.published import check_config, check_size, fill, meta_model, stored, with_router
 from model import MedMoE, make_router
 from sources.load import how_read
 from sources.records import read_json
@@ -41,9 +41,7 @@ def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> MedM
 
     A router may have tensors that no file holds.
     """
-    with torch.device("meta"):
-        model = MedMoE(config)
-    model = model.to(dtype).to_empty(device="cpu")
+    model = meta_model(config).to(dtype).to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):
         for block in model.decoder.blocks:
             if block.is_sparse:

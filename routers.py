@@ -46,10 +46,10 @@ class Router(nn.Module):
     needs: ClassVar[tuple[str, ...]] = ()  # fields of Hints that `gate` takes as well, by name
     sums_to_one = False  # True if the gates of every real token add up to 1: see moe.upcycle
     causal = True  # False if gates at t may depend on answer tokens after t; generate() refuses
-    # What only tests and the course check:
-    batch_invariant = True  # False if gates of one sample may depend on the others in the batch
+    # What engine/first_gate.py, tests and the course check:
     at_most_k = True  # False if a token may be routed to more than top_k experts
     may_drop = False  # True if a real token may be routed to no expert, also in evaluation
+    batch_invariant = True  # False if gates of one sample may depend on the others in the batch
 
     def __init__(self, d_model: int, n_experts: int, top_k: int = 2, level: str = "token"):
         super().__init__()

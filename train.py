@@ -57,7 +57,7 @@ from router_training import learn_router
 from routers import ROUTERS, Routing, get_router, load_balancing_loss, router_z_loss
 from scoring import leaks
 from sources.images import Images, jitter
-from sources.load import has_splits, load_samples, reading
+from sources.load import has_splits, load_samples, parse_spec, reading
 from sources.records import read_json
 from sources.tensorfiles import open_tensors
 
@@ -391,7 +391,7 @@ def is_new_to_the_tower(flags: TrainConfig) -> bool:
         return read_config(Path(flags.init))[1]["flags"]["tune_vision"]
     seen = read_json(pretrained(flags)[0] / "config.json", dict).get("pretrained_on", ())
     # A tower whose config.json lists its pretraining data has seen no other.
-    kinds, seen_kinds = ({s.partition(":")[0] for s in specs} for specs in (flags.data, seen))
+    kinds, seen_kinds = ({parse_spec(s)[0] for s in specs} for specs in (flags.data, seen))
     return bool(seen_kinds and kinds - seen_kinds)
 
 

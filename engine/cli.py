@@ -15,7 +15,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from config import GROUPS, TrainConfig, UserError, one_line, preset
+from config import GROUPS, TrainConfig, UserError, named_layers, one_line, preset
 from engine.first_gate import own_errors
 from model import choose_device
 
@@ -69,6 +69,7 @@ def check_training(flags: TrainConfig) -> None:
     """Raise UserError for numbers out of their range, and for flags that exclude each other."""
     decoder = preset(flags.preset).model.decoder
     largest = min(decoder.d_model, decoder.d_ff)
+    layers = named_layers(flags.moe_layers, decoder.n_layers)
     if flags.json:
         check_writable(Path(flags.json))
     if flags.weights != "float32" and choose_device(flags.device, flags.dtype)[1].itemsize == 4:
@@ -85,8 +86,12 @@ def check_training(flags: TrainConfig) -> None:
         raise UserError("--experts 0: trains its FFNs whole, without --lora-rank or --trains")
     if flags.start == "fresh" and not flags.meta:
         raise UserError("--start fresh: only the meta expert keeps what was trained, not --no-meta")
-    if flags.trains == "released" and flags.moe_layers == "all":
-        raise UserError("--trains released: trains dense FFNs too, --moe-layers all leaves none")
+    if flags.trains == "released" and layers is not None and len(layers) == decoder.n_layers:
+        raise UserError("--trains released: trains dense FFNs too, and --moe-layers "
+                        f"{flags.moe_layers} leaves none")  # fmt: skip
+    if flags.experts % flags.expert_parallel:
+        raise UserError(f"--expert-parallel {flags.expert_parallel}: must divide the "
+                        f"{flags.experts} experts")  # fmt: skip
     if flags.router_noise > 1:
         raise UserError(f"--router-noise {flags.router_noise}: must be from 0 to 1")
 

@@ -20,7 +20,7 @@ def check_cache(flags: TrainConfig) -> None:
     if flags.cache_features and flags.jitter:
         raise UserError("--cache-features: --jitter (which --tune-vision implies) varies the "
                         "images, so that none comes twice: add --no-jitter")  # fmt: skip
-    if not flags.cache_gb > 0:  # a NaN too
+    if flags.cache_gb <= 0:
         raise UserError(f"--cache-gb {flags.cache_gb}: must be above 0")
 
 
@@ -54,7 +54,7 @@ def cache_features(model: MedMoE, flags: TrainConfig, n_processes: int) -> None:
     if not flags.cache_features:
         return
     if any(p.requires_grad for p in model.vision.parameters()):
-        print(f"phase {flags.phase}: trains the tower, so --cache-features keeps nothing")
+        print("  --cache-features: this phase trains the tower, so it keeps nothing")
         return
     model.vision.__class__ = CachedTower
     model.vision.known, model.vision.room = {}, flags.cache_gb * 1e9 / n_processes

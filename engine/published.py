@@ -224,6 +224,8 @@ def published_vision(directory: Path) -> VisionConfig:
     """config.json of a CLIP directory -> our dimensions. Other preprocessing is refused, too."""
     values = read_json(directory / "config.json", dict)
     values = values.get("vision_config", values)
+    if not isinstance(values, dict):
+        raise UserError(f"{directory}: vision_config {one_line(repr(values), 100)}: not an object")
     check_implemented(directory, "clip", values)
     sizes = ("image_size", "patch_size", "hidden_size", "num_hidden_layers",
              "num_attention_heads", "intermediate_size")  # fmt: skip
@@ -367,13 +369,18 @@ class WithoutNormal(TorchFunctionMode):
         return None if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
+def meta_model(config: ModelConfig) -> MedMoE:
+    """A model without memory: only shapes."""
+    with torch.device("meta"), WithoutNormal():
+        return MedMoE(config)
+
+
 def check_size(directory: Path, config: ModelConfig) -> None:
     """Raise UserError if model.safetensors is too short for the model, before memory is taken."""
     file = directory / "model.safetensors"
     if config.moe is not None:  # a built-in router: no code of others runs to count
         config = replace(config, moe=replace(config.moe, router="topk"))
-    with torch.device("meta"), WithoutNormal():
-        n = sum(p.numel() for p in MedMoE(config).parameters())
+    n = sum(p.numel() for p in meta_model(config).parameters())
     if file.is_file() and (size := file.stat().st_size) < 2 * n:  # no type has fewer bytes
         raise UserError(f"{directory / 'config.json'}: a model of {n:,} parameters, but "
                         f"{file.name} has {size:,} bytes")  # fmt: skip

@@ -102,7 +102,8 @@ class Forced(Router):
         n_experts, d_model = inner.proj.weight.shape
         super().__init__(d_model, n_experts, inner.top_k, inner.level)
         self.inner, self.proj = inner, inner.proj
-        self.causal, self.batch_invariant = inner.causal, inner.batch_invariant
+        for name in ("causal", "batch_invariant", "at_most_k", "may_drop"):
+            setattr(self, name, getattr(inner, name))
 
     def forward(self, x: Tensor, mask: Tensor, hints: Hints = Hints()) -> Routing:
         routing = self.inner(x, mask, hints)

@@ -27,11 +27,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
-from config import UserError, argument, flag
+from config import ASSETS, UserError, argument, flag
 from engine.cli import parse, user_errors, write_json, write_text
 from metrics import bootstrap, images_of, question_ids
 from scoring.compare import value
@@ -149,16 +150,20 @@ class AblateConfig:
     names: tuple[str, ...] = argument("sets of rows, or rows, of lab/ablate.py: facts")
     seeds: int = flag(3, "seeds 0 to N - 1 of every row", least=1)
     jobs: int = flag(2, "rows at a time, one thread each", least=1)
-    flags: str = flag("", "flags of train.py for all rows, as one word: '--steps 20'")
+    flags: str = flag("", "flags of train.py for all rows, as one word: --flags='--steps 20'")
     out: str = flag("runs/ablations", "DIR of what is kept, the table, numbers and plot")
     scores: str | None = flag(None, "FILE.npz of an earlier run: only its table, computed again")
 
 
 @functools.cache
 def code() -> str:
-    """A hash of the code that trains and scores, without a router of one's own beside it."""
+    """A hash of the code that trains and scores, and of the parts that training begins with.
+
+    Of routers in files, those of the rows are in it, and not one of --flags.
+    """
     files = [file for folder in ("sources", "scoring", "engine")
              for file in sorted((ROOT / folder).glob("*.py"))]  # fmt: skip
+    files += [ROOT / "lab" / "controls.py", *sorted(ASSETS.glob("*/*"))]
     for script in ("chat", "eval", "train"):  # they import all of the reading path
         importlib.import_module(script)
     modules = {Path(getattr(module, "__file__", None) or "") for module in sys.modules.values()}
@@ -185,11 +190,18 @@ def chosen_rows(names: Sequence[str]) -> dict[str, Row]:
     return found
 
 
+def split_flags(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--flags {text}: {error}") from error
+
+
 class Runner:
     """Trains and scores what is not there yet; several threads may want the same."""
 
     def __init__(self, flags: AblateConfig):
-        self.out, self.common = Path(flags.out).resolve(), shlex.split(flags.flags)
+        self.out, self.common = Path(flags.out).resolve(), split_flags(flags.flags)
         self.locks, self.error = {}, None
 
     def call(self, row: Row, command: list[str]) -> None:
@@ -416,13 +428,18 @@ def main(argv: Sequence[str] | None = None) -> dict:
     Path(flags.out).mkdir(parents=True, exist_ok=True)
     rows = chosen_rows(flags.names)
     if flags.scores:
-        scores = dict(np.load(flags.scores))
+        try:
+            scores = dict(np.load(flags.scores))
+        except (OSError, ValueError, BadZipFile) as error:
+            raise UserError(f"{flags.scores}: not what lab.ablate wrote: {error}") from error
+        if missing := [name for name in rows if name not in scores]:
+            raise UserError(f"{flags.scores}: has no row {', '.join(missing)}")
         flags = replace(flags, seeds=len(scores[next(iter(rows))]))
     else:
         inputs = [(name, vars(row)) for name, row in rows.items()], flags.seeds, flags.flags
         scores = collect(rows, run_all(flags, rows)) | {"hash": np.array(key(*inputs))}
     words = ["python", "-m", "lab.ablate", *flags.names, "--seeds", str(flags.seeds)]
-    words += ["--flags", flags.flags] if flags.flags else []
+    words += [f"--flags={flags.flags}"] if flags.flags else []
     result = {"command": shlex.join(words), "hash": str(scores["hash"]),
               "seeds": list(range(flags.seeds)), "rows": summarise(rows, scores)}  # fmt: skip
     print(f"\n{table(result)}")

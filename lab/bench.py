@@ -582,7 +582,7 @@ def bench_kernels(flags: BenchConfig, device: torch.device, dtype: torch.dtype) 
 
 @user_errors
 def main(argv: list[str] | None = None) -> dict:
-    flags = parse(BenchConfig, argv, "lab.bench")
+    flags = parse(BenchConfig, argv, "python -m lab.bench")
     flags = replace(flags, preset=flags.preset or ("phi2" if flags.what == "kernels" else "tiny"))
     if flags.what == "kernels" and flags.dtype == "auto":
         flags = replace(flags, dtype="bfloat16")

@@ -105,7 +105,7 @@ def refuse(where: Path, checks: dict[str, bool]) -> None:
 
 def medmoe_config(directory: Path, clip: Path) -> ModelConfig:
     """Their config.json -> our dimensions. Raises UserError for what is not implemented here."""
-    values = read_json(directory / "config.json")
+    values = read_json(directory / "config.json", dict)
     name, moe = str(values.get("model_type")), None
     family, is_sparse = name.rpartition("_")[2], name.startswith("moe_")
     refuse(directory, {

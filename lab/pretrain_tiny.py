@@ -47,9 +47,9 @@ class PretrainConfig:
 
     data: tuple[str, ...] = flag((), "sources, as in train.py (default: phantoms:16000)")
     out: str = flag(str(ASSETS), "output DIR")
-    clip_steps: int = flag(1000, "contrastive steps for the tower")
-    lm_steps: int = flag(4000, "steps for each decoder")
-    batch_size: int = flag(128, "images a contrastive step")
+    clip_steps: int = flag(1000, "contrastive steps for the tower", least=1)
+    lm_steps: int = flag(4000, "steps for each decoder", least=1)
+    batch_size: int = flag(128, "images a contrastive step", least=1)
     seed: int = flag(0, "seeds weights and order")
 
 

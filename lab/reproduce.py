@@ -16,6 +16,7 @@ from pathlib import Path
 
 from config import UserError, argument, flag
 from engine.cli import parse, user_errors
+from lab.tables import data_name
 
 ROOT = Path(__file__).parent.parent
 ABLATIONS = {  # set -> seeds, hours
@@ -53,12 +54,13 @@ def commands(names: Sequence[str]) -> list[tuple[str, float]]:
                       (f"{ROUTER}-shuffled-labels.json --break-router", 0.1)]  # fmt: skip
         elif kind in RUNS and (kind == "phantoms") == (kind == name):
             flags, hours = RUNS[kind]
-            file = f"results/{kind}-tiny{re.sub('[ -]+', '-', flags)}-seed"
+            data_set = data_name(sources)  # of medmnist: the file's
+            file = f"results/{data_set}-tiny{re.sub('[ -]+', '-', flags)}-seed"
             if kind != name:
                 data = "".join(f" --data {shlex.quote(source)}" for source in sources)
                 flags = f"{data} {flags}".rstrip()
             for seed in range(3):
-                out = f"runs/{kind}-tiny-{seed}"
+                out = f"runs/{data_set}-tiny-{seed}"
                 train = f"train.py --phase 3 --seed {seed} --out {out} --resume"
                 if len(sources) == 1:
                     found.append((f"{train} --json {file}{seed}.json{flags}", hours / 3))

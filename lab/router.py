@@ -86,8 +86,7 @@ def reliability(confidence: np.ndarray, right: np.ndarray, n_bins: int) -> list[
     for b in sorted(set(place.tolist())):
         part, hits = confidence[place == b], int(right[place == b].sum())
         rows.append({"low": b / n_bins, "high": (b + 1) / n_bins, "n": len(part),
-                     "confidence": float(part.mean()), "accuracy": hits / len(part),
-                     "ci95": wilson(hits, len(part))})  # fmt: skip
+                     "confidence": float(part.mean()), "accuracy": hits / len(part)})  # fmt: skip
     return rows
 
 
@@ -145,7 +144,8 @@ def by_image(samples: Sequence[Sample], found: Probe) -> tuple[np.ndarray, Probe
     """Of the G images of known modality: which (G,), and mean logits, summed counts, as numpy."""
     known = [i for i, s in enumerate(samples) if s.modality]
     truth = {samples[i].image: MODALITIES.index(samples[i].modality) for i in known}
-    of = torch.tensor([list(truth).index(samples[i].image) for i in known])
+    place = {image: n for n, image in enumerate(truth)}
+    of = torch.tensor([place[samples[i].image] for i in known])
     logits, best, first = (
         torch.zeros(len(truth), *t.shape[1:]).double().index_add(0, of, t[known].double()).numpy()
         for t in found

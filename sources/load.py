@@ -227,7 +227,7 @@ def file_names(specs: Iterable[str]) -> dict[str, str]:
     ends = {path: (*path.parts[1:-1], path.stem) for path in paths.values()}
     names = {}
     for where, path in paths.items():
-        lengths = range(1, len(ends[path]))
+        lengths = range(1, len(ends[path]) + 1)
         alone = (n for n in lengths if sum(e[-n:] == ends[path][-n:] for e in ends.values()) == 1)
         names[where] = "/".join((kinds[where], *ends[path][-next(alone, 1) :]))
     return names
@@ -277,7 +277,8 @@ def read_source(
             samples = list(make_captions(rows) if what == "captions" else make_dialogues(samples))
     may_lack_val = kind in ("vqa-rad", "vqa-rad-3515", "table")
     if not samples and not (may_lack_val and split == "val"):
-        raise UserError(f"--data {spec}: no {what} in its {split} split (language: {lang})")
+        language = f" of --lang {lang}" if kind == "slake" else ""
+        raise UserError(f"--data {spec}: no questions{language} in its {split} split")
     return samples if weight == 1 else [replace(s, weight=weight) for s in samples]
 
 

@@ -81,9 +81,10 @@ def is_dicom(file: Path) -> bool:
         return False
 
 
-def names(file: Path) -> set[str]:
+@functools.lru_cache(maxsize=16)
+def names(file: Path) -> frozenset[str]:
     """The images in a zip. Raises UserError for another file."""
-    return set(open_zip(file).namelist())
+    return frozenset(open_zip(file).namelist())
 
 
 def is_folder(path: Path) -> bool:

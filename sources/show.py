@@ -128,7 +128,8 @@ def main(argv: list[str] | None = None) -> None:
             faults.append(f"no {split} split: {error}")
     if not any(splits.values()):
         raise UserError(faults[0])
-    print(*faults, sep="\n", file=sys.stderr)
+    if faults:
+        print(*faults, sep="\n", file=sys.stderr)
     task = PHASES[flags.phase].task
     samples = load_samples(flags.data, task, next(s for s in splits if splits[s]), **reading(flags))
     show_samples(samples, Text(folder), chosen.model, flags, images)

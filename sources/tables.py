@@ -121,7 +121,9 @@ def row_sample(
     kind: str = "question",
 ) -> Sample:  # fmt: skip
     """One question. Where the table has no answer type, yes and no are closed, the rest open."""
-    question, answer = record.text("question"), record.text_or_number("answer")
+    question, answer = record.text("question"), ""
+    if record.values.get("answer") is not None:  # null is an empty answer
+        answer = record.text_or_number("answer")
     if record.values.get("answer_type"):
         answer_type = record.choice("answer_type", ("open", "closed"))
     else:
@@ -165,9 +167,10 @@ def read_table(
         warn_once(f"{file}: no column split: {len(held_out)} of {len(names)} images, by a hash of "
                   "their names, are the test split")  # fmt: skip
     seen: dict[str, int] = {}
-    for (record, image), its_split in zip(rows, splits, strict=True):
+    has_ids = [record.values.get("id") not in (None, "") for record, _ in rows]
+    row = "row " if any(has_ids) else ""  # a number alone may be another row's id
+    for (record, image), its_split, has_id in zip(rows, splits, has_ids, strict=True):
         if its_split == split:
-            has_id = record.values.get("id") not in (None, "")
-            name = distinct(seen, record, "id") if has_id else str(record.number)
+            name = distinct(seen, record, "id") if has_id else f"{row}{record.number}"
             sample = row_sample(record, name, source, split, image)
             yield sample, f"{TITLES[sample.modality]}."

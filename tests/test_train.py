@@ -413,7 +413,8 @@ def test_the_summary_has_a_line_for_each_family_with_its_parameters(build):
 def test_towers_train_on_unseen_data_routers_on_two_modalities(finished, tmp_path, monkeypatch):
     for known, data, tunes in (
         ({"pretrained_on": ["phantoms:9"]}, "slake:x", True), ({}, "slake:x", False),
-        ({"pretrained_on": ["slake:x"]}, "slake:y", False)):  # fmt: skip
+        ({"pretrained_on": ["slake:x"]}, "slake:y", False),
+        ({"pretrained_on": ["phantoms:9"]}, "phantoms@0.5", False)):  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps(known))
         flags = train.resolve(TrainConfig(phase=1, data=(data,), clip=str(tmp_path)))
         assert flags.tune_vision is flags.jitter is tunes

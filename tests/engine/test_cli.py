@@ -99,6 +99,8 @@ def test_numbers_out_of_their_range_are_refused_by_every_script_in_one_line(name
     {"lora_rank": 4, "trains": "released"}, {"experts": 0, "lora_rank": 4},
     {"experts": 0, "trains": "released"}, {"start": "fresh", "meta": False},
     {"trains": "released", "moe_layers": "all"}, {"router_noise": 1.1},
+    {"trains": "released", "moe_layers": "0,1,2,3"}, {"phase": 2, "moe_layers": "0,9"},
+    {"experts": 3, "expert_parallel": 2},
     {"resume": True, "overwrite": True}])  # fmt: skip
 def test_flags_that_exclude_each_other_are_refused(flags):
     with pytest.raises(UserError, match=r"^(--|/no such folder)"):

@@ -151,6 +151,7 @@ def test_a_decoders_config_is_read(tmp_path, change, ours):
     (LLAMA, "attention_bias", True), (LLAMA, "mlp_bias", True), ({}, "embd_pdrop", 0.1),
     ({"model_type": "stablelm", "hidden_act": "silu"}, "use_parallel_residual", True),
     (TOWER, "hidden_act", "gelu"), (TOWER, "patch_size", 0), (TOWER, "image_size", ...),
+    (TOWER, "vision_config", 3),
 ])  # fmt: skip
 def test_what_the_code_does_not_compute_is_refused_by_name(tmp_path, base, name, value):
     read = parts.published_vision if base is TOWER else parts.published_decoder

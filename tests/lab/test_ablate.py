@@ -15,6 +15,7 @@ from lab import ablate
 from lab.ablate import ROWS, SETS
 from metrics import question_ids
 from sources.load import load_samples
+from tests.mini import error_line
 
 QUESTIONS = load_samples(["phantoms"], "vqa", "test")[:40]
 
@@ -75,6 +76,16 @@ def test_rows_share_what_they_have_in_common_and_nothing_is_done_twice(fake, tmp
         12,
         10,
     ]
+
+
+def test_scores_that_are_none_or_lack_a_row_are_refused(tmp_path, capsys):
+    np.savez(tmp_path / "x.npz", medmoe=np.zeros((1, 3)))
+    (tmp_path / "y.npz").write_text("no scores")
+    argv = ["medmoe", "no-meta", "--out", tmp_path, "--scores"]
+    for file, named in (("x.npz", "has no row no-meta"), ("y.npz", "not what lab.ablate wrote")):
+        line = error_line(capsys, ablate.main, *argv, tmp_path / file)
+        assert f"{tmp_path / file}: {named}" in line
+    assert "No closing" in error_line(capsys, ablate.main, "medmoe", "--flags", "--lr '1")
 
 
 def test_after_an_error_what_is_done_stays_and_rows_have_their_flags(fake, tmp_path, capsys):

@@ -40,7 +40,11 @@ def test_forced_by_modality_moves_the_gates_and_keeps_their_values(n_experts, k)
     gates = torch.zeros_like(logits).scatter(-1, top.indices, top.values)
     modality = torch.tensor([0, 1, 2, 3, 1, -1])
     for shift in (0, 1, 2):
-        change = ByModality(TopKRouter(8, n_experts, k), shift).change
+        inner = TopKRouter(8, n_experts, k)
+        inner.at_most_k, inner.may_drop, inner.causal = False, True, False
+        outer = ByModality(inner, shift)
+        assert (outer.at_most_k, outer.may_drop, outer.causal) == (False, True, False)
+        change = outer.change
         moved = change(gates, logits, modality)
         for b, t in itertools.product(range(5), range(5)):
             true, wanted = int(modality[b]) % n_experts, (int(modality[b]) + shift) % n_experts

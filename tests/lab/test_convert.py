@@ -127,6 +127,8 @@ def test_what_we_do_not_compute_is_refused_by_name(make, capsys, tmp_path, key, 
     (stage / "config.json").write_text(json.dumps(values | {key: value}))
     argv = stage, "--clip", clip, "--out", tmp_path / "ours"
     assert named in error_line(capsys, convert.main, *argv)
+    (stage / "config.json").write_text("[]")
+    assert "must be a JSON object" in error_line(capsys, convert.main, *argv)
     assert not (tmp_path / "ours").exists()
 
 

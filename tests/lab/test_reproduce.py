@@ -27,6 +27,10 @@ def test_all_is_every_set_of_the_ablations_and_three_seeds(tmp_path, monkeypatch
     assert [command[-33:] for command in ran] == [
         f"slake-tiny-seed{seed}.json --data slake:a b"[-33:] for seed in range(3)]  # fmt: skip
     ran.clear()
+    reproduce.main(["medmnist:/d/pneumoniamnist_64.npz"])
+    name = "pneumoniamnist-tiny-router-topk-steps-300-seed2.json"
+    assert f"--out runs/pneumoniamnist-tiny-2 --resume --json results/{name} " in ran[2]
+    ran.clear()
     reproduce.main(["slake:a+vqa-rad:b"])
     assert len(ran) == 9 and ran[6:] == [
         "train.py --phase 3 --seed 2 --out runs/slake+vqa-rad-tiny-2 --resume --no-eval "

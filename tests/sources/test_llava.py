@@ -7,6 +7,7 @@ import pytest
 from data import Sample
 from metrics import question_ids
 from sources import llava as module
+from sources.load import file_names
 from tests.sources.written import llava, llava_item, load, refused, save_image
 
 KINDS = ("captions", "instructions", "vqa")
@@ -93,6 +94,10 @@ def test_files_of_one_name_are_sources_of_their_own_and_each_is_read_once(tmp_pa
         assert [s.source.split("/")[-3:] for s in found] == [
             [tmp_path.name, "a", "test"], ["llava", "b", "test"], ["b", "a", "test"]]  # fmt: skip
     assert len(read) == 3 and len(question_ids(found)) == 3
+    assert {*file_names(["llava:/a/t.json", "table:/b/t.csv"]).values()} == {
+        "llava/a/t",
+        "table/b/t",
+    }
     (other,) = load(llava(tmp_path / "a", llava_item(answer="new")), "vqa", "test")
     assert other.turns[0][1] == "new" and other.source == "llava/test"
     refused("llava/test is already named", load, [specs[0], specs[0] + "@2"], "vqa", "test")

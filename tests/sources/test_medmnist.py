@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sources.medmnist import SETS, SPLITS, accuracy, auc, read_split, which
+from sources.medmnist import SETS, accuracy, auc, read_split, which
 from tests.sources import written
 
 IMAGES, LABELS = "test_images.npy", "test_labels.npy"
@@ -55,12 +55,12 @@ def test_the_sets_are_their_owners_and_known_by_their_files_names():
     ("bloodmnist", 7, 1, "u1", (1, 1, 3)), ("chestmnist", 1, 14, ">i4", (1024, 1024))])  # fmt: skip
 def test_a_split_is_read_as_written_and_once(tmp_path, name, highest, columns, dtype, shape):
     file, made = tmp_path / f"{name}.npz", {}
-    for split in SPLITS:
+    for split in ("train", "val", "test"):
         made[f"{split}_images"] = GENERATOR.integers(256, size=(3, *shape), dtype=np.uint8)
         made[f"{split}_labels"] = GENERATOR.integers(highest + 1, size=(3, columns)).astype(dtype)
         made[f"{split}_labels"][0] = highest
     (np.savez_compressed if columns > 1 else np.savez)(file, **made)
-    for split in SPLITS:
+    for split in ("train", "val", "test"):
         images, labels = read_split(file, split)
         wanted = made[f"{split}_labels"].astype(np.int64)
         np.testing.assert_array_equal(images, made[f"{split}_images"], strict=True)  # dtype too

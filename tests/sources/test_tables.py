@@ -48,6 +48,16 @@ def test_a_bad_table_is_refused_with_its_place(tmp_path, text, message):
     refused(re.escape(message), load, spec, split="test")
 
 
+def test_empty_answers_are_left_out_and_rows_without_an_id_get_one_of_their_own(tmp_path):
+    for empty in ('"answer": null, ', '"answer": "", ', ""):
+        row = '{"image": "a/b.png", "question": "What?", '
+        text = f'{row}{empty}"split": "test"}}\n{row}"answer": "A", "split": "test"}}\n'
+        (sample,) = load(table(tmp_path, text, "t.jsonl"), "vqa", "test")
+        assert sample.id == "2"
+    spec = table(tmp_path, "split,id," + HEAD + f"test,1,{ROW}test,,{ROW}")
+    assert [s.id for s in load(spec, "vqa", "test")] == ["1", "row 2"]
+
+
 def test_splits_are_the_tables_or_a_fixed_tenth_and_show_tells_what_is_odd(tmp_path, capsys):
     row = "valid,7,mr,open,a/b.png,Is it?,yes\n"
     spec = table(tmp_path, "split,id,modality,answer_type," + HEAD + row + row.replace("valid",
