@@ -55,7 +55,7 @@ def test_empty_answers_are_left_out_and_rows_without_an_id_get_one_of_their_own(
         (sample,) = load(table(tmp_path, text, "t.jsonl"), "vqa", "test")
         assert sample.id == "2"
     spec = table(tmp_path, "split,id," + HEAD + f"test,1,{ROW}test,,{ROW}")
-    assert [s.id for s in load(spec, "vqa", "test")] == ["1", "row 2"]
+    assert [s.id for s in load(spec, "vqa", "test")] == ["1", "row 1"]
 
 
 def test_splits_are_the_tables_or_a_fixed_tenth_and_show_tells_what_is_odd(tmp_path, capsys):
