@@ -42,6 +42,7 @@ def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> MedM
     A router may have tensors that no file holds.
     """
     model = meta_model(config).to(dtype).to_empty(device="cpu")
+    model.config = config
     with torch.random.fork_rng(devices=[]):
         for block in model.decoder.blocks:
             if block.is_sparse:

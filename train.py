@@ -57,7 +57,7 @@ from router_training import learn_router
 from routers import ROUTERS, Routing, get_router, load_balancing_loss, router_z_loss
 from scoring import leaks
 from sources.images import Images, jitter
-from sources.load import has_splits, load_samples, parse_spec, reading
+from sources.load import has_splits, load_samples, reading
 from sources.records import read_json
 from sources.tensorfiles import open_tensors
 
@@ -197,7 +197,7 @@ def initial_model(flags: TrainConfig, init: Path | None) -> tuple[MedMoE, Path, 
         theirs = info.get("flags", {}).get("preset", "another preset")
         raise UserError(f"{init}: a checkpoint of {theirs}, not of --preset {flags.preset}")
     if config.moe is not None:
-        own = None if flags.router in ROUTERS else flags.router
+        own = None if {flags.router, config.moe.router} & ROUTERS.keys() else flags.router
         make_sparse(model, with_router(init, config, info, own).moe)
     load_checkpoint(model, init)
     file = init / "router.safetensors"
@@ -282,7 +282,6 @@ def run_phase(
     summary, text = describe(model), Text(tokenizer, model.config.decoder.vocab_size)
     run = Run(number, flags, tokenizer, processes)
     run.refuse_leftovers()
-    run.place(model)
     samples = load_samples(flags.data, phase.task, "train", **reading(flags))
     # As released: training crops the images of captions, and pads all others.
     images = Images(model.config.vision.image_size, pad=not phase.plain, workers=flags.workers)
@@ -296,6 +295,7 @@ def run_phase(
     print(f"\nphase {number}, {phase.title}: {len(samples)} samples, {recipe}")
     print(f"  on {run.device}, matmuls in {run.dtype}; starts from {init or 'pretrained parts'}")
     print(summary)
+    run.place(model)
     before = read_seen(init) if init else leaks.seen_by([])  # None: init has no record of it
     asked = Counter(question for sample in samples for question, _ in sample.turns if question)
     examples = [question for question, n in asked.most_common(8) if n > 1]  # for chat.py's /help
@@ -391,7 +391,7 @@ def is_new_to_the_tower(flags: TrainConfig) -> bool:
         return read_config(Path(flags.init))[1]["flags"]["tune_vision"]
     seen = read_json(pretrained(flags)[0] / "config.json", dict).get("pretrained_on", ())
     # A tower whose config.json lists its pretraining data has seen no other.
-    kinds, seen_kinds = ({parse_spec(s)[0] for s in specs} for specs in (flags.data, seen))
+    kinds, seen_kinds = ({re.split("[:@]", s)[0] for s in specs} for specs in (flags.data, seen))
     return bool(seen_kinds and kinds - seen_kinds)
 
 

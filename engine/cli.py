@@ -89,7 +89,7 @@ def check_training(flags: TrainConfig) -> None:
     if flags.trains == "released" and layers is not None and len(layers) == decoder.n_layers:
         raise UserError("--trains released: trains dense FFNs too, and --moe-layers "
                         f"{flags.moe_layers} leaves none")  # fmt: skip
-    if flags.experts % flags.expert_parallel:
+    if flags.phase == 3 and flags.experts % flags.expert_parallel:
         raise UserError(f"--expert-parallel {flags.expert_parallel}: must divide the "
                         f"{flags.experts} experts")  # fmt: skip
     if flags.router_noise > 1:

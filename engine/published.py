@@ -370,7 +370,9 @@ class WithoutNormal(TorchFunctionMode):
 
 
 def meta_model(config: ModelConfig) -> MedMoE:
-    """A model without memory: only shapes."""
+    """A model without memory, only shapes; its router is a built-in one: no code of others runs."""
+    if config.moe is not None:
+        config = replace(config, moe=replace(config.moe, router="topk"))
     with torch.device("meta"), WithoutNormal():
         return MedMoE(config)
 
@@ -378,8 +380,6 @@ def meta_model(config: ModelConfig) -> MedMoE:
 def check_size(directory: Path, config: ModelConfig) -> None:
     """Raise UserError if model.safetensors is too short for the model, before memory is taken."""
     file = directory / "model.safetensors"
-    if config.moe is not None:  # a built-in router: no code of others runs to count
-        config = replace(config, moe=replace(config.moe, router="topk"))
     n = sum(p.numel() for p in meta_model(config).parameters())
     if file.is_file() and (size := file.stat().st_size) < 2 * n:  # no type has fewer bytes
         raise UserError(f"{directory / 'config.json'}: a model of {n:,} parameters, but "

@@ -119,12 +119,15 @@ def refuse_other_experts(init: Path, number: int, config: ModelConfig, ours: MoE
         to_dict(replace(moe, start="", layers=tuple(sparse_layers(config, moe))))
         for moe in (config.moe, ours)
     )
-    flags = {"n_experts": "experts", "level": "router-level", "layers": "moe-layers"}
-    for name, before in theirs.items():
-        if before != ours[name]:
-            flag = "--" + flags.get(name, name.replace("_", "-"))
-            raise UserError(f"--init {init}: its experts are of {flag} {before}, now {flag} "
-                            f"{ours[name]}: give the same, or phase 2's checkpoint")  # fmt: skip
+    if theirs != ours:
+        layers = ",".join(map(str, theirs["layers"]))
+        words = {
+            "n_experts": f"--experts {theirs['n_experts']}", "top_k": f"--top-k {theirs['top_k']}",
+            "router": f"--router {theirs['router']}", "level": f"--router-level {theirs['level']}",
+            "layers": f"--moe-layers {layers}", "meta": "--meta" if theirs["meta"] else "--no-meta",
+        }  # fmt: skip
+        need = " ".join(word for name, word in words.items() if theirs[name] != ours[name])
+        raise UserError(f"--init {init}: its experts need {need}; or give phase 2's checkpoint")
 
 
 def checkpoint_blocks(model: MedMoE) -> None:

@@ -430,10 +430,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if flags.scores:
         try:
             scores = dict(np.load(flags.scores))
-        except (OSError, ValueError, BadZipFile) as error:
+        except (OSError, TypeError, ValueError, BadZipFile) as error:
             raise UserError(f"{flags.scores}: not what lab.ablate wrote: {error}") from error
-        if missing := [name for name in rows if name not in scores]:
-            raise UserError(f"{flags.scores}: has no row {', '.join(missing)}")
+        wanted = *rows, "hash", "images", "kinds", "sizes", "bits"
+        if missing := [name for name in wanted if name not in scores]:
+            raise UserError(f"{flags.scores}: has no {', '.join(missing)}")
         flags = replace(flags, seeds=len(scores[next(iter(rows))]))
     else:
         inputs = [(name, vars(row)) for name, row in rows.items()], flags.seeds, flags.flags

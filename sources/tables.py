@@ -83,7 +83,7 @@ def parquet_rows(file: Path, *version: int) -> list[dict[str, Any]]:
                 if (data := image_bytes(values["image"])) is not None:
                     key = hashlib.sha256(data).digest()
                     values["image"] = file / str(first.setdefault(key, len(rows)))
-                rows.append({k: v for k, v in values.items() if v is not None})
+                rows.append({k: v for k, v in values.items() if v is not None or k == "answer"})
     except (OSError, ValueError) as error:  # pyarrow's classes are subclasses of these
         raise UserError(f"{file}: damaged: {str(error).partition(chr(10))[0]}") from error
     return rows
@@ -122,7 +122,7 @@ def row_sample(
 ) -> Sample:  # fmt: skip
     """One question. Where the table has no answer type, yes and no are closed, the rest open."""
     question, answer = record.text("question"), ""
-    if record.values.get("answer") is not None:  # null is an empty answer
+    if record.values.get("answer", 0) is not None:  # null is an empty answer; no field is a mistake
         answer = record.text_or_number("answer")
     if record.values.get("answer_type"):
         answer_type = record.choice("answer_type", ("open", "closed"))

@@ -66,7 +66,7 @@ def test_saving_over_a_checkpoint_leaves_the_new_one_or_the_old_one_whole(build,
 def test_weights_are_widened_cast_or_kept_and_routers_are_fp32(build, tmp_path, stored, dtype):
     config, generator_state = build("llama", {}).config, torch.get_rng_state()
     model = empty_model(replace(config, decoder=replace(config.decoder, tied=True)), stored)
-    assert torch.equal(torch.get_rng_state(), generator_state)  # nothing was initialised
+    assert torch.equal(torch.get_rng_state(), generator_state)
     shake(model)
     names = load_file(save(tmp_path / "x", model) / "model.safetensors").keys()
     assert "decoder.embed.weight" in names and "decoder.lm_head.weight" not in names
@@ -88,6 +88,8 @@ class Scaled(routers.TopKRouter):
         super().__init__(*args, **more)
         self.register_buffer("scale", torch.full((4,), 7.0), persistent=False)
         self.plain = torch.ones(4)
+        self.keys = torch.nn.Parameter(torch.nn.init.normal_(torch.empty(4, 2)))
+        assert float(self.scale.sum()) == 28.0 and self.keys.shape[1] == 2
 """
 
 

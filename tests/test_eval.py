@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import eval as evaluation  # the script; the builtin keeps its name
 import metrics
 from checkpoint import load_model, read_seen
 from config import UserError
-from data import collate, encode_prompt, encode_sample
+from data import Packed, Sample, collate, encode_prompt, encode_sample
 from engine.durable import seal
 from engine.experts import facts_by_expert
 from engine.processes import Processes
@@ -206,6 +207,25 @@ def test_two_sets_of_answers_are_compared_from_files_of_either_kind(scored, tmp_
     gap = 1 - metrics.score(samples, given)["overall"]
     assert gap > 0 and found["overall"]["difference"] == pytest.approx(gap)
     assert found["overall"]["n"] == 24 and found["data"] == ["phantoms:8"]
+
+
+def test_three_examples_are_shown_and_a_command_that_asks_the_last_again(capsys, tmp_path):
+    packed = Packed(tmp_path / "p.npz", "test", 3)
+    for image, name, asked in (
+        (7, "phantom:7", "--image phantom:7"), (None, "none", "--image none"),
+        (Path("a b.png"), "a b.png", "--image 'a b.png'"), (packed, "p.npz test 3", "")):  # fmt: skip
+        samples = [Sample("1", "x", "test", image, (("Is it?", "no"),))]
+        flags = evaluation.EvalConfig(checkpoint="my runs/phase3", router="r.py:A")
+        evaluation.show_examples(samples, ["yes"], flags)
+        shown = f"{name}: Is it?\n  answer: yes\n  truth:  no\n"
+        again = (
+            f"try it: python chat.py 'my runs/phase3' {asked} --router r.py:A --question 'Is it?'\n"
+        )
+        assert capsys.readouterr().out == shown + (again if asked else "")
+    samples = [Sample(str(i), "x", "test", i // 2, (("Q", "a" * (i + 1)),)) for i in range(12)]
+    evaluation.show_examples(samples, ["yes"] * 12, evaluation.EvalConfig())
+    truths = [s.split()[1] for s in capsys.readouterr().out.split("\n") if "truth" in s]
+    assert [len(truth) for truth in truths] == [10, 6, 2]  # of three images, the longest of each
 
 
 @pytest.mark.parametrize(("argv", "named"), [

@@ -337,15 +337,17 @@ def test_an_own_router_is_named_again_to_all_that_load_it(finished, tmp_path, mo
 
 
 def test_a_checkpoint_with_experts_is_trained_on_by_the_flags_that_it_was_made_with(
-    finished, capsys
+    finished, tmp_path, capsys
 ):
-    three = finished.phases[2]
+    three, file = finished.phases[2], tmp_path / "mine.py"
+    file.write_text("import routers\nclass A(routers.TopKRouter): pass\n")
     argv = [*ARGV, "--init", str(three), "--out", str(finished.folder / "more")]
     for change, named in (
-        ("--top-k 1", "--top-k 2, now --top-k 1"), ("--experts 0", "--experts 4, now --experts 0"),
-        ("--router topk --router-level once", "--router modality, now --router topk"),
-        ("--router-level token", "--router-level once, now"), ("--no-meta", "--meta True, now"),
-        ("--moe-layers all", "--moe-layers [0, 2], now --moe-layers [0, 1, 2]"),
+        ("--top-k 1 --experts 0", "need --experts 4 --top-k 2; or"),
+        ("--router topk --router-level once", "need --router modality; or"),
+        (f"--router {file}:A --router-level once", "need --router modality; or"),
+        ("--router-level token --no-meta", "need --router-level once --meta; or"),
+        ("--moe-layers all", "need --moe-layers 0,2; or"),
         ("--phase 2", "has experts, and phase 2 trains a dense model")):  # fmt: skip
         line = error_line(capsys, train.main, *argv, *change.split())
         assert f"--init {three}: " in line and named in line

@@ -82,10 +82,12 @@ def test_scores_that_are_none_or_lack_a_row_are_refused(tmp_path, capsys):
     np.savez(tmp_path / "x.npz", medmoe=np.zeros((1, 3)))
     (tmp_path / "y.npz").write_text("no scores")
     argv = ["medmoe", "no-meta", "--out", tmp_path, "--scores"]
-    for file, named in (("x.npz", "has no row no-meta"), ("y.npz", "not what lab.ablate wrote")):
+    np.save(tmp_path / "z.npy", np.zeros(3))
+    for file, named in (("x.npz", "has no no-meta, hash, images"), ("y.npz", "not what lab.abl"),
+                        ("z.npy", "not what lab.abl")):  # fmt: skip
         line = error_line(capsys, ablate.main, *argv, tmp_path / file)
         assert f"{tmp_path / file}: {named}" in line
-    assert "No closing" in error_line(capsys, ablate.main, "medmoe", "--flags", "--lr '1")
+    assert "No closing" in error_line(capsys, ablate.main, *argv[:-1], "--flags", "--lr '1")
 
 
 def test_after_an_error_what_is_done_stays_and_rows_have_their_flags(fake, tmp_path, capsys):

@@ -127,9 +127,14 @@ def test_what_we_do_not_compute_is_refused_by_name(make, capsys, tmp_path, key, 
     (stage / "config.json").write_text(json.dumps(values | {key: value}))
     argv = stage, "--clip", clip, "--out", tmp_path / "ours"
     assert named in error_line(capsys, convert.main, *argv)
-    (stage / "config.json").write_text("[]")
-    assert "must be a JSON object" in error_line(capsys, convert.main, *argv)
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_config_that_is_no_object_is_refused(make, capsys, tmp_path):
+    _, clip, stage = make("phi", "med-moe")
+    (stage / "config.json").write_text("[]")
+    argv = stage, "--clip", clip, "--out", tmp_path / "ours"
+    assert "must be a JSON object" in error_line(capsys, convert.main, *argv)
 
 
 def entry(name, weight):

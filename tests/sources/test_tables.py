@@ -49,11 +49,13 @@ def test_a_bad_table_is_refused_with_its_place(tmp_path, text, message):
 
 
 def test_empty_answers_are_left_out_and_rows_without_an_id_get_one_of_their_own(tmp_path):
-    for empty in ('"answer": null, ', '"answer": "", ', ""):
+    for empty in ('"answer": null, ', '"answer": "", '):
         row = '{"image": "a/b.png", "question": "What?", '
         text = f'{row}{empty}"split": "test"}}\n{row}"answer": "A", "split": "test"}}\n'
         (sample,) = load(table(tmp_path, text, "t.jsonl"), "vqa", "test")
         assert sample.id == "2"
+    lacks = table(tmp_path, text.replace('"answer": "", ', ""), "t.jsonl")
+    refused('field "answer" is missing', load, lacks, split="test")
     spec = table(tmp_path, "split,id," + HEAD + f"test,1,{ROW}test,,{ROW}")
     assert [s.id for s in load(spec, "vqa", "test")] == ["1", "row 1"]
 
