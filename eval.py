@@ -177,13 +177,16 @@ def load_questions(flags: Any, known: dict) -> tuple[Any, list[Sample]]:
     flags: a Common with `split` and `limit`, returned with the values taken from `known`
     known: the flags about data of a checkpoint or a result (sources.load.how_read), or {}
     """
-    if not flags.data:
+    if flags.data:  # other data, seen as in training
+        known = {name: known[name] for name in ("window", "frame") if name in known}
+    else:
         data = tuple(spec for spec in known.get("data", ()) if has_splits(spec))
         if not data:
             raise UserError("--data SOURCE is needed: no checkpoint or result names the questions")
-        default = type(flags)  # a dataclass: its attributes are the defaults
-        stored = {n: v for n, v in known.items() if getattr(flags, n) == getattr(default, n)}
-        flags = replace(flags, **stored | {"data": data})  # flags that were given win
+        known = known | {"data": data}
+    default = type(flags)  # a dataclass: its attributes are the defaults
+    stored = {n: v for n, v in known.items() if getattr(flags, n) == getattr(default, n)}
+    flags = replace(flags, **stored)  # flags that were given win
     samples = load_samples(flags.data, "vqa", flags.split, **reading(flags))[: flags.limit]
     if not samples:
         raise UserError(f"--data {' '.join(flags.data)}: no questions in its {flags.split} split")

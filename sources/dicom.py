@@ -73,6 +73,8 @@ def read(file: Path, view: str, check_size: Callable[[int, int], None]) -> PIL.I
         order = "Little" if data.original_encoding[1] else "Big"
         data.file_meta.TransferSyntaxUID = getattr(package.uid, f"ExplicitVR{order}Endian")
     take_frame_groups(data, index)
+    if int(data.get("HighBit", data.BitsStored - 1)) != data.BitsStored - 1:  # pydicom masks others
+        raise ValueError(f"its high bit is {data.HighBit}, of {data.BitsStored} bits stored")
     try:
         pixels = package.pixels.pixel_array(data, index=index)
     except RuntimeError as error:  # of every decoder, or that there is none
@@ -108,7 +110,9 @@ def grey(package: ModuleType, pixels: np.ndarray, data: Any, window: str) -> PIL
     """
     has_window = data.get("WindowCenter") is not None and np.ravel(data.get("WindowWidth"))[0]
     has_any = has_window or data.get("VOILUTSequence")
-    in_hu = data.get("Modality") == "CT" and data.get("RescaleIntercept") is not None
+    in_hu = (data.get("Modality") == "CT" and data.get("RescaleIntercept") is not None
+             and data.get("RescaleSlope") is not None
+             and (data.get("RescaleType") or "HU").startswith("HU"))  # fmt: skip
     values = package.pixels.apply_modality_lut(pixels, data)
     if in_hu and (window != "auto" or not has_any):
         data.WindowCenter, data.WindowWidth = WINDOWS["soft" if window == "auto" else window]
@@ -120,7 +124,7 @@ def grey(package: ModuleType, pixels: np.ndarray, data: Any, window: str) -> PIL
         word = "u1" if len(raw) == n else "<u2" if data.original_encoding[1] else ">u2"
         lut = np.frombuffer(raw, word) if isinstance(raw, bytes) else np.asarray(raw)
         at = np.clip(values.astype(np.int64) - first, 0, len(lut) - 1)
-        return as_grey(lut[at] / (2**bits - 1), data)
+        return as_grey(lut[at] / max(2**bits - 1, lut.max()), data)  # some claim too few bits
     if has_window:
         ends = np.array([-1e9, 1e9])  # what they become is black and white
 
@@ -131,7 +135,11 @@ def grey(package: ModuleType, pixels: np.ndarray, data: Any, window: str) -> PIL
         low, high = windowed(ends)
         return as_grey((windowed(values) - low) / (high - low), data)
     sign = -1 if data.PhotometricInterpretation == "MONOCHROME1" else 1
-    return PIL.Image.fromarray(sign * values.astype(np.float32))
+    values = sign * values.astype(np.float32)
+    if (first := data.get("PixelPaddingValue")) is not None:  # no part of the image
+        last = data.get("PixelPaddingRangeLimit", first)
+        values[(pixels >= min(first, last)) & (pixels <= max(first, last))] = np.nan
+    return PIL.Image.fromarray(values)
 
 
 def as_grey(unit: np.ndarray, data: Any) -> PIL.Image.Image:

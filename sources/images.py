@@ -86,10 +86,11 @@ def open_image(path: str | Path) -> PIL.Image.Image:
         file, inner = (path, "") if path.is_file() else packed.holder(path)
         if packed.is_dicom(file):
             return to_rgb(dicom.read(file, inner, check_size), False)
-        file = io.BytesIO(open_file(path)) if inner else file
         with (
             warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning),
-            PIL.Image.open(file, formats=FORMATS) as image,  # reads the header alone
+            # Not by its name: Pillow would map a plain TIFF, and ignore that it is to be turned.
+            io.BytesIO(open_file(path)) if inner else file.open("rb") as stream,
+            PIL.Image.open(stream, formats=FORMATS) as image,  # reads the header alone
         ):
             check_size(*image.size)
             image.load()

@@ -366,7 +366,7 @@ def label(samples: list[Sample], file: Path) -> list[Sample]:
             two = f"{used[name]} and {s.image}"
             raise UserError(f"{file}: {shown(name)} fits {two}: write more of the path")
         labelled.append(replace(s, modality=known[labels[name].lower()]) if name else s)
-    if not used:
+    if not used and any(s.split == "train" for s in samples):  # others may have no label
         raise UserError(f"{file}: none of its {len(labels)} images is in the data")
     if n := len(labels) - len(used):
         warn_once(f"{file}: {n} of {len(labels)} labels are of images that are not in the data")

@@ -50,7 +50,9 @@ def group_sizes(file: Path) -> list[int]:
 @functools.lru_cache(maxsize=4)
 def row_group(file: Path, group: int) -> list[Any]:
     """The images of one part of a parquet file: 100 on the hub."""
-    return open_parquet(file).read_row_group(group, columns=["image"])["image"].to_pylist()
+    table = open_parquet(file)
+    name = next(n for n in table.schema_arrow.names if n.strip().lower() == "image")
+    return table.read_row_group(group, columns=[name])[name].to_pylist()
 
 
 def read_row(file: Path, row: int) -> bytes | None:

@@ -97,12 +97,15 @@ def show_samples(
             print(f"nothing to learn: {error}")
             encoded.append(([], []))
     Path(flags.out).mkdir(parents=True, exist_ok=True)
+    own = {s.image.resolve() for s in samples if isinstance(s.image, Path)}
     for n, s in enumerate(samples[: flags.samples]):
         print(f"\n{s.source} {s.split} {s.id}: {s.modality or 'no modality'}, "
               f"{s.answer_type or 'no answer type'}, {len(encoded[n][0])} positions")  # fmt: skip
         print(marked(encoded[n], text))
         if s.image is not None:
             file = Path(flags.out) / f"{n}.png"
+            if file.resolve() in own:
+                raise UserError(f"--out {flags.out}: {file} is an image of the data")
             PIL.Image.fromarray(images.get(s).permute(1, 2, 0).numpy()).save(file)
             print(f"image: {ends(s.image)[0]} -> {file}")
     order = sorted(range(len(samples)), key=lambda n: -len(encoded[n][0]))[:3]

@@ -49,7 +49,7 @@ def read_csv(file: Path) -> Iterator[Record]:
         raise UserError(f"{file}: line {line} is not UTF-8; save it as UTF-8, or "
                         "iconv -f latin1 -t utf-8") from error  # fmt: skip
     header = text.partition("\n")[0]
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True,
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True,
                       delimiter=max(",;\t|", key=header.count))  # fmt: skip
     try:
         names = [name.strip().lower() for name in next(rows, [])]
@@ -74,12 +74,15 @@ def parquet_rows(file: Path, *version: int) -> list[dict[str, Any]]:
     """
     table = open_parquet(file)
     names = table.schema_arrow.names
-    check_columns(file, names)
+    ours = [name.strip().lower() for name in names]
+    check_columns(file, ours)
+    read = [name for name, our in zip(names, ours, strict=True) if our in COLUMNS]
     first: dict[bytes, int] = {}
     rows = []
     try:
-        for batch in table.iter_batches(64, columns=[n for n in COLUMNS if n in names]):
-            for values in batch.to_pylist():
+        for batch in table.iter_batches(64, columns=read):
+            for row in batch.to_pylist():
+                values = {name.strip().lower(): value for name, value in row.items()}
                 if (data := image_bytes(values["image"])) is not None:
                     key = hashlib.sha256(data).digest()
                     values["image"] = file / str(first.setdefault(key, len(rows)))
@@ -104,7 +107,12 @@ def read_rows(file: Path) -> Iterator[Record]:
     if not file.is_file() or file.suffix.lower() not in READERS:
         reason = "not one of " + ", ".join(READERS) if file.is_file() else "no such file"
         raise UserError(f"{file}: {reason}")
-    return iter(READERS[file.suffix.lower()](file))
+    for record in READERS[file.suffix.lower()](file):
+        values = {name.strip().lower(): value for name, value in record.values.items()}
+        if len(values) < len(record.values):
+            raise UserError(f"{record.place}: has two fields of the same name")
+        record.values = values
+        yield record
 
 
 def row_image(record: Record, folder: Path, follow_links: bool) -> Path:
@@ -155,7 +163,9 @@ def read_table(
     """
     folder = Path(image_folder) if image_folder else file.parent
     rows = [(record, row_image(record, folder, follow_links)) for record in read_rows(file)]
-    names = {image: Path(os.path.relpath(image, folder.resolve())).as_posix() for _, image in rows}
+    names = {image: f"{file.name}/{image.name}" if image.parent == file  # within this parquet file
+             else Path(os.path.relpath(image, folder.resolve())).as_posix()
+             for _, image in rows}  # fmt: skip
     if any(record.values.get("split") for record, _ in rows):
         splits = [SPLITS[record.choice("split", SPLITS)] for record, _ in rows]
         pairs = {(image, s) for (_, image), s in zip(rows, splits, strict=True)}

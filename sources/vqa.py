@@ -72,6 +72,9 @@ def find(kind: str, folder: Path, split: str) -> tuple[list[Path], Path]:
             there = next(filter(packed.is_folder, images), None)
             files = files_of(folder, layout, split)
             if there is None and files:
+                for name in images:
+                    if name.suffix == ".zip" and name.is_file():
+                        packed.open_zip(name)  # raises: it is damaged
                 raise UserError(f"{where}: no folder {' or '.join(layout.images)} in it")
             return files, there or folder
     forms = " or ".join(layout.questions for layout in LAYOUTS[kind])

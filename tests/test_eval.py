@@ -161,8 +161,11 @@ def test_without_data_the_questions_are_those_of_training_and_given_flags_win(tm
     found, samples = evaluation.load_questions(flags, known)
     assert found == replace(flags, data=("phantoms:8",), lang="zh", max_missing=3)
     assert samples == held_out(5)
-    found, samples = evaluation.load_questions(replace(flags, data=("phantoms:9",)), known)
-    assert found.lang == "en" and len(samples) == 5
+    other, known = replace(flags, data=("phantoms:9",)), known | {"window": "lung"}
+    found, samples = evaluation.load_questions(other, known)
+    assert (found.lang, found.window) == ("en", "lung") and len(samples) == 5
+    other = replace(other, window="brain")
+    assert evaluation.load_questions(other, known)[0].window == "brain"
     with pytest.raises(UserError, match="--data SOURCE is needed"):
         evaluation.load_questions(flags, {"data": ("llava:x.json",)})
     flags = replace(flags, data=(llava(tmp_path, ("Is it?", "no")),), router_labels="none")
@@ -213,7 +216,7 @@ def test_three_examples_are_shown_and_a_command_that_asks_the_last_again(capsys,
     packed = Packed(tmp_path / "p.npz", "test", 3)
     for image, name, asked in (
         (7, "phantom:7", "--image phantom:7"), (None, "none", "--image none"),
-        (Path("a b.png"), "a b.png", "--image 'a b.png'"), (packed, "p.npz test 3", "")):  # fmt: skip
+        (packed, "p.npz test 3", ""), (Path("a b"), "a b", "--image 'a b'")):  # fmt: skip
         samples = [Sample("1", "x", "test", image, (("Is it?", "no"),))]
         flags = evaluation.EvalConfig(checkpoint="my runs/phase3", router="r.py:A")
         evaluation.show_examples(samples, ["yes"], flags)

@@ -30,6 +30,7 @@ RAMP, WINDOW = [[0, 1050], [1100, 1101]], {"WindowCenter": 1100.5, "WindowWidth"
 RAW = {"Modality": "OT", "RescaleIntercept": 0}
 NEGATIVE, FRAMES = {"PhotometricInterpretation": "MONOCHROME1"}, "PerFrameFunctionalGroupsSequence"
 LUT = {"LUTDescriptor": [4, 1000, 8], "LUTData": bytes([0, 0, 5, 0, 200, 0, 255, 0])}
+TOO_FEW_BITS = LUT | {"LUTData": np.array([0, 200, 400, 600], "<u2").tobytes()}
 
 
 @pytest.mark.parametrize(("pixels", "tags", "view", "expected"), [
@@ -42,7 +43,10 @@ LUT = {"LUTDescriptor": [4, 1000, 8], "LUTData": bytes([0, 0, 5, 0, 200, 0, 255,
     (RAMP, RAW | NEGATIVE | WINDOW, "", [255, 255, 128, 125]),
     (RAMP, RAW | WINDOW | {"VOILUTFunction": "SIGMOID"}, "", [0, 30, 126, 129]),
     ([[0, 2025], [2026, 2900]], {"VOILUTSequence": LUT}, "", [0, 5, 200, 255]),
+    ([[0, 2025], [2026, 2900]], {"VOILUTSequence": TOO_FEW_BITS}, "", [0, 85, 170, 255]),
     ([[-300, -200], [-100, 0]], RAW | NEGATIVE, "", [255, 171, 84, 0]),
+    ([[0, 750], [1500, 32767]], RAW | {"PixelPaddingValue": 32767}, "", [0, 128, 255, 0]),
+    (RAMP, {"RescaleType": "US"}, "", [0, 243, 255, 255]),  # no HU, so no window of a CT
     ([RAMP, RAMP[::-1]], RAW | WINDOW, "auto-middle", [128, 130, 0, 0])])  # fmt: skip
 def test_grey_levels_are_those_of_the_standards_formulas(tmp_path, pixels, tags, view, expected):
     file = write(tmp_path / "scan", pixels, **tags)  # known by its content
@@ -65,7 +69,7 @@ def test_real_files_look_as_in_a_viewer(tmp_path):
 
 @pytest.mark.parametrize(("tags", "message"), [
     ({"PixelData": None}, "DICOM without pixels"), ({"Rows": 30000, "Columns": 30000}, "claims"),
-    ({"PixelData": b"12"}, "less than expected"),
+    ({"PixelData": b"12"}, "less than expected"), ({"HighBit": 14}, "high bit is 14, of 16 bits"),
     ({"syntax": "1.2.840.10008.1.2.4.80", "PixelData": pydicom.encaps.encapsulate([b"1234"])},
      "JPEG-LS .* pip install pylibjpeg")])  # fmt: skip
 def test_a_bad_file_is_refused_and_nothing_of_the_patient_told(

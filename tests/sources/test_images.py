@@ -56,6 +56,10 @@ def test_a_transparent_cmyk_deep_grey_or_turned_image_is_shown_as_a_viewer_does(
     exif[0x0112] = 6
     turned = Image.fromarray(PATTERN).transpose(Image.Transpose.ROTATE_90)
     np.testing.assert_array_equal(read(save(tmp_path / "a.png", turned, exif=exif)), PATTERN)
+    plain = save(tmp_path / "a.tiff", turned.convert("L"), exif=exif)
+    np.testing.assert_array_equal(
+        read(plain), np.asarray(Image.fromarray(PATTERN).convert("L").convert("RGB"))
+    )
 
 
 @pytest.mark.parametrize("kind", ["bool", "u1", "<u2", "<f4"])

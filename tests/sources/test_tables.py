@@ -7,6 +7,7 @@ from PIL import Image
 
 from sources import show
 from sources.tables import tenth
+from tests.mini import error_line
 from tests.sources.written import load, refused, save_image
 
 HEAD, ROW = "image,question,answer\n", "a/b.png,What?,A lung\n"
@@ -24,6 +25,8 @@ def table(folder, text, name="t.csv"):
     ("Image\tquestion\tANSWER\na\\b.png\tWhat?\tA lung", None),
     (HEAD + 'a/b.png,"What,\nor ""who""?",A lung\n', ('What,\nor "who"?', "A lung")),
     ('{"image": "a/b.png", "question": "What?", "answer": "A lung", "id": null}\n', None),
+    ('{"Image": "a/b.png", "question ": "What?", "ANSWER": 1.0}\n', ("What?", "1")),
+    ('image, question, answer\na/b.png, "Is it, or not?", "Yes"', ("Is it, or not?", "Yes")),
 ])  # fmt: skip
 def test_a_table_is_read_whatever_wrote_it(tmp_path, text, turn):
     spec = table(tmp_path, text, "t.jsonl" if text.startswith("{") else "t.csv")
@@ -58,6 +61,40 @@ def test_empty_answers_are_left_out_and_rows_without_an_id_get_one_of_their_own(
     refused('field "answer" is missing', load, lacks, split="test")
     spec = table(tmp_path, "split,id," + HEAD + f"test,1,{ROW}test,,{ROW}")
     assert [s.id for s in load(spec, "vqa", "test")] == ["1", "row 1"]
+
+
+def test_labels_of_training_images_alone_are_enough(tmp_path):
+    (labels := tmp_path / "labels.json").write_text('{"c.png": "CT"}')
+    save_image(tmp_path / "c.png")
+    spec = table(tmp_path, "split," + HEAD + f"test,{ROW}train,c.png,What?,A lung\n")
+    found = [load(spec, "vqa", split, router_labels=str(labels)) for split in ("train", "test")]
+    assert [part[0].modality for part in found] == ["CT", None]
+
+
+def test_the_tenth_is_the_same_however_a_parquet_file_is_reached(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    images = [save_image(tmp_path / "x.png", n).read_bytes() for n in range(40)]
+    rows = [{"Image": {"bytes": image}, "question": "Q?", "answer": None if n else "A"}
+            for n, image in enumerate(images)]  # fmt: skip
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "real" / "t.parquet")
+    assert len(load(f"table:{tmp_path / 'real' / 't.parquet'}", "vqa", "train")) < 2  # of 40 empty
+    rows = [row | {"answer": "A"} for row in rows]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "real" / "t.parquet")
+    real, link = ([s.id for s in load(f"table:{tmp_path / name / 't.parquet'}", "vqa", "test")]
+                  for name in ("real", "link"))  # fmt: skip
+    assert real == link and 0 < len(real) < 40
+
+
+def test_no_image_of_the_data_is_written_over(tmp_path, capsys):
+    before = save_image(tmp_path / "0.png").read_bytes()
+    spec = table(tmp_path, HEAD + "0.png,What?,A lung\n")
+    line = error_line(capsys, show.main, "--data", spec, "--out", tmp_path)
+    assert f"{tmp_path / '0.png'} is an image of the data" in line
+    assert (tmp_path / "0.png").read_bytes() == before
 
 
 def test_splits_are_the_tables_or_a_fixed_tenth_and_show_tells_what_is_odd(tmp_path, capsys):

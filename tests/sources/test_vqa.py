@@ -145,6 +145,12 @@ def test_slake_and_vqa_rad_are_the_same_in_other_forms(tmp_path, capsys):
     assert "as vqa-rad-3515 has them" in capsys.readouterr().err
 
 
+def test_a_zip_of_images_that_was_not_loaded_whole_is_named(tmp_path):
+    (tmp_path / "train.json").write_text("[]")
+    (tmp_path / "imgs.zip").write_bytes(b"PK")
+    refused(f"{tmp_path / 'imgs.zip'}: not a zip", load, f"slake:{tmp_path}")
+
+
 @pytest.mark.parametrize(("kind", "modality"), [("vqa-rad", None), ("pathvqa", "pathology")])
 def test_shards_are_read_with_the_images_in_them(tmp_path, capsys, kind, modality):
     pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
