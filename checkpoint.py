@@ -36,14 +36,14 @@ from sources.records import read_json
 from sources.tensorfiles import header, open_tensors
 
 
-def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> MedMoE:
+def empty_model(config: ModelConfig, dtype: torch.dtype) -> MedMoE:
     """A model to be filled from a file: only its routers are initialised, which stay in fp32.
 
     A router may have tensors that no file holds.
     """
     model = meta_model(config).to(dtype).to_empty(device="cpu")
     model.config = config
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # reading a file changes no random numbers
         for block in model.decoder.blocks:
             if block.is_sparse:
                 block.mlp.router = make_router(config, config.moe)

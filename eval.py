@@ -124,7 +124,7 @@ class Predictor:
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         groups = self.processes.share(groups)
         bar = tqdm(groups, desc=title, mininterval=1, disable=not self.processes.is_first)
-        for rows, later in zip(bar, [*groups, []][1:], strict=True):  # none where it has no share
+        for rows, later in zip(bar, [*groups, []][1:], strict=True):  # there may be no batch
             self.images.prefetch(samples[i] for i in later)
             batch = collate([samples[i] for i in rows], [encoded[i] for i in rows], self.images,
                             self.text.eos_id, side="left")  # fmt: skip
@@ -177,7 +177,7 @@ def load_questions(flags: Any, known: dict) -> tuple[Any, list[Sample]]:
     flags: a Common with `split` and `limit`, returned with the values taken from `known`
     known: the flags about data of a checkpoint or a result (sources.load.how_read), or {}
     """
-    if flags.data:  # other data, seen as in training
+    if flags.data:  # other data, with DICOM shown as in training
         known = {name: known[name] for name in ("window", "frame") if name in known}
     else:
         data = tuple(spec for spec in known.get("data", ()) if has_splits(spec))
@@ -252,8 +252,8 @@ def report_scores(samples: list[Sample], answers: list[str], flags: EvalConfig) 
 def show_examples(samples: Sequence[Sample], answers: Sequence[str], flags: EvalConfig) -> None:
     """Three questions about different images, and the command that asks the last one again."""
     pairs = sorted(zip(samples, answers, strict=True), key=lambda pair: len(pair[0].turns[0][1]))
-    by_image = list({s.image: (s, answer) for s, answer in pairs}.values())  # its longest truth
-    for s, answer in reversed(by_image[:: max(1, len(by_image) // 3)][:3]):
+    longest = {s.image: (s, answer) for s, answer in pairs}  # each image's longest truth
+    for s, answer in reversed([*longest.values()][:: max(1, len(longest) // 3)][:3]):
         image = f"phantom:{s.image}" if isinstance(s.image, int) else s.image or "none"
         (question, truth), *_ = s.turns
         name = leaks.name_of(image) if isinstance(image, Packed) else image

@@ -44,14 +44,7 @@ from engine.first_gate import unchanged
 from engine.optim import cast_weights, make_optimizer
 from engine.processes import ALONE, Processes, join_processes
 from engine.published import load_published, with_router
-from engine.run import (
-    Run,
-    claim,
-    refuse_changed_flags,
-    refuse_other_experts,
-    seed_all,
-    unfinished,
-)
+from engine.run import Run, claim, refuse_changed_flags, refuse_other_experts, seed_all, unfinished
 from model import Loss, MedMoE, autocast, freeze_all_but, make_router, make_sparse, sparse_layers
 from router_training import learn_router
 from routers import ROUTERS, Routing, get_router, load_balancing_loss, router_z_loss

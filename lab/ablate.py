@@ -159,7 +159,7 @@ class AblateConfig:
 def code() -> str:
     """A hash of the code that trains and scores, and of the parts that training begins with.
 
-    Of routers in files, those of the rows are in it, and not one of --flags.
+    A router file that --flags names is not part of it.
     """
     files = [file for folder in ("sources", "scoring", "engine")
              for file in sorted((ROOT / folder).glob("*.py"))]  # fmt: skip

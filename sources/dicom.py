@@ -136,9 +136,10 @@ def grey(package: ModuleType, pixels: np.ndarray, data: Any, window: str) -> PIL
         return as_grey((windowed(values) - low) / (high - low), data)
     sign = -1 if data.PhotometricInterpretation == "MONOCHROME1" else 1
     values = sign * values.astype(np.float32)
-    if (first := data.get("PixelPaddingValue")) is not None:  # no part of the image
-        last = data.get("PixelPaddingRangeLimit", first)
-        values[(pixels >= min(first, last)) & (pixels <= max(first, last))] = np.nan
+    ends = [data.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    if ends[0] is not None:  # padding is no part of the image
+        ends = [end for end in ends if end is not None]
+        values[(pixels >= min(ends)) & (pixels <= max(ends))] = np.nan
     return PIL.Image.fromarray(values)
 
 

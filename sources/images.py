@@ -88,7 +88,7 @@ def open_image(path: str | Path) -> PIL.Image.Image:
             return to_rgb(dicom.read(file, inner, check_size), False)
         with (
             warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning),
-            # Not by its name: Pillow would map a plain TIFF, and ignore that it is to be turned.
+            # Not by its name: Pillow would shear a plain TIFF whose tags say that it is rotated.
             io.BytesIO(open_file(path)) if inner else file.open("rb") as stream,
             PIL.Image.open(stream, formats=FORMATS) as image,  # reads the header alone
         ):

@@ -49,7 +49,7 @@ class Record:
             self.fail(name, "a text or a number")
         if isinstance(value, float) and not math.isfinite(value):
             self.fail(name, "a text or a finite number")
-        if isinstance(value, float) and value.is_integer():  # of a table with an empty cell
+        if isinstance(value, float) and value.is_integer():  # pandas' 1 beside an empty cell
             value = int(value)
         try:
             return self.clean_text(name, str(value))

@@ -74,15 +74,14 @@ def parquet_rows(file: Path, *version: int) -> list[dict[str, Any]]:
     """
     table = open_parquet(file)
     names = table.schema_arrow.names
-    ours = [name.strip().lower() for name in names]
-    check_columns(file, ours)
-    read = [name for name, our in zip(names, ours, strict=True) if our in COLUMNS]
+    ours = {name: name.strip().lower() for name in names}
+    check_columns(file, [ours[name] for name in names])
     first: dict[bytes, int] = {}
     rows = []
     try:
-        for batch in table.iter_batches(64, columns=read):
+        for batch in table.iter_batches(64, columns=[n for n in names if ours[n] in COLUMNS]):
             for row in batch.to_pylist():
-                values = {name.strip().lower(): value for name, value in row.items()}
+                values = {ours[name]: value for name, value in row.items()}
                 if (data := image_bytes(values["image"])) is not None:
                     key = hashlib.sha256(data).digest()
                     values["image"] = file / str(first.setdefault(key, len(rows)))
@@ -129,9 +128,9 @@ def row_sample(
     kind: str = "question",
 ) -> Sample:  # fmt: skip
     """One question. Where the table has no answer type, yes and no are closed, the rest open."""
-    question, answer = record.text("question"), ""
-    if record.values.get("answer", 0) is not None:  # null is an empty answer; no field is a mistake
-        answer = record.text_or_number("answer")
+    question = record.text("question")
+    is_null = record.values.get("answer", "") is None  # an empty answer; a missing field is refused
+    answer = "" if is_null else record.text_or_number("answer")
     if record.values.get("answer_type"):
         answer_type = record.choice("answer_type", ("open", "closed"))
     else:
